@@ -1,0 +1,162 @@
+"""AMAdamW: AdamW whose momentum is set anew at every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adamem_fused.backends import Backend
+from adamem_fused.batch import AdamWBatch, AdamWHyper, Lr
+from adamem_fused.optimizer import (
+    AdaptiveMemoryOptimizer,
+    ParamsT,
+    check_lr,
+    check_number,
+    check_options,
+    over_lr,
+    scalar_dtype,
+)
+
+
+class AMAdamW(AdaptiveMemoryOptimizer):
+    """AdamW with Adaptive Memory momentum, in place of torch.optim.AdamW.
+
+    Each step takes as beta1 the value in [0, betas[0]] that solves the proximal problem
+    of a two-plane model of the loss, in closed form from dot products of gradient,
+    memory and parameter (Topollai & Choromanska, arXiv 2510.04988, AM-AdamW). With
+    memory_lambda=0 the first step is AdamW's.
+
+    State of a parameter: `exp_avg` and `exp_avg_sq`, of its shape, float32 (float64 for
+    float64 parameters, complex for complex ones); and 0-dim tensors on its device: `step`,
+    `beta_prod` (product of the betas so far), `prev_lr`, and `beta`, the beta of the last
+    step. Nothing of it is read back from the device in a step.
+
+    Args:
+        params: parameters, (name, parameter) pairs or parameter groups. float32, float64,
+            bfloat16, float16, complex64 or complex128.
+        lr: learning rate, a float or a tensor of one element.
+        betas: the cap of beta1, in [0, 1), and the decay of the squared gradients' average.
+        eps: added to the denominator.
+        weight_decay: decoupled, as in AdamW.
+        memory_lambda: weight of the change of direction in the proximal problem. The
+            paper pairs lambda = 0.1 with the cap 0.9 - 0.1 lambda = 0.89.
+        memory_plane: "level" gives the memory's plane the previous loss at the present
+            iterate, "anchored" lets it pass through the previous iterate.
+        gap: the difference of losses f(x_{t-1}) - f(x_t), to first order from the
+            "gradient", or from the "loss" that step(closure) returns. The latter needs
+            beta_scope="global" and suits full-batch training.
+        beta_scope: one beta for each parameter "tensor", or one "global" beta.
+        maximize: maximize the objective.
+        foreach: True for the foreach backend, False for none of its kind.
+        fused: True for a fused backend, or an error; False for none.
+        capturable: as in torch.optim. State is on the device and is not read back with
+            either value.
+        backend: "cpu", "foreach" or "reference"; None takes the fastest that is there.
+
+    Raises:
+        ValueError: a hyperparameter out of range.
+        TypeError: parameters that are neither floating-point nor complex.
+        RuntimeError: a backend that was asked for and is not there.
+    """
+
+    memories = ("exp_avg", "exp_avg_sq")
+    scalars = {"step": 0.0, "beta_prod": 1.0, "prev_lr": 0.0, "beta": 0.0}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Lr = 1e-3,
+        betas: tuple[float, float] = (0.89, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        memory_lambda: float = 0.1,
+        memory_plane: str = "level",
+        gap: str = "gradient",
+        beta_scope: str = "tensor",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            memory_lambda=memory_lambda,
+            memory_plane=memory_plane,
+            gap=gap,
+            beta_scope=beta_scope,
+            maximize=maximize,
+            foreach=foreach,
+            fused=fused,
+            capturable=capturable,
+            backend=backend,
+        )
+        self._check_group(defaults)
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_lr(group["lr"])
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"Invalid betas: {betas!r} (two numbers in [0, 1))")
+        check_number("beta parameter at index 0", betas[0], 0.0, 1.0)
+        check_number("beta parameter at index 1", betas[1], 0.0, 1.0)
+        check_number("epsilon value", group["eps"], 0.0)
+        check_options(group)
+
+    def _new_batch(self) -> AdamWBatch:
+        return AdamWBatch()
+
+    def _hyper(self, group: dict[str, Any]) -> AdamWHyper:
+        return AdamWHyper(
+            lr=group["lr"],
+            beta_max=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            memory_lambda=group["memory_lambda"],
+            anchored=group["memory_plane"] == "anchored",
+            loss_gap=group["gap"] == "loss",
+            maximize=group["maximize"],
+        )
+
+    def _stats(self, backend: Backend, batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
+        return backend.adamw_stats(batch, grad_scale)
+
+    def _apply(
+        self,
+        backend: Backend,
+        batch: AdamWBatch,
+        rows: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        backend.adamw_apply(batch, rows, grad_scale, found_inf)
+
+    def _loss_factor(self, hyper: AdamWHyper) -> Lr:
+        return over_lr(1 + hyper.weight_decay * hyper.lr, hyper.lr)
+
+    def _convert_state(
+        self, param: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> dict[str, Any]:
+        """AdamW's state: as if beta had been betas[0] and lr the group's at every step."""
+        if "max_exp_avg_sq" in state:
+            raise ValueError(
+                "loaded state has max_exp_avg_sq (amsgrad=True), which AMAdamW does not have"
+            )
+        dtype = scalar_dtype(param)
+        step = torch.as_tensor(state["step"], dtype=dtype)
+        beta1 = torch.tensor(group["betas"][0], dtype=dtype)
+        return {
+            **state,
+            "step": step,
+            "beta_prod": beta1**step,
+            "prev_lr": torch.as_tensor(group["lr"], dtype=dtype),
+            "beta": beta1,
+        }

@@ -1,0 +1,151 @@
+"""AMSGD: SGD with momentum whose momentum is set anew at every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adamem_fused.backends import Backend
+from adamem_fused.batch import Lr, SGDBatch, SGDHyper
+from adamem_fused.optimizer import (
+    AdaptiveMemoryOptimizer,
+    ParamsT,
+    check_lr,
+    check_number,
+    check_options,
+    over_lr,
+    scalar_dtype,
+)
+
+
+class AMSGD(AdaptiveMemoryOptimizer):
+    """SGD with Adaptive Memory momentum, in place of torch.optim.SGD.
+
+    Each step takes as momentum the value in [0, beta_max] that solves the proximal
+    problem of a two-plane model of the loss, in closed form from dot products of gradient
+    and memory (Topollai & Choromanska, arXiv 2510.04988, AM-SGD). The momentum buffer is
+    an average of gradients, (1 - beta) g + beta d, where SGD's is a sum: at a momentum of
+    0.9, SGD's lr of 0.1 is this optimizer's lr of 1.
+
+    State of a parameter: `momentum_buffer`, of its shape, float32 (float64 for float64
+    parameters, complex for complex ones); and 0-dim tensors on its device: `step`,
+    `prev_lr`, and `beta`, the beta of the last step. Nothing of it is read back from the
+    device in a step.
+
+    Args:
+        params: parameters, (name, parameter) pairs or parameter groups. float32, float64,
+            bfloat16, float16, complex64 or complex128.
+        lr: learning rate, a float or a tensor of one element.
+        beta_max: the cap of beta, in [0, 1).
+        weight_decay: added to the gradient, as in SGD.
+        memory_lambda: weight of the change of direction in the proximal problem.
+        memory_plane: "level" gives the memory's plane the previous loss at the present
+            iterate, "anchored" lets it pass through the previous iterate.
+        gap: the difference of losses f(x_{t-1}) - f(x_t), to first order from the
+            "gradient", or from the "loss" that step(closure) returns. The latter needs
+            beta_scope="global" and suits full-batch training.
+        beta_scope: one "global" beta, or one for each parameter "tensor".
+        maximize: maximize the objective.
+        foreach: True for the foreach backend, False for none of its kind.
+        fused: True for a fused backend, or an error; False for none.
+        capturable: as in torch.optim. State is on the device and is not read back with
+            either value.
+        backend: "cpu", "foreach" or "reference"; None takes the fastest that is there.
+
+    Raises:
+        ValueError: a hyperparameter out of range.
+        TypeError: parameters that are neither floating-point nor complex.
+        RuntimeError: a backend that was asked for and is not there.
+    """
+
+    memories = ("momentum_buffer",)
+    scalars = {"step": 0.0, "prev_lr": 0.0, "beta": 0.0}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Lr = 1e-2,
+        beta_max: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        memory_lambda: float = 0.1,
+        memory_plane: str = "level",
+        gap: str = "gradient",
+        beta_scope: str = "global",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            beta_max=beta_max,
+            weight_decay=weight_decay,
+            memory_lambda=memory_lambda,
+            memory_plane=memory_plane,
+            gap=gap,
+            beta_scope=beta_scope,
+            maximize=maximize,
+            foreach=foreach,
+            fused=fused,
+            capturable=capturable,
+            backend=backend,
+        )
+        self._check_group(defaults)
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_lr(group["lr"])
+        check_number("beta_max value", group["beta_max"], 0.0, 1.0)
+        check_options(group)
+
+    def _new_batch(self) -> SGDBatch:
+        return SGDBatch()
+
+    def _hyper(self, group: dict[str, Any]) -> SGDHyper:
+        return SGDHyper(
+            lr=group["lr"],
+            beta_max=group["beta_max"],
+            weight_decay=group["weight_decay"],
+            memory_lambda=group["memory_lambda"],
+            anchored=group["memory_plane"] == "anchored",
+            loss_gap=group["gap"] == "loss",
+            maximize=group["maximize"],
+        )
+
+    def _stats(self, backend: Backend, batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
+        return backend.sgd_stats(batch, grad_scale)
+
+    def _apply(
+        self,
+        backend: Backend,
+        batch: SGDBatch,
+        rows: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        backend.sgd_apply(batch, rows, grad_scale, found_inf)
+
+    def _loss_factor(self, hyper: SGDHyper) -> Lr:
+        return over_lr(1 + hyper.memory_lambda, hyper.lr)
+
+    def _convert_state(
+        self, param: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> dict[str, Any]:
+        """SGD's state: the buffer as it is, for -lr times it was the last step.
+
+        SGD has no step count, so what has a buffer counts as one step old. Without
+        momentum SGD saves None: such a parameter starts anew.
+        """
+        if state["momentum_buffer"] is None:
+            return {}
+        dtype = scalar_dtype(param)
+        return {
+            **state,
+            "step": torch.ones((), dtype=dtype),
+            "prev_lr": torch.as_tensor(group["lr"], dtype=dtype),
+            "beta": torch.as_tensor(group.get("momentum", 0.0), dtype=dtype),
+        }

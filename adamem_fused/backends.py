@@ -1,0 +1,103 @@
+"""The backends by name, and the choice among them."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from adamem_fused import cpu, foreach, reference
+from adamem_fused.batch import AdamWBatch, SGDBatch
+
+
+class Backend(Protocol):
+    """Arithmetic without policy: two functions an optimizer, with a seam between them.
+
+    `*_stats` gives each tensor's num and den and writes nothing; between the two, rows
+    may be summed over tensors or ranks; `*_apply` takes beta from the rows and updates
+    parameters and state in place. Without rows it does both. Either raises before
+    anything is changed.
+    """
+
+    name: str
+    # Whether grad_scale and found_inf may be given, and are read on the device.
+    fused: bool
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this backend cannot be used for tensors on `device`, or None."""
+
+    def adamw_stats(self, batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor: ...
+
+    def adamw_apply(
+        self,
+        batch: AdamWBatch,
+        rows: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None: ...
+
+    def sgd_stats(self, batch: SGDBatch, grad_scale: Tensor | None) -> Tensor: ...
+
+    def sgd_apply(
+        self,
+        batch: SGDBatch,
+        rows: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None: ...
+
+
+# From the fastest to the slowest, as backend=None tries them.
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (cpu, foreach, reference)
+}
+
+
+def check_choice(options: dict[str, Any]) -> None:
+    """Raises where `foreach`, `fused` and `backend` contradict one another or name nothing."""
+    backend, use_foreach, use_fused = options["backend"], options["foreach"], options["fused"]
+    for key, value in (("foreach", use_foreach), ("fused", use_fused)):
+        if value not in (None, True, False):
+            raise ValueError(f"Invalid {key} value: {value!r} (True, False or None)")
+    if use_foreach and use_fused:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    if backend is None:
+        return
+    if backend not in BACKENDS:
+        raise ValueError(f"Invalid backend: {backend!r} (one of {', '.join(BACKENDS)}, or None)")
+    is_foreach, is_fused = backend == foreach.name, BACKENDS[backend].fused
+    for key, asked, given in (
+        ("foreach", use_foreach, is_foreach),
+        ("fused", use_fused, is_fused),
+    ):
+        if asked is not None and asked != given:
+            raise ValueError(f"backend={backend!r} contradicts {key}={asked}")
+
+
+def choose(options: dict[str, Any], device: torch.device) -> Backend:
+    """The backend that a parameter group asks for, for tensors on `device`.
+
+    Raises:
+        RuntimeError: one was asked for, by name or by fused=True, and is not there.
+    """
+    if options["backend"] is not None:
+        backend = BACKENDS[options["backend"]]
+        reason = backend.unavailable(device)
+        if reason is not None:
+            raise RuntimeError(f"backend={backend.name!r} is not available: {reason}")
+        return backend
+    if options["foreach"]:
+        return foreach
+    reasons = []
+    if options["fused"] is not False and (options["fused"] or options["foreach"] is None):
+        for backend in BACKENDS.values():
+            if not backend.fused:
+                continue
+            reason = backend.unavailable(device)
+            if reason is None:
+                return backend
+            reasons.append(f"{backend.name}: {reason}")
+    if options["fused"]:
+        raise RuntimeError(f"fused=True: no fused backend is available ({'; '.join(reasons)})")
+    return foreach if options["foreach"] is None else reference

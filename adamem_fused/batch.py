@@ -1,0 +1,131 @@
+"""What a backend is given: the tensors of one step on one device, and their hyperparameters.
+
+Every list holds one entry a tensor, over all parameter groups in order; `hypers` and
+`group_sizes` hold one a group. Tensors are real and dense (complex ones come as pairs of
+reals), and the memory (`exp_avgs`, `exp_avg_sqs`, `momentum_buffers`) has its parameter's
+shape. `steps`, `beta_prods`, `prev_lrs` and `betas` are 0-dim tensors on the same device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
+
+from torch import Tensor
+
+Lr: TypeAlias = "float | Tensor"
+
+
+class AdamWHyper(NamedTuple):
+    """Hyperparameters of one parameter group of AM-AdamW."""
+
+    lr: Lr
+    beta_max: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    memory_lambda: float
+    anchored: bool  # kappa = 1
+    loss_gap: bool  # the gap's difference of losses is added to rows between stats and apply
+    maximize: bool
+
+
+class SGDHyper(NamedTuple):
+    """Hyperparameters of one parameter group of AM-SGD."""
+
+    lr: Lr
+    beta_max: float
+    weight_decay: float
+    memory_lambda: float
+    anchored: bool
+    loss_gap: bool
+    maximize: bool
+
+
+@dataclass
+class AdamWBatch:
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    exp_avgs: list[Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
+    beta_prods: list[Tensor] = field(default_factory=list)
+    prev_lrs: list[Tensor] = field(default_factory=list)
+    betas: list[Tensor] = field(default_factory=list)
+    hypers: list[AdamWHyper] = field(default_factory=list)
+    group_sizes: list[int] = field(default_factory=list)
+
+    @property
+    def memories(self) -> dict[str, list[Tensor]]:
+        return {"exp_avg": self.exp_avgs, "exp_avg_sq": self.exp_avg_sqs}
+
+    def lists(self) -> tuple[list[Tensor], ...]:
+        """The lists in the order in which the optimizer's `_init_group` fills them."""
+        return (
+            self.params,
+            self.grads,
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            self.steps,
+            self.beta_prods,
+            self.prev_lrs,
+            self.betas,
+        )
+
+
+@dataclass
+class SGDBatch:
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    momentum_buffers: list[Tensor] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
+    prev_lrs: list[Tensor] = field(default_factory=list)
+    betas: list[Tensor] = field(default_factory=list)
+    hypers: list[SGDHyper] = field(default_factory=list)
+    group_sizes: list[int] = field(default_factory=list)
+
+    @property
+    def memories(self) -> dict[str, list[Tensor]]:
+        return {"momentum_buffer": self.momentum_buffers}
+
+    def lists(self) -> tuple[list[Tensor], ...]:
+        """The lists in the order in which the optimizer's `_init_group` fills them."""
+        return (
+            self.params,
+            self.grads,
+            self.momentum_buffers,
+            self.steps,
+            self.prev_lrs,
+            self.betas,
+        )
+
+
+Batch: TypeAlias = "AdamWBatch | SGDBatch"
+
+
+def group_slices(batch: Batch) -> Iterator[slice]:
+    """Each group's place in the batch's lists, in the order of `batch.hypers`."""
+    start = 0
+    for size in batch.group_sizes:
+        yield slice(start, start + size)
+        start += size
+
+
+def check(batch: Batch) -> None:
+    """Raises ValueError where a gradient or a memory has not its parameter's shape or device.
+
+    For the backends written in Python; the C++ operators check for themselves, at a
+    tenth of the cost.
+    """
+    for name, tensors in {"grad": batch.grads, **batch.memories}.items():
+        for i, (tensor, param) in enumerate(zip(tensors, batch.params, strict=True)):
+            if tensor.shape != param.shape:
+                raise ValueError(
+                    f"{name} of tensor {i} has shape {list(tensor.shape)}, "
+                    f"its parameter {list(param.shape)}"
+                )
+            if tensor.device != param.device:
+                raise ValueError(
+                    f"{name} of tensor {i} is on {tensor.device}, its parameter on {param.device}"
+                )

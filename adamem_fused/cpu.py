@@ -1,0 +1,116 @@
+"""The cpu backend: the C++ operators of csrc/cpu, for tensors on the CPU.
+
+One call a step for the sums and one for the update, or one for both where no tensor's
+beta waits for another's. Multi-threaded (torch.set_num_threads), vectorised for AVX-512,
+AVX2 or the baseline (ATEN_CPU_CAPABILITY overrides the choice), and deterministic: the
+same bits with any number of threads and on any of the three.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adamem_fused import ops
+from adamem_fused.batch import AdamWBatch, Batch, SGDBatch
+
+name = "cpu"
+fused = True
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why this backend cannot be used for tensors on `device`, or None."""
+    if device.type != "cpu":
+        return f"it works on CPU tensors, and these are on {device}"
+    return ops.unavailable
+
+
+def _lrs(batch: Batch) -> Tensor:
+    """The groups' learning rates, [groups] float64."""
+    lrs = [h.lr for h in batch.hypers]
+    if any(isinstance(lr, Tensor) for lr in lrs):
+        return torch.stack(
+            [torch.as_tensor(lr, dtype=torch.float64, device="cpu").reshape(()) for lr in lrs]
+        )
+    return torch.tensor(lrs, dtype=torch.float64)
+
+
+def _hypers(batch: Batch) -> list[float]:
+    """The groups' other hyperparameters, flat, in the order that csrc/ops.cpp gives."""
+    return [float(value) for h in batch.hypers for value in h[1:]]
+
+
+def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
+    """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
+    rows: Tensor = torch.ops.adamem_fused.adamw_stats(
+        batch.params,
+        batch.grads,
+        batch.exp_avgs,
+        batch.exp_avg_sqs,
+        batch.steps,
+        batch.beta_prods,
+        batch.prev_lrs,
+        _lrs(batch),
+        batch.group_sizes,
+        _hypers(batch),
+        grad_scale,
+    )
+    return rows
+
+
+def adamw_apply(
+    batch: AdamWBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    """Beta from the rows (their own, if None); updates parameters and state in place."""
+    torch.ops.adamem_fused.adamw_apply_(
+        batch.params,
+        batch.grads,
+        batch.exp_avgs,
+        batch.exp_avg_sqs,
+        batch.steps,
+        batch.beta_prods,
+        batch.prev_lrs,
+        batch.betas,
+        rows,
+        _lrs(batch),
+        batch.group_sizes,
+        _hypers(batch),
+        grad_scale,
+        found_inf,
+    )
+
+
+def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
+    """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
+    rows: Tensor = torch.ops.adamem_fused.sgd_stats(
+        batch.params,
+        batch.grads,
+        batch.momentum_buffers,
+        batch.steps,
+        batch.prev_lrs,
+        _lrs(batch),
+        batch.group_sizes,
+        _hypers(batch),
+        grad_scale,
+    )
+    return rows
+
+
+def sgd_apply(
+    batch: SGDBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    """Beta from the rows (their own, if None); updates parameters and state in place."""
+    torch.ops.adamem_fused.sgd_apply_(
+        batch.params,
+        batch.grads,
+        batch.momentum_buffers,
+        batch.steps,
+        batch.prev_lrs,
+        batch.betas,
+        rows,
+        _lrs(batch),
+        batch.group_sizes,
+        _hypers(batch),
+        grad_scale,
+        found_inf,
+    )

@@ -1,0 +1,489 @@
+"""What AMAdamW and AMSGD share: collecting a step's tensors, the seam, state and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias, cast, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from adamem_fused import backends
+from adamem_fused.backends import Backend
+from adamem_fused.batch import Batch, Lr, group_slices
+
+ParamsT: TypeAlias = (
+    "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
+)
+
+MEMORY_PLANES = ("level", "anchored")
+GAPS = ("gradient", "loss")
+BETA_SCOPES = ("tensor", "global")
+
+# Options that say how to compute and not what: a checkpoint of another optimizer does
+# not decide them.
+_IMPLEMENTATION = ("foreach", "fused", "backend", "capturable")
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_COMPLEX = (torch.complex64, torch.complex128)
+
+
+def check_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:
+    """Raises ValueError unless low <= value < high. NaN is not in any range."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value < high:
+        allowed = f">= {low}" if high == float("inf") else f"in [{low}, {high})"
+        raise ValueError(f"Invalid {name}: {value!r} (a finite number {allowed})")
+
+
+def check_lr(lr: Any) -> None:
+    """Raises ValueError unless lr is a finite number >= 0 or a tensor of one element."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"Invalid learning rate: tensor lr must be 1-element, not {lr.shape}")
+        if lr.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_number("learning rate", lr.item(), 0.0)
+    else:
+        check_number("learning rate", lr, 0.0)
+
+
+def check_options(group: dict[str, Any]) -> None:
+    """Raises on a bad value of the options that both optimizers have."""
+    check_number("weight_decay value", group["weight_decay"], 0.0)
+    check_number("memory_lambda value", group["memory_lambda"], 0.0)
+    for key, allowed in (
+        ("memory_plane", MEMORY_PLANES),
+        ("gap", GAPS),
+        ("beta_scope", BETA_SCOPES),
+        ("maximize", (True, False)),
+        ("capturable", (True, False)),
+    ):
+        if group[key] not in allowed:
+            choices = " or ".join(repr(value) for value in allowed)
+            raise ValueError(f"Invalid {key}: {group[key]!r} ({choices})")
+    if group["gap"] == "loss" and group["beta_scope"] != "global":
+        raise ValueError(
+            'gap="loss" needs beta_scope="global", not '
+            f"{group['beta_scope']!r}: a loss belongs to the whole model"
+        )
+    backends.check_choice(group)
+
+
+def memory_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of a parameter's memory: float32, and float64 for float64; complex if it is."""
+    if param.dtype in _COMPLEX:
+        return param.dtype
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def scalar_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of a parameter's scalar state."""
+    double = param.dtype in (torch.float64, torch.complex128)
+    return torch.float64 if double else torch.float32
+
+
+def over_lr(value: Lr, lr: Lr) -> Lr:
+    """value / lr, and 0 at lr = 0."""
+    if isinstance(lr, Tensor):
+        return torch.where(lr == 0, 0.0, value / lr)
+    return value / lr if lr != 0 else 0.0
+
+
+class _Kept:
+    """A tensor that Optimizer.load_state_dict leaves alone, see `load_state_dict` below."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of reals, a real one as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+@dataclass
+class Work:
+    """A batch, the backend that is to do it, and the parameter groups it came from."""
+
+    backend: Backend
+    batch: Any
+    groups: list[dict[str, Any]]
+
+    @property
+    def scopes(self) -> list[str]:
+        return [group["beta_scope"] for group in self.groups]
+
+    def here(self, tensor: Tensor | None) -> Tensor | None:
+        """A scalar of another device (GradScaler's may be on one) on this batch's."""
+        if tensor is None or not self.batch.params:
+            return tensor
+        return tensor.to(self.batch.params[0].device, non_blocking=True)
+
+    def loss_numel(self) -> int:
+        return sum(
+            param.numel()
+            for hyper, place in zip(self.batch.hypers, group_slices(self.batch), strict=True)
+            if hyper.loss_gap
+            for param in self.batch.params[place]
+        )
+
+
+def share_sums(works: list[Work], rows: list[Tensor]) -> None:
+    """Gives every tensor of a group with beta_scope="global" the sums over all such tensors."""
+    places = [
+        (work_rows, place)
+        for work, work_rows in zip(works, rows, strict=True)
+        for scope, place in zip(work.scopes, group_slices(work.batch), strict=True)
+        if scope == "global"
+    ]
+    if not places:
+        return
+    device = places[0][0].device
+    total = torch.cat([r[place].to(device) for r, place in places]).sum(0)
+    for work_rows, place in places:
+        work_rows[place] = total.to(work_rows.device)
+
+
+class AdaptiveMemoryOptimizer(Optimizer):
+    """Base of AMAdamW and AMSGD. Holds no arithmetic.
+
+    A subclass names its state and makes its batch; the step is then the same: collect the
+    tensors that have a gradient, by backend and device; sum; let tensors that share one
+    beta share their sums; apply.
+    """
+
+    # Names of the state: tensors like the parameter, and 0-dim tensors with their first value.
+    memories: ClassVar[tuple[str, ...]]
+    scalars: ClassVar[dict[str, float]]
+
+    # Set by torch.amp.GradScaler for the time of a step.
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    # ---- what a subclass gives ----------------------------------------------------
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raises ValueError or TypeError on a bad value in a complete parameter group."""
+        raise NotImplementedError
+
+    def _new_batch(self) -> Batch:
+        raise NotImplementedError
+
+    def _hyper(self, group: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def _stats(self, backend: Backend, batch: Any, grad_scale: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _apply(
+        self,
+        backend: Backend,
+        batch: Any,
+        rows: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        raise NotImplementedError
+
+    def _loss_factor(self, hyper: Any) -> Lr:
+        """What a difference of losses is multiplied with in num: c / eta, 0 at eta = 0."""
+        raise NotImplementedError
+
+    def _convert_state(
+        self, param: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> dict[str, Any]:
+        """A parameter's state as torch.optim's counterpart saves it, as this class's state."""
+        raise NotImplementedError
+
+    # ---- parameter groups ---------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group; nothing is added where a value in it is bad."""
+        if isinstance(param_group, dict):
+            self._check_group({**self.defaults, **param_group})
+        known = len(self.param_groups)
+        super().add_param_group(param_group)
+        try:
+            for param in self.param_groups[-1]["params"]:
+                if param.dtype not in _FLOATING + _COMPLEX:
+                    raise TypeError(
+                        f"{type(self).__name__} optimizes floating-point and complex tensors, "
+                        f"not {param.dtype}"
+                    )
+                backends.choose(self.param_groups[-1], param.device)
+        except Exception:
+            del self.param_groups[known:]
+            raise
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """GradScaler's question: does step() unscale and skip on found_inf, on the device?"""
+        return all(
+            backends.choose(group, param.device).fused
+            for group in self.param_groups
+            for param in group["params"]
+        )
+
+    # ---- a step -------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Performs one optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss. Needed for gap="loss".
+
+        Returns:
+            The closure's loss, or None without a closure.
+
+        Raises:
+            RuntimeError: a sparse gradient; gap="loss" without a closure; a backend that
+                was asked for and is not there.
+            ValueError: a hyperparameter that has become bad; state of the wrong shape.
+
+            Parameters and state are then as they were.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        if loss is None and any(group["gap"] == "loss" for group in self.param_groups):
+            raise RuntimeError('gap="loss" needs the loss: call step(closure)')
+        try:
+            self._run(self._collect(), loss)
+        except Exception:
+            self._drop_unused_state()
+            raise
+        return loss
+
+    def _drop_unused_state(self) -> None:
+        """Removes state that has seen no step: what a step that raised has made."""
+        for param, state in list(self.state.items()):
+            if "step" in state and state["step"] == 0:
+                del self.state[param]
+
+    def _init_group(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *lists: Any
+    ) -> None:
+        """Appends the group's tensors that have a gradient, and their state, to the lists.
+
+        The name and the way of filling lists are torch.optim's: torch.compile knows them
+        and takes what is appended here as inputs of the compiled step.
+        """
+        names = (*self.memories, *self.scalars)
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+            state = self.state[param]
+            if names[0] not in state:
+                self._init_state(param, state)
+            params.append(param)
+            grads.append(grad)
+            for name, values in zip(names, lists, strict=True):
+                values.append(state[name])
+
+    def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
+        for name in self.memories:
+            state[name] = torch.zeros_like(
+                param, dtype=memory_dtype(param), memory_format=torch.preserve_format
+            )
+        for name, value in self.scalars.items():
+            state[name] = torch.full((), value, dtype=scalar_dtype(param), device=param.device)
+
+    def _collect(self) -> list[Work]:
+        """This step's tensors, a batch for each backend and device."""
+        works: dict[tuple[str, torch.device], Work] = {}
+        for group in self.param_groups:
+            check_lr(group["lr"])
+            lists: tuple[list[Tensor], ...] = tuple(
+                [] for _ in range(2 + len(self.memories) + len(self.scalars))
+            )
+            self._init_group(group, *lists)
+            params = lists[0]
+            if any(param.is_complex() for param in params):
+                tensors = 2 + len(self.memories)
+                lists = (*([as_real(t) for t in ts] for ts in lists[:tensors]), *lists[tensors:])
+            devices = {param.device for param in params}
+            for device in devices:
+                backend = backends.choose(group, device)
+                work = works.get((backend.name, device))
+                if work is None:
+                    work = works[backend.name, device] = Work(backend, self._new_batch(), [])
+                size = len(work.batch.params)
+                for values, target in zip(lists, work.batch.lists(), strict=True):
+                    if len(devices) == 1:
+                        target.extend(values)
+                    else:
+                        target.extend(
+                            v for v, p in zip(values, params, strict=True) if p.device == device
+                        )
+                work.batch.hypers.append(self._hyper(group))
+                work.batch.group_sizes.append(len(work.batch.params) - size)
+                work.groups.append(group)
+        return list(works.values())
+
+    def _run(self, works: list[Work], loss: float | Tensor | None) -> None:
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if not all(work.backend.fused for work in works):
+            # The unfused backends know nothing of scaling: here it costs a sync and a copy.
+            if found_inf is not None and found_inf.item() != 0:
+                return
+            if grad_scale is not None:
+                for work in works:
+                    work.batch.grads = [g / grad_scale.to(g.device) for g in work.batch.grads]
+            grad_scale = found_inf = None
+
+        # Where no tensor's beta waits for another's, a backend may do both passes at once.
+        # With several batches the sums come first all the same: they are where a backend
+        # raises, before any batch has been changed.
+        rows: list[Tensor] | None = None
+        if len(works) > 1 or any("global" in work.scopes for work in works):
+            rows = [self._stats(w.backend, w.batch, w.here(grad_scale)) for w in works]
+            self._add_loss_gap(works, rows, loss)
+            share_sums(works, rows)
+        for i, work in enumerate(works):
+            work_rows = None if rows is None else rows[i]
+            self._apply(
+                work.backend, work.batch, work_rows, work.here(grad_scale), work.here(found_inf)
+            )
+        if any(group["gap"] == "loss" for group in self.param_groups):
+            self._keep_loss(loss, found_inf)
+
+    # ---- gap="loss" ---------------------------------------------------------------
+
+    @property
+    def _model_state(self) -> dict[str, Any]:
+        """Where state of the whole model is kept: with the first parameter, as LBFGS does."""
+        return cast("dict[str, Any]", self.state[self.param_groups[0]["params"][0]])
+
+    def _add_loss_gap(
+        self, works: list[Work], rows: list[Tensor], loss: float | Tensor | None
+    ) -> None:
+        """Adds f(x_{t-1}) - f(x_t), times its factor, to num, where gap="loss".
+
+        The difference belongs to the whole model: each tensor takes the share that its
+        number of elements is of all of them, with its own group's factor.
+        """
+        prev_loss = self._model_state.get("prev_loss")
+        total = sum(work.loss_numel() for work in works)
+        if prev_loss is None or total == 0:
+            return
+        for work, work_rows in zip(works, rows, strict=True):
+            difference = prev_loss - torch.as_tensor(loss, dtype=torch.float64)
+            difference = difference.to(work_rows.device)
+            # The first loss was not a number: as on a first step.
+            difference = torch.where(difference.isnan(), 0.0, difference)
+            for hyper, place in zip(work.batch.hypers, group_slices(work.batch), strict=True):
+                if hyper.loss_gap:
+                    numels = [param.numel() for param in work.batch.params[place]]
+                    share = torch.tensor(numels, dtype=torch.float64, device=work_rows.device)
+                    sign = -1.0 if hyper.maximize else 1.0
+                    factor = self._loss_factor(hyper) * (sign / total)
+                    work_rows[place, 0] += share * factor * difference
+
+    def _keep_loss(self, loss: float | Tensor | None, found_inf: Tensor | None) -> None:
+        current = torch.as_tensor(loss, dtype=torch.float64).detach().clone()
+        if found_inf is not None:
+            prev_loss = self._model_state.get("prev_loss", torch.full_like(current, torch.nan))
+            current = torch.where(found_inf.to(current.device) == 0, current, prev_loss)
+        self._model_state["prev_loss"] = current
+
+    # ---- checkpoints --------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state_dict of this class, or of its counterpart in torch.optim.
+
+        State keeps its values bit for bit: it takes its parameter's device and layout, but
+        not its dtype (float32 state of bfloat16 parameters stays float32, float64 state
+        stays float64).
+
+        A torch.optim.AdamW or SGD state_dict brings its lr, betas, weight decay and the
+        like; this optimizer's own options stay as they are, the missing state is made up.
+
+        Raises:
+            ValueError: parameter groups or state that do not fit the parameters, a bad
+                hyperparameter, amsgrad state. Nothing has changed then.
+        """
+        # Optimizer.load_state_dict casts state to the parameter's dtype, by a policy that
+        # a subclass cannot override. So tensors go through it in a wrapper, put on after
+        # the user's own hooks and taken off in __setstate__.
+        handle = self.register_load_state_dict_pre_hook(AdaptiveMemoryOptimizer._wrap)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def _wrap(self: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        """A checked copy of a state_dict, its tensors wrapped."""
+        saved_groups = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in saved_groups]
+        if sizes != [len(group["params"]) for group in self.param_groups]:
+            return None  # Optimizer.load_state_dict says what is wrong
+        groups = []
+        params: dict[Any, tuple[Tensor, dict[str, Any]]] = {}
+        for own, saved in zip(self.param_groups, saved_groups, strict=True):
+            options = {key: value for key, value in own.items() if key not in saved}
+            if "memory_plane" not in saved:
+                options |= {key: own[key] for key in _IMPLEMENTATION}
+            group = {**saved, **options, "params": saved["params"]}
+            self._check_group(group)
+            groups.append(group)
+            for key, param in zip(saved["params"], own["params"], strict=True):
+                params[key] = (param, group)
+        state = {
+            key: self._wrap_state(*params[key], value) if key in params else value
+            for key, value in state_dict["state"].items()
+        }
+        return {**state_dict, "param_groups": groups, "state": state}
+
+    def _wrap_state(
+        self, param: Tensor, group: dict[str, Any], saved: dict[str, Any]
+    ) -> dict[str, Any]:
+        """One parameter's state, checked, converted if it is torch.optim's, and wrapped."""
+        state = dict(saved)
+        if self.memories[0] in state and "prev_lr" not in state:
+            state = self._convert_state(param, state, group)
+        if self.memories[0] in state:
+            for name in (*self.memories, *self.scalars):
+                if name not in state:
+                    raise ValueError(f"loaded state has no {name}")
+                shape = param.shape if name in self.memories else torch.Size([])
+                if state[name].numel() != shape.numel() or (shape and state[name].shape != shape):
+                    raise ValueError(
+                        f"loaded state {name} has shape {list(state[name].shape)}; "
+                        f"for a parameter of shape {list(param.shape)} it has to be {list(shape)}"
+                    )
+        return {k: _Kept(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        for param, values in self.state.items():
+            for name, value in values.items():
+                if isinstance(value, _Kept):
+                    values[name] = self._place(param, name, value.tensor)
+
+    def _place(self, param: Tensor, name: str, value: Tensor) -> Tensor:
+        """A copy of a loaded tensor on its parameter's device and, if alike, in its layout."""
+        if name in self.memories:
+            dtype = torch.promote_types(value.dtype, memory_dtype(param))
+            return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)
+        if name in self.scalars:
+            dtype = torch.promote_types(value.dtype, scalar_dtype(param))
+            return value.detach().to(device=param.device, dtype=dtype, copy=True).reshape(())
+        return value.detach().clone()

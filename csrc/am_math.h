@@ -1,0 +1,188 @@
+// The update of one element, and the scalars that go into it: the only place in
+// C++ that holds the formulas. Plain C++17 without dependencies, so that the CPU
+// kernels (V = a pack of lanes) and a CUDA kernel (V = float or double, one
+// element a thread) compile the same text.
+//
+// Notation, as in Topollai & Choromanska (arXiv 2510.04988) and the README:
+//   g gradient, d memory (exp_avg or momentum_buffer), v exp_avg_sq, x parameter,
+//   P Adam's denominator, M = 1 / (P (1 + lambda P)), e = d - g,
+//   eta learning rate, mu weight decay, kappa = 1 for the "anchored" plane.
+#pragma once
+
+#include <cmath>
+
+// Internal linkage: the CPU compiles this header once for each instruction set, and
+// a linker that merged the copies would run AVX-512 code on a machine without it.
+#if defined(__CUDACC__)
+#define AM_INLINE static __host__ __device__ __forceinline__
+#else
+#define AM_INLINE static inline __attribute__((always_inline))
+#endif
+
+namespace am {
+
+// What a parameter group sets, in double as Python gives it.
+struct AdamWHyper {
+  double lr, beta_max, beta2, eps, weight_decay, memory_lambda;
+  bool anchored;  // memory plane through (x_{t-1}, f(x_{t-1})): kappa = 1
+  bool loss_gap;  // the gap's difference of losses comes from outside the kernels
+  bool maximize;
+};
+
+struct SGDHyper {
+  double lr, beta_max, weight_decay, memory_lambda;
+  bool anchored, loss_gap, maximize;
+};
+
+// What the element functions read, in the type T of the arithmetic.
+template <class T>
+struct AdamWCoefficients {
+  T grad_factor;           // -1 for maximize, over grad_scale
+  T beta2, one_minus_beta2;
+  T inv_bias_correction2;  // 1 / (1 - beta2^t)
+  T bias_correction1;      // 1 - beta_max * beta_prod
+  T eps, memory_lambda, weight_decay;
+  T gap_grad, gap_memory;  // (1 + mu eta) / eta times c_g and c_d
+  T lr, decay;             // decay = 1 - eta mu
+};
+
+template <class T>
+struct SGDCoefficients {
+  T grad_factor, memory_lambda, weight_decay;
+  T gap_grad, gap_memory;  // (1 + lambda) / eta times c_g and c_d
+  T lr;
+};
+
+// (c_g, c_d) / eta, or zeros at eta = 0, where the gap term is left out.
+AM_INLINE void gap_factors(double prev_lr, double lr, double scale, bool anchored, bool loss_gap,
+                           double* gap_grad, double* gap_memory) {
+  const double ratio = lr == 0.0 ? 0.0 : scale * (prev_lr / lr);
+  *gap_grad = loss_gap ? 0.0 : ratio;
+  *gap_memory = anchored ? ratio : 0.0;
+}
+
+// step: the number of steps before this one. beta_prod, prev_lr: the state's.
+template <class T>
+AM_INLINE AdamWCoefficients<T> adamw_coefficients(const AdamWHyper& h, double step,
+                                                  double beta_prod, double prev_lr,
+                                                  double grad_scale) {
+  double gap_grad, gap_memory;
+  gap_factors(prev_lr, h.lr, 1.0 + h.weight_decay * h.lr, h.anchored, h.loss_gap, &gap_grad,
+              &gap_memory);
+  AdamWCoefficients<T> c;
+  c.grad_factor = static_cast<T>((h.maximize ? -1.0 : 1.0) / grad_scale);
+  c.beta2 = static_cast<T>(h.beta2);
+  c.one_minus_beta2 = static_cast<T>(1.0 - h.beta2);
+  c.inv_bias_correction2 = static_cast<T>(1.0 / (1.0 - std::pow(h.beta2, step + 1.0)));
+  c.bias_correction1 = static_cast<T>(1.0 - h.beta_max * beta_prod);
+  c.eps = static_cast<T>(h.eps);
+  c.memory_lambda = static_cast<T>(h.memory_lambda);
+  c.weight_decay = static_cast<T>(h.weight_decay);
+  c.gap_grad = static_cast<T>(gap_grad);
+  c.gap_memory = static_cast<T>(gap_memory);
+  c.lr = static_cast<T>(h.lr);
+  c.decay = static_cast<T>(1.0 - h.lr * h.weight_decay);
+  return c;
+}
+
+template <class T>
+AM_INLINE SGDCoefficients<T> sgd_coefficients(const SGDHyper& h, double prev_lr,
+                                              double grad_scale) {
+  double gap_grad, gap_memory;
+  gap_factors(prev_lr, h.lr, 1.0 + h.memory_lambda, h.anchored, h.loss_gap, &gap_grad,
+              &gap_memory);
+  SGDCoefficients<T> c;
+  c.grad_factor = static_cast<T>((h.maximize ? -1.0 : 1.0) / grad_scale);
+  c.memory_lambda = static_cast<T>(h.memory_lambda);
+  c.weight_decay = static_cast<T>(h.weight_decay);
+  c.gap_grad = static_cast<T>(gap_grad);
+  c.gap_memory = static_cast<T>(gap_memory);
+  c.lr = static_cast<T>(h.lr);
+  return c;
+}
+
+// beta = clip(num / den, 0, beta_max); 0 where den = 0 (d equals g). NaN stays NaN.
+AM_INLINE double clipped_beta(double num, double den, double beta_max) {
+  if (den == 0.0) return 0.0;
+  const double beta = num / den;
+  return beta < 0.0 ? 0.0 : beta > beta_max ? beta_max : beta;
+}
+
+// The first step has no earlier iterate: AM-AdamW takes the cap, so that with
+// lambda = 0 it is AdamW's bias-corrected first step; AM-SGD takes d = g.
+AM_INLINE double adamw_beta(double num, double den, double beta_max, double step) {
+  return step == 0.0 ? beta_max : clipped_beta(num, den, beta_max);
+}
+
+AM_INLINE double sgd_beta(double num, double den, double beta_max, double step) {
+  return step == 0.0 ? 0.0 : clipped_beta(num, den, beta_max);
+}
+
+template <class V, class T>
+AM_INLINE V adamw_exp_avg_sq(V g, V v, const AdamWCoefficients<T>& c) {
+  return v * c.beta2 + g * g * c.one_minus_beta2;
+}
+
+template <class V, class T>
+AM_INLINE V adamw_denominator(V v, const AdamWCoefficients<T>& c) {
+  using std::sqrt;
+  return (sqrt(v * c.inv_bias_correction2) + c.eps) * c.bias_correction1;
+}
+
+// Adds one element's part of num (the gap included) and den. g is the gradient as
+// stored. One division: 1 / P is M (1 + lambda P). x is read only where Decay.
+template <bool Decay, class V, class T>
+AM_INLINE void adamw_sums(V g, V d, V v, V x, const AdamWCoefficients<T>& c, V& num, V& den) {
+  g = g * c.grad_factor;
+  const V p = adamw_denominator(adamw_exp_avg_sq(g, v, c), c);
+  const V damping = p * c.memory_lambda + T(1);
+  const V m = T(1) / (p * damping);
+  const V e = d - g;
+  V step = d * (m * damping);
+  V pull = (g + p * d * c.memory_lambda) * m;
+  if (Decay) {
+    const V shrink = x * c.weight_decay;
+    step = step + shrink;
+    pull = pull + shrink;
+  }
+  num = num + ((g * c.gap_grad - d * c.gap_memory) * step - e * pull);
+  den = den + e * e * m;
+}
+
+// Updates one element's d, v and x with the beta of its tensor.
+template <class V, class T>
+AM_INLINE void adamw_update(V g, V& d, V& v, V& x, T beta, const AdamWCoefficients<T>& c) {
+  g = g * c.grad_factor;
+  v = adamw_exp_avg_sq(g, v, c);
+  const V p = adamw_denominator(v, c);
+  const V damping = p * c.memory_lambda + T(1);
+  const V m = T(1) / (p * damping);
+  d = (g * (T(1) - beta) + (p * c.memory_lambda + beta) * d) * (m * p);
+  x = x * c.decay - d * (m * damping) * c.lr;
+}
+
+template <bool Decay, class V, class T>
+AM_INLINE V sgd_gradient(V g, V x, const SGDCoefficients<T>& c) {
+  g = g * c.grad_factor;
+  return Decay ? g + x * c.weight_decay : g;
+}
+
+template <bool Decay, class V, class T>
+AM_INLINE void sgd_sums(V g, V d, V x, const SGDCoefficients<T>& c, V& num, V& den) {
+  g = sgd_gradient<Decay>(g, x, c);
+  const V e = d - g;
+  num = num + ((g * c.gap_grad - d * c.gap_memory) * d - e * (g + d * c.memory_lambda));
+  den = den + e * e;
+}
+
+// first: d = g, whatever the buffer holds.
+template <bool Decay, class V, class T>
+AM_INLINE void sgd_update(V g, V& d, V& x, T beta, bool first, const SGDCoefficients<T>& c) {
+  g = sgd_gradient<Decay>(g, x, c);
+  d = first ? g
+            : (d * (beta + c.memory_lambda) + g * (T(1) - beta)) *
+                  (T(1) / (T(1) + c.memory_lambda));
+  x = x - d * c.lr;
+}
+
+}  // namespace am

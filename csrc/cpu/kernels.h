@@ -1,0 +1,54 @@
+// The CPU kernels' interface: free of torch, one table of functions for each
+// instruction set. A call works on one chunk, a contiguous piece of one tensor.
+#pragma once
+
+#include <cstdint>
+
+#include "../am_math.h"
+
+namespace am::cpu {
+
+// Type of parameter and gradient. The memory's type is double for float64 and float
+// for the others, and the arithmetic is done in it.
+enum DType { kFloat32, kFloat64, kBFloat16, kFloat16, kNumDTypes };
+
+// A partial sum covers this many elements, whatever the number of threads or the
+// instruction set: the same bits everywhere. 256 KiB of float32 g, d, v and x, so
+// that a chunk's update finds in L2 what its sums have read.
+constexpr int64_t kChunk = 16384;
+
+struct AdamWChunk {
+  void* param;
+  const void* grad;
+  void* exp_avg;
+  void* exp_avg_sq;
+  int64_t numel;
+};
+
+struct SGDChunk {
+  void* param;
+  const void* grad;
+  void* momentum_buffer;
+  int64_t numel;
+};
+
+struct Sums {
+  double num, den;
+};
+
+struct Kernels {
+  Sums (*adamw_sums[kNumDTypes])(const AdamWChunk&, const AdamWCoefficients<double>&);
+  void (*adamw_update[kNumDTypes])(const AdamWChunk&, const AdamWCoefficients<double>&,
+                                   double beta);
+  Sums (*sgd_sums[kNumDTypes])(const SGDChunk&, const SGDCoefficients<double>&);
+  void (*sgd_update[kNumDTypes])(const SGDChunk&, const SGDCoefficients<double>&, double beta,
+                                 bool first);
+};
+
+extern const Kernels kernels_default;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace am::cpu

@@ -1,0 +1,2 @@
+#define AM_KERNELS kernels_avx512
+#include "kernels_impl.h"

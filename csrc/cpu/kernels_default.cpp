@@ -1,0 +1,2 @@
+#define AM_KERNELS kernels_default
+#include "kernels_impl.h"

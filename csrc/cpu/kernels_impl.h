@@ -1,0 +1,230 @@
+// The chunk walk around am_math.h, compiled once for each instruction set by the
+// kernels_*.cpp beside it, which define AM_KERNELS, the name of the table.
+#include "kernels.h"
+#include "pack.h"
+
+namespace {
+
+using namespace am;
+using namespace am::cpu;
+
+// Sums run in float lanes for this many elements and are then added to double lanes,
+// so that a float32 sum's rounding error does not grow with the tensor.
+constexpr int64_t kBlock = 1024;
+
+template <class T>
+struct LaneSums {
+  Pack<T> num = broadcast(T(0)), den = broadcast(T(0));
+};
+
+template <class T>
+struct Accumulator {
+  static constexpr int kLanes = Pack<T>::kLanes;
+  double num[kLanes] = {}, den[kLanes] = {};
+
+  void add(const LaneSums<T>& sums, int64_t lanes = kLanes) {
+    T lane_num[kLanes], lane_den[kLanes];
+    store(lane_num, sums.num);
+    store(lane_den, sums.den);
+    for (int64_t l = 0; l < lanes; ++l) {
+      num[l] += lane_num[l];
+      den[l] += lane_den[l];
+    }
+  }
+
+  Sums total() {
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+      for (int l = 0; l < width; ++l) {
+        num[l] += num[l + width];
+        den[l] += den[l + width];
+      }
+    }
+    return {num[0], den[0]};
+  }
+};
+
+// Up to a pack's worth of elements, copied so that a full pack can be read or written.
+template <class S, int kLanes>
+struct Tail {
+  S lanes[kLanes] = {};
+  Tail(const S* p, int64_t n) {
+    if (p != nullptr) std::memcpy(lanes, p, n * sizeof(S));
+  }
+  void write(S* p, int64_t n) const { std::memcpy(p, lanes, n * sizeof(S)); }
+};
+
+// S: stored type of parameter and gradient; T: type of the memory and the arithmetic.
+template <class S, class T>
+struct AdamW {
+  using Coefficients = AdamWCoefficients<T>;
+  static constexpr int kLanes = Pack<T>::kLanes;
+
+  static Coefficients cast(const AdamWCoefficients<double>& c) {
+    return {T(c.grad_factor), T(c.beta2), T(c.one_minus_beta2), T(c.inv_bias_correction2),
+            T(c.bias_correction1), T(c.eps), T(c.memory_lambda), T(c.weight_decay),
+            T(c.gap_grad), T(c.gap_memory), T(c.lr), T(c.decay)};
+  }
+
+  template <bool Decay>
+  AM_INLINE void sum_pack(const S* x, const S* g, const T* d, const T* v,
+                                 const Coefficients& c, LaneSums<T>& sums) {
+    adamw_sums<Decay>(load(g), load(d), load(v), Decay ? load(x) : broadcast(T(0)), c, sums.num,
+                      sums.den);
+  }
+
+  template <bool Decay>
+  static Sums sum_chunk(const AdamWChunk& chunk, const Coefficients& c) {
+    const S* x = static_cast<const S*>(chunk.param);
+    const S* g = static_cast<const S*>(chunk.grad);
+    const T* d = static_cast<const T*>(chunk.exp_avg);
+    const T* v = static_cast<const T*>(chunk.exp_avg_sq);
+    const int64_t whole = chunk.numel - chunk.numel % kLanes;
+    Accumulator<T> accumulator;
+    for (int64_t begin = 0; begin < whole; begin += kBlock) {
+      const int64_t end = begin + kBlock < whole ? begin + kBlock : whole;
+      LaneSums<T> sums;
+      for (int64_t i = begin; i < end; i += kLanes)
+        sum_pack<Decay>(x + i, g + i, d + i, v + i, c, sums);
+      accumulator.add(sums);
+    }
+    if (const int64_t rest = chunk.numel - whole) {
+      const Tail<S, kLanes> tail_x(x + whole, rest), tail_g(g + whole, rest);
+      const Tail<T, kLanes> tail_d(d + whole, rest), tail_v(v + whole, rest);
+      LaneSums<T> sums;
+      sum_pack<Decay>(tail_x.lanes, tail_g.lanes, tail_d.lanes, tail_v.lanes, c, sums);
+      accumulator.add(sums, rest);
+    }
+    return accumulator.total();
+  }
+
+  static Sums sums(const AdamWChunk& chunk, const AdamWCoefficients<double>& c) {
+    return c.weight_decay != 0.0 ? sum_chunk<true>(chunk, cast(c))
+                                 : sum_chunk<false>(chunk, cast(c));
+  }
+
+  AM_INLINE void update_pack(S* x, const S* g, T* d, T* v, T beta, const Coefficients& c) {
+    Pack<T> new_d = load(d), new_v = load(v), new_x = load(x);
+    adamw_update(load(g), new_d, new_v, new_x, beta, c);
+    store(d, new_d);
+    store(v, new_v);
+    store(x, new_x);
+  }
+
+  static void update(const AdamWChunk& chunk, const AdamWCoefficients<double>& double_c,
+                     double double_beta) {
+    const Coefficients c = cast(double_c);
+    const T beta = static_cast<T>(double_beta);
+    S* x = static_cast<S*>(chunk.param);
+    const S* g = static_cast<const S*>(chunk.grad);
+    T* d = static_cast<T*>(chunk.exp_avg);
+    T* v = static_cast<T*>(chunk.exp_avg_sq);
+    const int64_t whole = chunk.numel - chunk.numel % kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes) update_pack(x + i, g + i, d + i, v + i, beta, c);
+    if (const int64_t rest = chunk.numel - whole) {
+      Tail<S, kLanes> tail_x(x + whole, rest);
+      const Tail<S, kLanes> tail_g(g + whole, rest);
+      Tail<T, kLanes> tail_d(d + whole, rest), tail_v(v + whole, rest);
+      update_pack(tail_x.lanes, tail_g.lanes, tail_d.lanes, tail_v.lanes, beta, c);
+      tail_x.write(x + whole, rest);
+      tail_d.write(d + whole, rest);
+      tail_v.write(v + whole, rest);
+    }
+  }
+};
+
+template <class S, class T>
+struct SGD {
+  using Coefficients = SGDCoefficients<T>;
+  static constexpr int kLanes = Pack<T>::kLanes;
+
+  static Coefficients cast(const SGDCoefficients<double>& c) {
+    return {T(c.grad_factor), T(c.memory_lambda), T(c.weight_decay),
+            T(c.gap_grad),    T(c.gap_memory),    T(c.lr)};
+  }
+
+  template <bool Decay>
+  AM_INLINE void sum_pack(const S* x, const S* g, const T* d, const Coefficients& c,
+                                 LaneSums<T>& sums) {
+    sgd_sums<Decay>(load(g), load(d), Decay ? load(x) : broadcast(T(0)), c, sums.num, sums.den);
+  }
+
+  template <bool Decay>
+  static Sums sum_chunk(const SGDChunk& chunk, const Coefficients& c) {
+    const S* x = static_cast<const S*>(chunk.param);
+    const S* g = static_cast<const S*>(chunk.grad);
+    const T* d = static_cast<const T*>(chunk.momentum_buffer);
+    const int64_t whole = chunk.numel - chunk.numel % kLanes;
+    Accumulator<T> accumulator;
+    for (int64_t begin = 0; begin < whole; begin += kBlock) {
+      const int64_t end = begin + kBlock < whole ? begin + kBlock : whole;
+      LaneSums<T> sums;
+      for (int64_t i = begin; i < end; i += kLanes) sum_pack<Decay>(x + i, g + i, d + i, c, sums);
+      accumulator.add(sums);
+    }
+    if (const int64_t rest = chunk.numel - whole) {
+      const Tail<S, kLanes> tail_x(x + whole, rest), tail_g(g + whole, rest);
+      const Tail<T, kLanes> tail_d(d + whole, rest);
+      LaneSums<T> sums;
+      sum_pack<Decay>(tail_x.lanes, tail_g.lanes, tail_d.lanes, c, sums);
+      accumulator.add(sums, rest);
+    }
+    return accumulator.total();
+  }
+
+  static Sums sums(const SGDChunk& chunk, const SGDCoefficients<double>& c) {
+    return c.weight_decay != 0.0 ? sum_chunk<true>(chunk, cast(c))
+                                 : sum_chunk<false>(chunk, cast(c));
+  }
+
+  template <bool Decay>
+  AM_INLINE void update_pack(S* x, const S* g, T* d, T beta, bool first,
+                                    const Coefficients& c) {
+    Pack<T> new_d = load(d), new_x = load(x);
+    sgd_update<Decay>(load(g), new_d, new_x, beta, first, c);
+    store(d, new_d);
+    store(x, new_x);
+  }
+
+  template <bool Decay>
+  static void update_chunk(const SGDChunk& chunk, const Coefficients& c, T beta, bool first) {
+    S* x = static_cast<S*>(chunk.param);
+    const S* g = static_cast<const S*>(chunk.grad);
+    T* d = static_cast<T*>(chunk.momentum_buffer);
+    const int64_t whole = chunk.numel - chunk.numel % kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes)
+      update_pack<Decay>(x + i, g + i, d + i, beta, first, c);
+    if (const int64_t rest = chunk.numel - whole) {
+      Tail<S, kLanes> tail_x(x + whole, rest);
+      const Tail<S, kLanes> tail_g(g + whole, rest);
+      Tail<T, kLanes> tail_d(d + whole, rest);
+      update_pack<Decay>(tail_x.lanes, tail_g.lanes, tail_d.lanes, beta, first, c);
+      tail_x.write(x + whole, rest);
+      tail_d.write(d + whole, rest);
+    }
+  }
+
+  static void update(const SGDChunk& chunk, const SGDCoefficients<double>& c, double beta,
+                     bool first) {
+    c.weight_decay != 0.0
+        ? update_chunk<true>(chunk, cast(c), static_cast<T>(beta), first)
+        : update_chunk<false>(chunk, cast(c), static_cast<T>(beta), first);
+  }
+};
+
+}  // namespace
+
+namespace am::cpu {
+
+// In the order of DType.
+extern const Kernels AM_KERNELS = {
+    {AdamW<float, float>::sums, AdamW<double, double>::sums, AdamW<BFloat16, float>::sums,
+     AdamW<Float16, float>::sums},
+    {AdamW<float, float>::update, AdamW<double, double>::update, AdamW<BFloat16, float>::update,
+     AdamW<Float16, float>::update},
+    {SGD<float, float>::sums, SGD<double, double>::sums, SGD<BFloat16, float>::sums,
+     SGD<Float16, float>::sums},
+    {SGD<float, float>::update, SGD<double, double>::update, SGD<BFloat16, float>::update,
+     SGD<Float16, float>::update},
+};
+
+}  // namespace am::cpu

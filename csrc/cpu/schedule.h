@@ -1,0 +1,171 @@
+// Which thread works on which chunk, and when. Free of torch: the caller hands in
+// parallel_for(parts, f), which calls f(0) ... f(parts - 1), each once, on any
+// number of threads.
+//
+// A step reads every tensor twice, for its sums and for its update, and is as fast
+// as the second reading is served from cache. Hence three sizes of tensor:
+//   small   one thread does its sums and its update at once;
+//   medium  waves of tensors that fit in the caches together: all threads do the
+//           wave's sums, then all do its updates, each thread its own chunks again;
+//   large   a wave of its own; the updates walk backwards, so that they begin with
+//           what the sums have just read.
+// A chunk's sums, and the order in which a tensor's chunks are added, depend on
+// nothing but the tensor's size, so neither do the bits of the result.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace am::cpu {
+
+// Job: one tensor of a step, with
+//   int64_t numel;
+//   Sums sums;                        what its chunks' sums add up to
+//   Sums sum_chunk(int64_t begin, int64_t numel) const;
+//   void set_beta();                  from sums
+//   void update_chunk(int64_t begin, int64_t numel) const;
+template <class Job, class ParallelFor>
+class Schedule {
+ public:
+  Schedule(std::vector<Job>& jobs, int64_t threads, ParallelFor parallel_for)
+      : jobs_(jobs), threads_(threads), parallel_for_(parallel_for) {}
+
+  // The two sides of the seam.
+  void sums() { sum_wave(all()); }
+
+  void update() {
+    for (Job& job : jobs_) job.set_beta();
+    update_wave(all());
+  }
+
+  // Both at once, where no tensor's beta waits for another's sums.
+  void step() {
+    std::vector<Job*> small, wave;
+    int64_t wave_numel = 0;
+    for (Job& job : jobs_) {
+      if (job.numel <= kSmall) {
+        small.push_back(&job);
+        continue;
+      }
+      if (wave_numel + job.numel > kWave) {
+        step_wave(wave);
+        wave.clear();
+        wave_numel = 0;
+      }
+      wave.push_back(&job);
+      wave_numel += job.numel;
+    }
+    step_wave(wave);
+    step_small(small);
+  }
+
+ private:
+  static constexpr int64_t kSmall = 2 * kChunk;
+  static constexpr int64_t kWave = 1 << 18;
+  // What a tensor costs beside its elements, in elements.
+  static constexpr int64_t kTensorCost = 256;
+  // Less than this is not worth waking a thread for.
+  static constexpr int64_t kMinCost = 8192;
+
+  struct Item {
+    Job* job;
+    int64_t begin, numel;
+    Sums sums;
+  };
+
+  std::vector<Job*> all() {
+    std::vector<Job*> jobs;
+    jobs.reserve(jobs_.size());
+    for (Job& job : jobs_) jobs.push_back(&job);
+    return jobs;
+  }
+
+  // Splits items into runs of about equal cost, one a thread, and calls
+  // f(first, last) for each.
+  template <class F>
+  void split(const std::vector<int64_t>& costs, F f) {
+    std::vector<int64_t> ends(costs.size());
+    int64_t total = 0;
+    for (size_t i = 0; i < costs.size(); ++i) ends[i] = total += costs[i];
+    const int64_t parts = std::max<int64_t>(1, std::min(threads_, total / kMinCost));
+    const auto boundary = [&](int64_t part) -> int64_t {
+      if (part == parts) return static_cast<int64_t>(ends.size());
+      return std::lower_bound(ends.begin(), ends.end(), total * part / parts + 1) - ends.begin();
+    };
+    parallel_for_(parts, [&](int64_t part) { f(boundary(part), boundary(part + 1)); });
+  }
+
+  static std::vector<Item> chunks(const std::vector<Job*>& jobs) {
+    std::vector<Item> items;
+    for (Job* job : jobs)
+      for (int64_t begin = 0; begin < job->numel; begin += kChunk)
+        items.push_back({job, begin, std::min(kChunk, job->numel - begin), {0.0, 0.0}});
+    return items;
+  }
+
+  static std::vector<int64_t> costs(const std::vector<Item>& items) {
+    std::vector<int64_t> result;
+    result.reserve(items.size());
+    for (const Item& item : items) result.push_back(item.numel + kTensorCost);
+    return result;
+  }
+
+  void sum_wave(const std::vector<Job*>& jobs) {
+    std::vector<Item> items = chunks(jobs);
+    split(costs(items), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i)
+        items[i].sums = items[i].job->sum_chunk(items[i].begin, items[i].numel);
+    });
+    for (Job* job : jobs) job->sums = {0.0, 0.0};
+    for (const Item& item : items) {
+      item.job->sums.num += item.sums.num;
+      item.job->sums.den += item.sums.den;
+    }
+  }
+
+  void update_wave(const std::vector<Job*>& jobs) {
+    const std::vector<Item> items = chunks(jobs);
+    split(costs(items), [&](int64_t first, int64_t last) {
+      for (int64_t i = last - 1; i >= first; --i)
+        items[i].job->update_chunk(items[i].begin, items[i].numel);
+    });
+  }
+
+  void step_wave(const std::vector<Job*>& jobs) {
+    if (jobs.empty()) return;
+    sum_wave(jobs);
+    for (Job* job : jobs) job->set_beta();
+    update_wave(jobs);
+  }
+
+  void step_small(const std::vector<Job*>& jobs) {
+    if (jobs.empty()) return;
+    std::vector<int64_t> costs;
+    costs.reserve(jobs.size());
+    for (const Job* job : jobs) costs.push_back(job->numel + kTensorCost);
+    split(costs, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) step_one(*jobs[i]);
+    });
+  }
+
+  static void step_one(Job& job) {
+    job.sums = {0.0, 0.0};
+    for (int64_t begin = 0; begin < job.numel; begin += kChunk) {
+      const Sums part = job.sum_chunk(begin, std::min(kChunk, job.numel - begin));
+      job.sums.num += part.num;
+      job.sums.den += part.den;
+    }
+    job.set_beta();
+    for (int64_t begin = (job.numel - 1) / kChunk * kChunk; begin >= 0; begin -= kChunk)
+      job.update_chunk(begin, std::min(kChunk, job.numel - begin));
+  }
+
+  std::vector<Job>& jobs_;
+  int64_t threads_;
+  ParallelFor parallel_for_;
+};
+
+}  // namespace am::cpu
