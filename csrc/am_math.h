@@ -21,6 +21,10 @@
 
 namespace am {
 
+// For float and double; a pack of lanes brings its own.
+using std::fma;
+using std::sqrt;
+
 // What a parameter group sets, in double as Python gives it.
 struct AdamWHyper {
   double lr, beta_max, beta2, eps, weight_decay, memory_lambda;
@@ -37,19 +41,19 @@ struct SGDHyper {
 // What the element functions read, in the type T of the arithmetic.
 template <class T>
 struct AdamWCoefficients {
-  T grad_factor;           // -1 for maximize, over grad_scale
+  T grad_factor;  // -1 for maximize, over grad_scale
   T beta2, one_minus_beta2;
-  T inv_bias_correction2;  // 1 / (1 - beta2^t)
-  T bias_correction1;      // 1 - beta_max * beta_prod
-  T eps, memory_lambda, weight_decay;
-  T gap_grad, gap_memory;  // (1 + mu eta) / eta times c_g and c_d
-  T lr, decay;             // decay = 1 - eta mu
+  T v_scale;  // bias_correction1^2 / bias_correction2
+  T eps;      // times bias_correction1
+  T memory_lambda, weight_decay;
+  T gap_grad, minus_gap_memory;  // (1 + mu eta) / eta times c_g and -c_d
+  T lr, decay;                   // decay = 1 - eta mu
 };
 
 template <class T>
 struct SGDCoefficients {
   T grad_factor, memory_lambda, weight_decay;
-  T gap_grad, gap_memory;  // (1 + lambda) / eta times c_g and c_d
+  T gap_grad, minus_gap_memory;  // (1 + lambda) / eta times c_g and -c_d
   T lr;
 };
 
@@ -73,13 +77,14 @@ AM_INLINE AdamWCoefficients<T> adamw_coefficients(const AdamWHyper& h, double st
   c.grad_factor = static_cast<T>((h.maximize ? -1.0 : 1.0) / grad_scale);
   c.beta2 = static_cast<T>(h.beta2);
   c.one_minus_beta2 = static_cast<T>(1.0 - h.beta2);
-  c.inv_bias_correction2 = static_cast<T>(1.0 / (1.0 - std::pow(h.beta2, step + 1.0)));
-  c.bias_correction1 = static_cast<T>(1.0 - h.beta_max * beta_prod);
-  c.eps = static_cast<T>(h.eps);
+  const double bias_correction1 = 1.0 - h.beta_max * beta_prod;
+  const double bias_correction2 = 1.0 - std::pow(h.beta2, step + 1.0);
+  c.v_scale = static_cast<T>(bias_correction1 * bias_correction1 / bias_correction2);
+  c.eps = static_cast<T>(bias_correction1 * h.eps);
   c.memory_lambda = static_cast<T>(h.memory_lambda);
   c.weight_decay = static_cast<T>(h.weight_decay);
   c.gap_grad = static_cast<T>(gap_grad);
-  c.gap_memory = static_cast<T>(gap_memory);
+  c.minus_gap_memory = static_cast<T>(-gap_memory);
   c.lr = static_cast<T>(h.lr);
   c.decay = static_cast<T>(1.0 - h.lr * h.weight_decay);
   return c;
@@ -96,7 +101,7 @@ AM_INLINE SGDCoefficients<T> sgd_coefficients(const SGDHyper& h, double prev_lr,
   c.memory_lambda = static_cast<T>(h.memory_lambda);
   c.weight_decay = static_cast<T>(h.weight_decay);
   c.gap_grad = static_cast<T>(gap_grad);
-  c.gap_memory = static_cast<T>(gap_memory);
+  c.minus_gap_memory = static_cast<T>(-gap_memory);
   c.lr = static_cast<T>(h.lr);
   return c;
 }
@@ -118,71 +123,83 @@ AM_INLINE double sgd_beta(double num, double den, double beta_max, double step) 
   return step == 0.0 ? 0.0 : clipped_beta(num, den, beta_max);
 }
 
+// What AM-SGD's new d takes of the old one and of the gradient.
+AM_INLINE void sgd_mixture(double beta, double memory_lambda, double step, double* keep,
+                           double* take) {
+  const bool first = step == 0.0;
+  *keep = first ? 0.0 : (beta + memory_lambda) / (1.0 + memory_lambda);
+  *take = first ? 1.0 : (1.0 - beta) / (1.0 + memory_lambda);
+}
+
+// The element functions. g is the gradient as stored. Multiply-adds are written out,
+// so that no compiler has a choice to make; V(c) is the constant in every lane.
+
 template <class V, class T>
 AM_INLINE V adamw_exp_avg_sq(V g, V v, const AdamWCoefficients<T>& c) {
-  return v * c.beta2 + g * g * c.one_minus_beta2;
+  return fma(g * g, V(c.one_minus_beta2), v * V(c.beta2));
 }
 
+// P = bias_correction1 (sqrt(v / bias_correction2) + eps)
 template <class V, class T>
 AM_INLINE V adamw_denominator(V v, const AdamWCoefficients<T>& c) {
-  using std::sqrt;
-  return (sqrt(v * c.inv_bias_correction2) + c.eps) * c.bias_correction1;
+  return sqrt(v * V(c.v_scale)) + V(c.eps);
 }
 
-// Adds one element's part of num (the gap included) and den. g is the gradient as
-// stored. One division: 1 / P is M (1 + lambda P). x is read only where Decay.
+// Adds one element's part of num (the gap included) and den. With M = 1 / (P (1 + lambda P))
+// and D = (1 + lambda P) d, what the terms have in common is taken out:
+//   1 / P = M (1 + lambda P)     g + lambda P d = D - e
+//   num = (c_g g - c_d d) (d / P + mu x) - e (g + lambda P d) M - mu x e
+//       = M ((c_g g - c_d d) D - e (D - e)) + mu x ((c_g g - c_d d) - e)
+// x is read only where Decay.
 template <bool Decay, class V, class T>
 AM_INLINE void adamw_sums(V g, V d, V v, V x, const AdamWCoefficients<T>& c, V& num, V& den) {
-  g = g * c.grad_factor;
+  g = g * V(c.grad_factor);
   const V p = adamw_denominator(adamw_exp_avg_sq(g, v, c), c);
-  const V damping = p * c.memory_lambda + T(1);
-  const V m = T(1) / (p * damping);
+  const V m = V(T(1)) / (p * fma(p, V(c.memory_lambda), V(T(1))));
   const V e = d - g;
-  V step = d * (m * damping);
-  V pull = (g + p * d * c.memory_lambda) * m;
-  if (Decay) {
-    const V shrink = x * c.weight_decay;
-    step = step + shrink;
-    pull = pull + shrink;
-  }
-  num = num + ((g * c.gap_grad - d * c.gap_memory) * step - e * pull);
-  den = den + e * e * m;
+  const V damped_d = fma(p * d, V(c.memory_lambda), d);
+  const V slope = fma(g, V(c.gap_grad), d * V(c.minus_gap_memory));
+  num = fma(fma(e, e - damped_d, slope * damped_d), m, num);
+  if (Decay) num = fma(x * V(c.weight_decay), slope - e, num);
+  den = fma(e * e, m, den);
 }
 
-// Updates one element's d, v and x with the beta of its tensor.
+// Updates one element's d, v and x with the beta of its tensor. With the new d before its
+// division, n = (1 - beta) g + (beta + lambda P) d: d = n / (1 + lambda P), d / P = n M.
 template <class V, class T>
 AM_INLINE void adamw_update(V g, V& d, V& v, V& x, T beta, const AdamWCoefficients<T>& c) {
-  g = g * c.grad_factor;
+  g = g * V(c.grad_factor);
   v = adamw_exp_avg_sq(g, v, c);
   const V p = adamw_denominator(v, c);
-  const V damping = p * c.memory_lambda + T(1);
-  const V m = T(1) / (p * damping);
-  d = (g * (T(1) - beta) + (p * c.memory_lambda + beta) * d) * (m * p);
-  x = x * c.decay - d * (m * damping) * c.lr;
+  const V m = V(T(1)) / (p * fma(p, V(c.memory_lambda), V(T(1))));
+  const V n = fma(g, V(T(1) - beta), fma(p, V(c.memory_lambda), V(beta)) * d);
+  d = n * (m * p);
+  x = fma(n * m, V(-c.lr), x * V(c.decay));
 }
 
 template <bool Decay, class V, class T>
 AM_INLINE V sgd_gradient(V g, V x, const SGDCoefficients<T>& c) {
-  g = g * c.grad_factor;
-  return Decay ? g + x * c.weight_decay : g;
+  g = g * V(c.grad_factor);
+  return Decay ? fma(x, V(c.weight_decay), g) : g;
 }
 
+// num = (c_g g - c_d d) d - e (g + lambda d)
 template <bool Decay, class V, class T>
 AM_INLINE void sgd_sums(V g, V d, V x, const SGDCoefficients<T>& c, V& num, V& den) {
   g = sgd_gradient<Decay>(g, x, c);
-  const V e = d - g;
-  num = num + ((g * c.gap_grad - d * c.gap_memory) * d - e * (g + d * c.memory_lambda));
-  den = den + e * e;
+  const V e = g - d;
+  const V slope = fma(g, V(c.gap_grad), d * V(c.minus_gap_memory));
+  num = fma(slope, d, num);
+  num = fma(e, fma(d, V(c.memory_lambda), g), num);
+  den = fma(e, e, den);
 }
 
-// first: d = g, whatever the buffer holds.
+// d = keep d + take g
 template <bool Decay, class V, class T>
-AM_INLINE void sgd_update(V g, V& d, V& x, T beta, bool first, const SGDCoefficients<T>& c) {
+AM_INLINE void sgd_update(V g, V& d, V& x, T keep, T take, const SGDCoefficients<T>& c) {
   g = sgd_gradient<Decay>(g, x, c);
-  d = first ? g
-            : (d * (beta + c.memory_lambda) + g * (T(1) - beta)) *
-                  (T(1) / (T(1) + c.memory_lambda));
-  x = x - d * c.lr;
+  d = fma(g, V(take), d * V(keep));
+  x = fma(d, V(-c.lr), x);
 }
 
 }  // namespace am

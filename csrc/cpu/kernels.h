@@ -12,8 +12,8 @@ namespace am::cpu {
 // for the others, and the arithmetic is done in it.
 enum DType { kFloat32, kFloat64, kBFloat16, kFloat16, kNumDTypes };
 
-// A partial sum covers this many elements, whatever the number of threads or the
-// instruction set: the same bits everywhere. 256 KiB of float32 g, d, v and x, so
+// A partial sum covers this many elements, whatever the number of threads: the same bits
+// with any. 256 KiB of float32 g, d, v and x, so
 // that a chunk's update finds in L2 what its sums have read.
 constexpr int64_t kChunk = 16384;
 
@@ -41,8 +41,8 @@ struct Kernels {
   void (*adamw_update[kNumDTypes])(const AdamWChunk&, const AdamWCoefficients<double>&,
                                    double beta);
   Sums (*sgd_sums[kNumDTypes])(const SGDChunk&, const SGDCoefficients<double>&);
-  void (*sgd_update[kNumDTypes])(const SGDChunk&, const SGDCoefficients<double>&, double beta,
-                                 bool first);
+  void (*sgd_update[kNumDTypes])(const SGDChunk&, const SGDCoefficients<double>&, double keep,
+                                 double take);
 };
 
 extern const Kernels kernels_default;

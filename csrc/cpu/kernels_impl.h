@@ -14,7 +14,7 @@ constexpr int64_t kBlock = 1024;
 
 template <class T>
 struct LaneSums {
-  Pack<T> num = broadcast(T(0)), den = broadcast(T(0));
+  Pack<T> num = Pack<T>(T(0)), den = Pack<T>(T(0));
 };
 
 template <class T>
@@ -60,15 +60,16 @@ struct AdamW {
   static constexpr int kLanes = Pack<T>::kLanes;
 
   static Coefficients cast(const AdamWCoefficients<double>& c) {
-    return {T(c.grad_factor), T(c.beta2), T(c.one_minus_beta2), T(c.inv_bias_correction2),
-            T(c.bias_correction1), T(c.eps), T(c.memory_lambda), T(c.weight_decay),
-            T(c.gap_grad), T(c.gap_memory), T(c.lr), T(c.decay)};
+    return {T(c.grad_factor),   T(c.beta2),        T(c.one_minus_beta2),
+            T(c.v_scale),       T(c.eps),          T(c.memory_lambda),
+            T(c.weight_decay),  T(c.gap_grad),     T(c.minus_gap_memory),
+            T(c.lr),            T(c.decay)};
   }
 
   template <bool Decay>
   AM_INLINE void sum_pack(const S* x, const S* g, const T* d, const T* v,
                                  const Coefficients& c, LaneSums<T>& sums) {
-    adamw_sums<Decay>(load(g), load(d), load(v), Decay ? load(x) : broadcast(T(0)), c, sums.num,
+    adamw_sums<Decay>(load(g), load(d), load(v), Decay ? load(x) : Pack<T>(T(0)), c, sums.num,
                       sums.den);
   }
 
@@ -139,13 +140,13 @@ struct SGD {
 
   static Coefficients cast(const SGDCoefficients<double>& c) {
     return {T(c.grad_factor), T(c.memory_lambda), T(c.weight_decay),
-            T(c.gap_grad),    T(c.gap_memory),    T(c.lr)};
+            T(c.gap_grad),    T(c.minus_gap_memory), T(c.lr)};
   }
 
   template <bool Decay>
   AM_INLINE void sum_pack(const S* x, const S* g, const T* d, const Coefficients& c,
                                  LaneSums<T>& sums) {
-    sgd_sums<Decay>(load(g), load(d), Decay ? load(x) : broadcast(T(0)), c, sums.num, sums.den);
+    sgd_sums<Decay>(load(g), load(d), Decay ? load(x) : Pack<T>(T(0)), c, sums.num, sums.den);
   }
 
   template <bool Decay>
@@ -177,37 +178,35 @@ struct SGD {
   }
 
   template <bool Decay>
-  AM_INLINE void update_pack(S* x, const S* g, T* d, T beta, bool first,
-                                    const Coefficients& c) {
+  AM_INLINE void update_pack(S* x, const S* g, T* d, T keep, T take, const Coefficients& c) {
     Pack<T> new_d = load(d), new_x = load(x);
-    sgd_update<Decay>(load(g), new_d, new_x, beta, first, c);
+    sgd_update<Decay>(load(g), new_d, new_x, keep, take, c);
     store(d, new_d);
     store(x, new_x);
   }
 
   template <bool Decay>
-  static void update_chunk(const SGDChunk& chunk, const Coefficients& c, T beta, bool first) {
+  static void update_chunk(const SGDChunk& chunk, const Coefficients& c, T keep, T take) {
     S* x = static_cast<S*>(chunk.param);
     const S* g = static_cast<const S*>(chunk.grad);
     T* d = static_cast<T*>(chunk.momentum_buffer);
     const int64_t whole = chunk.numel - chunk.numel % kLanes;
     for (int64_t i = 0; i < whole; i += kLanes)
-      update_pack<Decay>(x + i, g + i, d + i, beta, first, c);
+      update_pack<Decay>(x + i, g + i, d + i, keep, take, c);
     if (const int64_t rest = chunk.numel - whole) {
       Tail<S, kLanes> tail_x(x + whole, rest);
       const Tail<S, kLanes> tail_g(g + whole, rest);
       Tail<T, kLanes> tail_d(d + whole, rest);
-      update_pack<Decay>(tail_x.lanes, tail_g.lanes, tail_d.lanes, beta, first, c);
+      update_pack<Decay>(tail_x.lanes, tail_g.lanes, tail_d.lanes, keep, take, c);
       tail_x.write(x + whole, rest);
       tail_d.write(d + whole, rest);
     }
   }
 
-  static void update(const SGDChunk& chunk, const SGDCoefficients<double>& c, double beta,
-                     bool first) {
-    c.weight_decay != 0.0
-        ? update_chunk<true>(chunk, cast(c), static_cast<T>(beta), first)
-        : update_chunk<false>(chunk, cast(c), static_cast<T>(beta), first);
+  static void update(const SGDChunk& chunk, const SGDCoefficients<double>& c, double keep,
+                     double take) {
+    c.weight_decay != 0.0 ? update_chunk<true>(chunk, cast(c), T(keep), T(take))
+                          : update_chunk<false>(chunk, cast(c), T(keep), T(take));
   }
 };
 

@@ -8,6 +8,7 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -48,7 +49,15 @@ void visit_scalar(const Tensor& t, F f) {
   }
 }
 
-double read(const Tensor& t) {
+void check_scalar(const Tensor& t, const char* name, size_t i) {
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, name, " of tensor ",
+                   i, " has dtype ", t.scalar_type(), "; it has to be float32 or float64");
+  TORCH_CHECK_VALUE(t.numel() == 1 && t.is_cpu(), name, " of tensor ", i, " has shape ", t.sizes(),
+                    " on ", t.device(), "; it has to be a 0-dim tensor on the CPU");
+}
+
+double read(const Tensor& t, const char* name, size_t i) {
+  check_scalar(t, name, i);
   double value = 0.0;
   visit_scalar(t, [&](auto* p) { value = *p; });
   return value;
@@ -62,17 +71,9 @@ double read_optional(const OptionalTensor& t, double otherwise) {
   return t.has_value() ? t->item<double>() : otherwise;
 }
 
-void check_scalar(const Tensor& t, const char* name, size_t i) {
-  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, name, " of tensor ",
-                   i, " has dtype ", t.scalar_type(), "; it has to be float32 or float64");
-  TORCH_CHECK_VALUE(t.numel() == 1 && t.is_cpu(), name, " of tensor ", i, " has shape ", t.sizes(),
-                    " on ", t.device(), "; it has to be a 0-dim tensor on the CPU");
-}
-
-void check_scalars(TensorList list, const char* name, size_t tensors) {
+void check_length(TensorList list, const char* name, size_t tensors) {
   TORCH_CHECK_VALUE(list.size() == tensors, name, " holds ", list.size(), " tensors, params ",
                     tensors);
-  for (size_t i = 0; i < tensors; ++i) check_scalar(list[i], name, i);
 }
 
 void check_like(const Tensor& t, const Tensor& param, const char* name, size_t i) {
@@ -97,6 +98,9 @@ DType dtype_of(const Tensor& param, size_t i) {
   }
 }
 
+constexpr int64_t kParamBytes[kNumDTypes] = {4, 8, 2, 2};
+constexpr int64_t kMemoryBytes[kNumDTypes] = {4, 8, 4, 4};
+
 at::ScalarType memory_type(DType dtype) { return dtype == kFloat64 ? at::kDouble : at::kFloat; }
 
 // Whether element i of one lies where element i of the other does. Strides of
@@ -114,13 +118,21 @@ bool same_layout(const Tensor& a, const Tensor& b) {
 // in the type of the memory, and store() writes the results back.
 template <size_t kMemories>
 struct Views {
-  DType dtype;
-  Tensor param, grad, memories[kMemories];
-  bool copied = false;
+  struct Copies {
+    Tensor param, grad, memories[kMemories];
+  };
 
-  Views(const Tensor& p, const Tensor& g, const Tensor* const (&m)[kMemories],
-        const char* const (&names)[kMemories], size_t i)
-      : dtype(dtype_of(p, i)), param(p), grad(g) {
+  DType dtype = kFloat32;
+  int64_t numel = 0;
+  char* param = nullptr;
+  char* grad = nullptr;
+  char* memories[kMemories] = {};
+  std::unique_ptr<Copies> copies;
+
+  void open(const Tensor& p, const Tensor& g, const Tensor* const (&m)[kMemories],
+            const char* const (&names)[kMemories], size_t i) {
+    dtype = dtype_of(p, i);
+    numel = p.numel();
     check_like(g, p, "grad", i);
     bool direct = g.scalar_type() == p.scalar_type() && p.is_non_overlapping_and_dense() &&
                   same_layout(g, p);
@@ -129,33 +141,43 @@ struct Views {
       check_like(*m[k], p, names[k], i);
       direct = direct && m[k]->scalar_type() == memory_type(dtype) && same_layout(*m[k], p);
       type = at::promoteTypes(type, m[k]->scalar_type());
-      memories[k] = *m[k];
     }
-    if (direct) return;
+    if (direct) {
+      point(p, g, [&](size_t k) -> const Tensor& { return *m[k]; });
+      return;
+    }
     at::assert_no_internal_overlap(p);
-    copied = true;
+    copies = std::make_unique<Copies>();
+    const auto copy = [&](const Tensor& t) { return t.to(type).contiguous(); };
+    copies->param = copy(p);
+    copies->grad = copy(g);
+    for (size_t k = 0; k < kMemories; ++k) copies->memories[k] = copy(*m[k]);
     dtype = type == at::kDouble ? kFloat64 : kFloat32;
-    const auto copy = [&](Tensor& t) { t = t.to(type).contiguous(); };
-    copy(param);
-    copy(grad);
-    for (Tensor& memory : memories) copy(memory);
+    point(copies->param, copies->grad,
+          [&](size_t k) -> const Tensor& { return copies->memories[k]; });
   }
 
   void store(const Tensor& p, const Tensor* const (&m)[kMemories]) const {
-    if (!copied) return;
-    if (!p.is_same(param)) p.copy_(param);
+    if (copies == nullptr) return;
+    if (!p.is_same(copies->param)) p.copy_(copies->param);
     for (size_t k = 0; k < kMemories; ++k)
-      if (!m[k]->is_same(memories[k])) m[k]->copy_(memories[k]);
+      if (!m[k]->is_same(copies->memories[k])) m[k]->copy_(copies->memories[k]);
   }
 
   // A chunk's pointers. The sums only read through them.
-  char* param_at(int64_t begin) const { return at(param, begin); }
-  char* grad_at(int64_t begin) const { return at(grad, begin); }
-  char* memory_at(size_t k, int64_t begin) const { return at(memories[k], begin); }
+  char* param_at(int64_t begin) const { return param + begin * kParamBytes[dtype]; }
+  char* grad_at(int64_t begin) const { return grad + begin * kParamBytes[dtype]; }
+  char* memory_at(size_t k, int64_t begin) const {
+    return memories[k] + begin * kMemoryBytes[dtype];
+  }
 
  private:
-  static char* at(const Tensor& t, int64_t begin) {
-    return static_cast<char*>(t.data_ptr()) + begin * static_cast<int64_t>(t.element_size());
+  template <class Memory>
+  void point(const Tensor& p, const Tensor& g, Memory memory) {
+    param = static_cast<char*>(p.data_ptr());
+    grad = static_cast<char*>(const_cast<void*>(g.const_data_ptr()));
+    for (size_t k = 0; k < kMemories; ++k)
+      memories[k] = static_cast<char*>(memory(k).data_ptr());
   }
 };
 
@@ -204,11 +226,14 @@ struct Groups {
 
 // ---- jobs: one tensor of a step ---------------------------------------------------
 
+// Scalars are kept as they were read; the coefficients are made where a chunk is worked
+// on, by the thread that does it.
+
 struct AdamWJob {
   Views<2> views;
-  AdamWCoefficients<double> coefficients;
-  double step, beta_max;
-  int64_t numel = views.param.numel();
+  AdamWHyper hyper;
+  double grad_scale, step, beta_prod, prev_lr;
+  int64_t numel;
   Sums sums{0.0, 0.0};
   double beta = 0.0;
 
@@ -216,36 +241,58 @@ struct AdamWJob {
     return {views.param_at(begin), views.grad_at(begin), views.memory_at(0, begin),
             views.memory_at(1, begin), n};
   }
-  Sums sum_chunk(int64_t begin, int64_t n) const {
-    return kernels().adamw_sums[views.dtype](chunk(begin, n), coefficients);
+  AdamWCoefficients<double> coefficients() const {
+    return adamw_coefficients<double>(hyper, step, beta_prod, prev_lr, grad_scale);
   }
-  void set_beta() { beta = adamw_beta(sums.num, sums.den, beta_max, step); }
+  Sums sum_chunk(int64_t begin, int64_t n) const {
+    return kernels().adamw_sums[views.dtype](chunk(begin, n), coefficients());
+  }
+  void set_beta() { beta = adamw_beta(sums.num, sums.den, hyper.beta_max, step); }
   void update_chunk(int64_t begin, int64_t n) const {
-    kernels().adamw_update[views.dtype](chunk(begin, n), coefficients, beta);
+    kernels().adamw_update[views.dtype](chunk(begin, n), coefficients(), beta);
   }
 };
 
 struct SGDJob {
   Views<1> views;
-  SGDCoefficients<double> coefficients;
-  double step, beta_max;
-  int64_t numel = views.param.numel();
+  SGDHyper hyper;
+  double grad_scale, step, prev_lr;
+  int64_t numel;
   Sums sums{0.0, 0.0};
   double beta = 0.0;
 
   SGDChunk chunk(int64_t begin, int64_t n) const {
     return {views.param_at(begin), views.grad_at(begin), views.memory_at(0, begin), n};
   }
+  SGDCoefficients<double> coefficients() const {
+    return sgd_coefficients<double>(hyper, prev_lr, grad_scale);
+  }
   // A first step has no memory: d = g, and both sums are zero.
   Sums sum_chunk(int64_t begin, int64_t n) const {
     return step == 0.0 ? Sums{0.0, 0.0}
-                       : kernels().sgd_sums[views.dtype](chunk(begin, n), coefficients);
+                       : kernels().sgd_sums[views.dtype](chunk(begin, n), coefficients());
   }
-  void set_beta() { beta = sgd_beta(sums.num, sums.den, beta_max, step); }
+  void set_beta() { beta = sgd_beta(sums.num, sums.den, hyper.beta_max, step); }
   void update_chunk(int64_t begin, int64_t n) const {
-    kernels().sgd_update[views.dtype](chunk(begin, n), coefficients, beta, step == 0.0);
+    double keep, take;
+    sgd_mixture(beta, hyper.memory_lambda, step, &keep, &take);
+    kernels().sgd_update[views.dtype](chunk(begin, n), coefficients(), keep, take);
   }
 };
+
+// Calls f(i) for every tensor. With thousands of them, looking each one up in memory is
+// most of a step's time, so that is shared among the threads too.
+template <class F>
+void for_each_tensor(size_t tensors, F f) {
+  at::parallel_for(0, static_cast<int64_t>(tensors), 256, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(static_cast<size_t>(i));
+  });
+}
+
+void check_betas(TensorList betas, size_t tensors) {
+  check_length(betas, "betas", tensors);
+  for_each_tensor(tensors, [&](size_t i) { check_scalar(betas[i], "beta", i); });
+}
 
 template <class Job>
 auto schedule(std::vector<Job>& jobs) {
@@ -298,23 +345,24 @@ std::vector<AdamWJob> adamw_jobs(const AdamWLists& t, const Groups& groups,
   TORCH_CHECK_VALUE(t.grads.size() == n && t.exp_avgs.size() == n && t.exp_avg_sqs.size() == n,
                     "params, grads, exp_avgs and exp_avg_sqs differ in length: ", n, ", ",
                     t.grads.size(), ", ", t.exp_avgs.size(), ", ", t.exp_avg_sqs.size());
-  check_scalars(t.steps, "step", n);
-  check_scalars(t.beta_prods, "beta_prod", n);
-  check_scalars(t.prev_lrs, "prev_lr", n);
+  check_length(t.steps, "steps", n);
+  check_length(t.beta_prods, "beta_prods", n);
+  check_length(t.prev_lrs, "prev_lrs", n);
   const std::vector<size_t> group_of = groups.check(n, Groups::kAdamWColumns);
   const double scale = read_optional(grad_scale, 1.0);
 
-  std::vector<AdamWJob> jobs;
-  jobs.reserve(n);
-  for (size_t i = 0; i < n; ++i) {
-    const AdamWHyper hyper = groups.adamw(group_of[i]);
-    const double step = read(t.steps[i]);
-    jobs.push_back({Views<2>(t.params[i], t.grads[i], {&t.exp_avgs[i], &t.exp_avg_sqs[i]},
-                             {"exp_avg", "exp_avg_sq"}, i),
-                    adamw_coefficients<double>(hyper, step, read(t.beta_prods[i]),
-                                               read(t.prev_lrs[i]), scale),
-                    step, hyper.beta_max});
-  }
+  std::vector<AdamWJob> jobs(n);
+  for_each_tensor(n, [&](size_t i) {
+    AdamWJob& job = jobs[i];
+    job.views.open(t.params[i], t.grads[i], {&t.exp_avgs[i], &t.exp_avg_sqs[i]},
+                   {"exp_avg", "exp_avg_sq"}, i);
+    job.numel = job.views.numel;
+    job.hyper = groups.adamw(group_of[i]);
+    job.grad_scale = scale;
+    job.step = read(t.steps[i], "step", i);
+    job.beta_prod = read(t.beta_prods[i], "beta_prod", i);
+    job.prev_lr = read(t.prev_lrs[i], "prev_lr", i);
+  });
   return jobs;
 }
 
@@ -337,16 +385,16 @@ void adamw_apply_(TensorList params, TensorList grads, TensorList exp_avgs,
   std::vector<AdamWJob> jobs =
       adamw_jobs({params, grads, exp_avgs, exp_avg_sqs, steps, beta_prods, prev_lrs},
                  {lrs, group_sizes, hypers}, grad_scale);
-  check_scalars(betas, "beta", jobs.size());
+  check_betas(betas, jobs.size());
   update(jobs, rows);
-  for (size_t i = 0; i < jobs.size(); ++i) {
+  for_each_tensor(jobs.size(), [&](size_t i) {
     const AdamWJob& job = jobs[i];
     job.views.store(params[i], {&exp_avgs[i], &exp_avg_sqs[i]});
     write(steps[i], job.step + 1.0);
-    write(beta_prods[i], read(beta_prods[i]) * job.beta);
-    write(prev_lrs[i], job.coefficients.lr);
+    write(beta_prods[i], job.beta_prod * job.beta);
+    write(prev_lrs[i], job.hyper.lr);
     write(betas[i], job.beta);
-  }
+  });
 }
 
 // ---- AM-SGD -----------------------------------------------------------------------
@@ -361,20 +409,21 @@ std::vector<SGDJob> sgd_jobs(const SGDLists& t, const Groups& groups,
   TORCH_CHECK_VALUE(t.grads.size() == n && t.momentum_buffers.size() == n,
                     "params, grads and momentum_buffers differ in length: ", n, ", ",
                     t.grads.size(), ", ", t.momentum_buffers.size());
-  check_scalars(t.steps, "step", n);
-  check_scalars(t.prev_lrs, "prev_lr", n);
+  check_length(t.steps, "steps", n);
+  check_length(t.prev_lrs, "prev_lrs", n);
   const std::vector<size_t> group_of = groups.check(n, Groups::kSGDColumns);
   const double scale = read_optional(grad_scale, 1.0);
 
-  std::vector<SGDJob> jobs;
-  jobs.reserve(n);
-  for (size_t i = 0; i < n; ++i) {
-    const SGDHyper hyper = groups.sgd(group_of[i]);
-    jobs.push_back({Views<1>(t.params[i], t.grads[i], {&t.momentum_buffers[i]},
-                             {"momentum_buffer"}, i),
-                    sgd_coefficients<double>(hyper, read(t.prev_lrs[i]), scale),
-                    read(t.steps[i]), hyper.beta_max});
-  }
+  std::vector<SGDJob> jobs(n);
+  for_each_tensor(n, [&](size_t i) {
+    SGDJob& job = jobs[i];
+    job.views.open(t.params[i], t.grads[i], {&t.momentum_buffers[i]}, {"momentum_buffer"}, i);
+    job.numel = job.views.numel;
+    job.hyper = groups.sgd(group_of[i]);
+    job.grad_scale = scale;
+    job.step = read(t.steps[i], "step", i);
+    job.prev_lr = read(t.prev_lrs[i], "prev_lr", i);
+  });
   return jobs;
 }
 
@@ -395,15 +444,15 @@ void sgd_apply_(TensorList params, TensorList grads, TensorList momentum_buffers
   if (read_optional(found_inf, 0.0) != 0.0) return;
   std::vector<SGDJob> jobs = sgd_jobs({params, grads, momentum_buffers, steps, prev_lrs},
                                       {lrs, group_sizes, hypers}, grad_scale);
-  check_scalars(betas, "beta", jobs.size());
+  check_betas(betas, jobs.size());
   update(jobs, rows);
-  for (size_t i = 0; i < jobs.size(); ++i) {
+  for_each_tensor(jobs.size(), [&](size_t i) {
     const SGDJob& job = jobs[i];
     job.views.store(params[i], {&momentum_buffers[i]});
     write(steps[i], job.step + 1.0);
-    write(prev_lrs[i], job.coefficients.lr);
+    write(prev_lrs[i], job.hyper.lr);
     write(betas[i], job.beta);
-  }
+  });
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // Pack<T>: 64 bytes of lanes, as one AVX-512 register, two of AVX2 or four of the
-// baseline. The number of lanes is the same on each, and so are a sum's bits.
+// baseline. The number of lanes is the same on each, and so AVX-512 and AVX2 give the
+// same bits; the baseline has no fused multiply-add and gives its own.
 #pragma once
 
 #include <cmath>
@@ -36,14 +37,12 @@ struct Pack {
   static constexpr int kRegisters = 64 / kRegisterBytes;
   static constexpr int kRegisterLanes = kRegisterBytes / sizeof(T);
   Register<T> r[kRegisters];
-};
 
-template <class T>
-AM_INLINE Pack<T> broadcast(T s) {
-  Pack<T> out;
-  for (int k = 0; k < Pack<T>::kRegisters; ++k) out.r[k] = Register<T>{} + s;
-  return out;
-}
+  Pack() = default;
+  __attribute__((always_inline)) explicit Pack(T s) {
+    for (Register<T>& lanes : r) lanes = Register<T>{} + s;
+  }
+};
 
 #define AM_PACK_OPERATOR(op)                                                     \
   template <class T>                                                             \
@@ -51,14 +50,6 @@ AM_INLINE Pack<T> broadcast(T s) {
     Pack<T> out;                                                                 \
     for (int k = 0; k < Pack<T>::kRegisters; ++k) out.r[k] = a.r[k] op b.r[k];   \
     return out;                                                                  \
-  }                                                                              \
-  template <class T>                                                             \
-  AM_INLINE Pack<T> operator op(Pack<T> a, T b) {                                \
-    return a op broadcast(b);                                                    \
-  }                                                                              \
-  template <class T>                                                             \
-  AM_INLINE Pack<T> operator op(T a, Pack<T> b) {                                \
-    return broadcast(a) op b;                                                    \
   }
 AM_PACK_OPERATOR(+)
 AM_PACK_OPERATOR(-)
@@ -66,26 +57,20 @@ AM_PACK_OPERATOR(*)
 AM_PACK_OPERATOR(/)
 #undef AM_PACK_OPERATOR
 
+// sqrt, and a * b + c: rounded once where the instruction set has it.
 #if defined(__AVX512F__)
-AM_INLINE Register<float> register_sqrt(Register<float> x) {
-  return (Register<float>)_mm512_sqrt_ps((__m512)x);
-}
-AM_INLINE Register<double> register_sqrt(Register<double> x) {
-  return (Register<double>)_mm512_sqrt_pd((__m512d)x);
+AM_INLINE __m512 register_sqrt(__m512 x) { return _mm512_sqrt_ps(x); }
+AM_INLINE __m512d register_sqrt(__m512d x) { return _mm512_sqrt_pd(x); }
+AM_INLINE __m512 register_fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+AM_INLINE __m512d register_fma(__m512d a, __m512d b, __m512d c) {
+  return _mm512_fmadd_pd(a, b, c);
 }
 #elif defined(__AVX2__)
-AM_INLINE Register<float> register_sqrt(Register<float> x) {
-  return (Register<float>)_mm256_sqrt_ps((__m256)x);
-}
-AM_INLINE Register<double> register_sqrt(Register<double> x) {
-  return (Register<double>)_mm256_sqrt_pd((__m256d)x);
-}
-#elif defined(__x86_64__)
-AM_INLINE Register<float> register_sqrt(Register<float> x) {
-  return (Register<float>)_mm_sqrt_ps((__m128)x);
-}
-AM_INLINE Register<double> register_sqrt(Register<double> x) {
-  return (Register<double>)_mm_sqrt_pd((__m128d)x);
+AM_INLINE __m256 register_sqrt(__m256 x) { return _mm256_sqrt_ps(x); }
+AM_INLINE __m256d register_sqrt(__m256d x) { return _mm256_sqrt_pd(x); }
+AM_INLINE __m256 register_fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+AM_INLINE __m256d register_fma(__m256d a, __m256d b, __m256d c) {
+  return _mm256_fmadd_pd(a, b, c);
 }
 #else
 template <class R>
@@ -93,11 +78,21 @@ AM_INLINE R register_sqrt(R x) {
   for (unsigned l = 0; l < sizeof(R) / sizeof(x[0]); ++l) x[l] = std::sqrt(x[l]);
   return x;
 }
+template <class R>
+AM_INLINE R register_fma(R a, R b, R c) {
+  return a * b + c;
+}
 #endif
 
 template <class T>
 AM_INLINE Pack<T> sqrt(Pack<T> a) {
   for (int k = 0; k < Pack<T>::kRegisters; ++k) a.r[k] = register_sqrt(a.r[k]);
+  return a;
+}
+
+template <class T>
+AM_INLINE Pack<T> fma(Pack<T> a, Pack<T> b, Pack<T> c) {
+  for (int k = 0; k < Pack<T>::kRegisters; ++k) a.r[k] = register_fma(a.r[k], b.r[k], c.r[k]);
   return a;
 }
 
@@ -163,16 +158,19 @@ AM_INLINE Half narrow(Register<float> f, Float16) {
 }
 #endif
 
+// Register by register: a copy of the whole pack at once would pass through the stack.
 template <class T>
 AM_INLINE Pack<T> load(const T* p) {
   Pack<T> out;
-  std::memcpy(&out, p, sizeof(out));
+  for (int k = 0; k < Pack<T>::kRegisters; ++k)
+    std::memcpy(&out.r[k], p + k * Pack<T>::kRegisterLanes, sizeof(Register<T>));
   return out;
 }
 
 template <class T>
 AM_INLINE void store(T* p, Pack<T> a) {
-  std::memcpy(p, &a, sizeof(a));
+  for (int k = 0; k < Pack<T>::kRegisters; ++k)
+    std::memcpy(p + k * Pack<T>::kRegisterLanes, &a.r[k], sizeof(Register<T>));
 }
 
 template <class S>
