@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, ClassVar, TypeAlias, cast, overload
 
 import torch
@@ -279,20 +280,23 @@ class AdaptiveMemoryOptimizer(Optimizer):
         The name and the way of filling lists are torch.optim's: torch.compile knows them
         and takes what is appended here as inputs of the compiled step.
         """
-        names = (*self.memories, *self.scalars)
-        for param in group["params"]:
-            grad = param.grad
-            if grad is None:
-                continue
-            if grad.is_sparse:
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-            state = self.state[param]
-            if names[0] not in state:
+        # Comprehensions: with thousands of tensors this loop is a large part of a step.
+        new_grads = [param.grad for param in group["params"]]
+        new_params = group["params"]
+        if any(grad is None for grad in new_grads):
+            new_params = [p for p, g in zip(new_params, new_grads, strict=True) if g is not None]
+            new_grads = [grad for grad in new_grads if grad is not None]
+        if True in map(attrgetter("is_sparse"), new_grads):
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        states = [self.state[param] for param in new_params]
+        first = self.memories[0]
+        for param, state in zip(new_params, states, strict=True):
+            if first not in state:
                 self._init_state(param, state)
-            params.append(param)
-            grads.append(grad)
-            for name, values in zip(names, lists, strict=True):
-                values.append(state[name])
+        params.extend(new_params)
+        grads.extend(new_grads)
+        for name, values in zip((*self.memories, *self.scalars), lists, strict=True):
+            values.extend([state[name] for state in states])
 
     def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
         for name in self.memories:
@@ -312,10 +316,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
             )
             self._init_group(group, *lists)
             params = lists[0]
-            if any(param.is_complex() for param in params):
+            if True in map(Tensor.is_complex, params):
                 tensors = 2 + len(self.memories)
                 lists = (*([as_real(t) for t in ts] for ts in lists[:tensors]), *lists[tensors:])
-            devices = {param.device for param in params}
+            devices = set(map(attrgetter("device"), params))
             for device in devices:
                 backend = backends.choose(group, device)
                 work = works.get((backend.name, device))
