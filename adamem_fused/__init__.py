@@ -11,6 +11,4 @@ from adamem_fused._version import __version__
 from adamem_fused.am_adamw import AMAdamW
 from adamem_fused.am_sgd import AMSGD
 
-
-
-__all__ = ["AMAdamW", "AMSGD", "__version__"]
+__all__ = ["AMSGD", "AMAdamW", "__version__"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -62,7 +62,12 @@ class AMAdamW(AdaptiveMemoryOptimizer):
     """
 
     memories = ("exp_avg", "exp_avg_sq")
-    scalars = {"step": 0.0, "beta_prod": 1.0, "prev_lr": 0.0, "beta": 0.0}
+    scalars: ClassVar[dict[str, float]] = {
+        "step": 0.0,
+        "beta_prod": 1.0,
+        "prev_lr": 0.0,
+        "beta": 0.0,
+    }
 
     def __init__(
         self,
@@ -82,21 +87,21 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         capturable: bool = False,
         backend: str | None = None,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            memory_lambda=memory_lambda,
-            memory_plane=memory_plane,
-            gap=gap,
-            beta_scope=beta_scope,
-            maximize=maximize,
-            foreach=foreach,
-            fused=fused,
-            capturable=capturable,
-            backend=backend,
-        )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "memory_lambda": memory_lambda,
+            "memory_plane": memory_plane,
+            "gap": gap,
+            "beta_scope": beta_scope,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+            "backend": backend,
+        }
         self._check_group(defaults)
         super().__init__(params, defaults)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
     """
 
     memories = ("momentum_buffer",)
-    scalars = {"step": 0.0, "prev_lr": 0.0, "beta": 0.0}
+    scalars: ClassVar[dict[str, float]] = {"step": 0.0, "prev_lr": 0.0, "beta": 0.0}
 
     def __init__(
         self,
@@ -80,20 +80,20 @@ class AMSGD(AdaptiveMemoryOptimizer):
         capturable: bool = False,
         backend: str | None = None,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            beta_max=beta_max,
-            weight_decay=weight_decay,
-            memory_lambda=memory_lambda,
-            memory_plane=memory_plane,
-            gap=gap,
-            beta_scope=beta_scope,
-            maximize=maximize,
-            foreach=foreach,
-            fused=fused,
-            capturable=capturable,
-            backend=backend,
-        )
+        defaults = {
+            "lr": lr,
+            "beta_max": beta_max,
+            "weight_decay": weight_decay,
+            "memory_lambda": memory_lambda,
+            "memory_plane": memory_plane,
+            "gap": gap,
+            "beta_scope": beta_scope,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+            "backend": backend,
+        }
         self._check_group(defaults)
         super().__init__(params, defaults)
 

@@ -49,9 +49,7 @@ class Backend(Protocol):
 
 
 # From the fastest to the slowest, as backend=None tries them.
-BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (cpu, foreach, reference)
-}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (cpu, foreach, reference)}
 
 
 def check_choice(options: dict[str, Any]) -> None:

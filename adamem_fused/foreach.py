@@ -6,7 +6,7 @@ a pass over memory of its own, so it is some ten times slower than a fused backe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -72,7 +72,7 @@ def _clip_beta(rows: Tensor, beta_max: float) -> Tensor:
     return torch.where(den == 0, torch.zeros_like(num), (num / den).clamp(0, beta_max))
 
 
-def _sums(tensors: list[Tensor]) -> Tensor:
+def _sums(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack([tensor.sum(dtype=torch.float64) for tensor in tensors])
 
 
@@ -248,7 +248,9 @@ def sgd_apply(
 
         # d = ((beta + lambda) d + (1 - beta) g) / (1 + lambda), and g at the first step
         keep = torch.where(first, torch.zeros_like(beta), beta + h.memory_lambda)
-        damping = torch.where(first, torch.ones_like(beta), torch.full_like(beta, 1 + h.memory_lambda))
+        damping = torch.where(
+            first, torch.ones_like(beta), torch.full_like(beta, 1 + h.memory_lambda)
+        )
         torch._foreach_mul_(d, _scalars(keep, d[0]))
         torch._foreach_add_(d, torch._foreach_mul(g, _scalars(1 - beta, d[0])))
         torch._foreach_div_(d, _scalars(damping, d[0]))

@@ -22,7 +22,9 @@ def _load() -> str | None:
                 "the C++ extension was not compiled; reinstall with a C++ compiler at hand "
                 "and without ADAMEM_NO_EXTENSION"
             )
-        return f"the C++ extension does not load with torch {torch.__version__} ({error}); reinstall"
+        return (
+            f"the C++ extension does not load with torch {torch.__version__} ({error}); reinstall"
+        )
     running = torch.__version__.split("+")[0].split(".")[:2]
     if _C.torch_version.split(".")[:2] != running:
         return (

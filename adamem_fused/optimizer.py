@@ -15,9 +15,7 @@ from adamem_fused import backends
 from adamem_fused.backends import Backend
 from adamem_fused.batch import Batch, Lr, group_slices
 
-ParamsT: TypeAlias = (
-    "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
-)
+ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
 
 MEMORY_PLANES = ("level", "anchored")
 GAPS = ("gradient", "loss")

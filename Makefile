@@ -1,0 +1,42 @@
+# make test, make demo and make bench-cpu need a Linux machine with Python 3.10 or newer (with
+# venv) and g++; each sets up .venv by itself first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help test demo bench-cpu check clean
+
+help:
+	@echo "make test       the tests"
+	@echo "make demo       a small GPT trained with AdamW and with AMAdamW: table and picture"
+	@echo "make bench-cpu  the cpu backend's time against torch's fused AdamW"
+	@echo "make check      linter, formatter and type checker"
+	@echo "make clean      removes what was built, .venv included"
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+demo: .venv/installed
+	$(BIN)/python -m bench.demo
+
+bench-cpu: .venv/installed
+	$(BIN)/python -m bench.cpu
+
+check: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+.venv/requirements: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "adamem_fused needs Python 3.10 or newer, and $(PYTHON) is " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed: .venv/requirements setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+	@echo "Compiling the C++ extension: about a minute"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info adamem_fused/*.so
