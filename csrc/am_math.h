@@ -46,7 +46,7 @@ struct AdamWCoefficients {
   T v_scale;  // bias_correction1^2 / bias_correction2
   T eps;      // times bias_correction1
   T memory_lambda, weight_decay;
-  T gap_grad, minus_gap_memory;  // (1 + mu eta) / eta times c_g and -c_d
+  T u_grad, u_memory;  // 1 + (1 + mu eta) c_g / eta and -1 - (1 + mu eta) c_d / eta
   T lr, decay;                   // decay = 1 - eta mu
 };
 
@@ -83,8 +83,8 @@ AM_INLINE AdamWCoefficients<T> adamw_coefficients(const AdamWHyper& h, double st
   c.eps = static_cast<T>(bias_correction1 * h.eps);
   c.memory_lambda = static_cast<T>(h.memory_lambda);
   c.weight_decay = static_cast<T>(h.weight_decay);
-  c.gap_grad = static_cast<T>(gap_grad);
-  c.minus_gap_memory = static_cast<T>(-gap_memory);
+  c.u_grad = static_cast<T>(1.0 + gap_grad);
+  c.u_memory = static_cast<T>(-1.0 - gap_memory);
   c.lr = static_cast<T>(h.lr);
   c.decay = static_cast<T>(1.0 - h.lr * h.weight_decay);
   return c;
@@ -131,8 +131,14 @@ AM_INLINE void sgd_mixture(double beta, double memory_lambda, double step, doubl
   *take = first ? 1.0 : (1.0 - beta) / (1.0 + memory_lambda);
 }
 
-// The element functions. g is the gradient as stored. Multiply-adds are written out,
-// so that no compiler has a choice to make; V(c) is the constant in every lane.
+// The element functions. g is the gradient as stored; it is multiplied with grad_factor
+// where Scaled, and elsewhere that is 1. Multiply-adds are written out, so that no compiler
+// has a choice to make; V(c) is the constant in every lane.
+
+template <bool Scaled, class V, class C>
+AM_INLINE V gradient(V g, const C& c) {
+  return Scaled ? g * V(c.grad_factor) : g;
+}
 
 template <class V, class T>
 AM_INLINE V adamw_exp_avg_sq(V g, V v, const AdamWCoefficients<T>& c) {
@@ -145,48 +151,50 @@ AM_INLINE V adamw_denominator(V v, const AdamWCoefficients<T>& c) {
   return sqrt(v * V(c.v_scale)) + V(c.eps);
 }
 
-// Adds one element's part of num (the gap included) and den. With M = 1 / (P (1 + lambda P))
-// and D = (1 + lambda P) d, what the terms have in common is taken out:
+// Adds one element's part of num (the gap included) and den. With M = 1 / (P (1 + lambda P)),
+// D = (1 + lambda P) d and u = c_g g - c_d d - e, what the terms have in common is taken out:
 //   1 / P = M (1 + lambda P)     g + lambda P d = D - e
 //   num = (c_g g - c_d d) (d / P + mu x) - e (g + lambda P d) M - mu x e
-//       = M ((c_g g - c_d d) D - e (D - e)) + mu x ((c_g g - c_d d) - e)
+//       = M (D u + e^2) + mu x u
 // x is read only where Decay.
-template <bool Decay, class V, class T>
+template <bool Scaled, bool Decay, class V, class T>
 AM_INLINE void adamw_sums(V g, V d, V v, V x, const AdamWCoefficients<T>& c, V& num, V& den) {
-  g = g * V(c.grad_factor);
+  g = gradient<Scaled>(g, c);
   const V p = adamw_denominator(adamw_exp_avg_sq(g, v, c), c);
-  const V m = V(T(1)) / (p * fma(p, V(c.memory_lambda), V(T(1))));
+  const V damping = fma(p, V(c.memory_lambda), V(T(1)));
+  const V m = V(T(1)) / (p * damping);
   const V e = d - g;
-  const V damped_d = fma(p * d, V(c.memory_lambda), d);
-  const V slope = fma(g, V(c.gap_grad), d * V(c.minus_gap_memory));
-  num = fma(fma(e, e - damped_d, slope * damped_d), m, num);
-  if (Decay) num = fma(x * V(c.weight_decay), slope - e, num);
-  den = fma(e * e, m, den);
+  const V u = fma(g, V(c.u_grad), d * V(c.u_memory));
+  const V e2 = e * e;
+  num = fma(fma(d * damping, u, e2), m, num);
+  if (Decay) num = fma(x * V(c.weight_decay), u, num);
+  den = fma(e2, m, den);
 }
 
 // Updates one element's d, v and x with the beta of its tensor. With the new d before its
 // division, n = (1 - beta) g + (beta + lambda P) d: d = n / (1 + lambda P), d / P = n M.
-template <class V, class T>
+template <bool Scaled, class V, class T>
 AM_INLINE void adamw_update(V g, V& d, V& v, V& x, T beta, const AdamWCoefficients<T>& c) {
-  g = g * V(c.grad_factor);
+  g = gradient<Scaled>(g, c);
   v = adamw_exp_avg_sq(g, v, c);
   const V p = adamw_denominator(v, c);
   const V m = V(T(1)) / (p * fma(p, V(c.memory_lambda), V(T(1))));
   const V n = fma(g, V(T(1) - beta), fma(p, V(c.memory_lambda), V(beta)) * d);
-  d = n * (m * p);
-  x = fma(n * m, V(-c.lr), x * V(c.decay));
+  const V step = n * m;
+  d = step * p;
+  x = fma(step, V(-c.lr), x * V(c.decay));
 }
 
-template <bool Decay, class V, class T>
+template <bool Scaled, bool Decay, class V, class T>
 AM_INLINE V sgd_gradient(V g, V x, const SGDCoefficients<T>& c) {
-  g = g * V(c.grad_factor);
+  g = gradient<Scaled>(g, c);
   return Decay ? fma(x, V(c.weight_decay), g) : g;
 }
 
 // num = (c_g g - c_d d) d - e (g + lambda d)
-template <bool Decay, class V, class T>
+template <bool Scaled, bool Decay, class V, class T>
 AM_INLINE void sgd_sums(V g, V d, V x, const SGDCoefficients<T>& c, V& num, V& den) {
-  g = sgd_gradient<Decay>(g, x, c);
+  g = sgd_gradient<Scaled, Decay>(g, x, c);
   const V e = g - d;
   const V slope = fma(g, V(c.gap_grad), d * V(c.minus_gap_memory));
   num = fma(slope, d, num);
@@ -195,9 +203,9 @@ AM_INLINE void sgd_sums(V g, V d, V x, const SGDCoefficients<T>& c, V& num, V& d
 }
 
 // d = keep d + take g
-template <bool Decay, class V, class T>
+template <bool Scaled, bool Decay, class V, class T>
 AM_INLINE void sgd_update(V g, V& d, V& x, T keep, T take, const SGDCoefficients<T>& c) {
-  g = sgd_gradient<Decay>(g, x, c);
+  g = sgd_gradient<Scaled, Decay>(g, x, c);
   d = fma(g, V(take), d * V(keep));
   x = fma(d, V(-c.lr), x);
 }

@@ -1,5 +1,7 @@
 // The chunk walk around am_math.h, compiled once for each instruction set by the
 // kernels_*.cpp beside it, which define AM_KERNELS, the name of the table.
+#include <type_traits>
+
 #include "kernels.h"
 #include "pack.h"
 
@@ -43,6 +45,16 @@ struct Accumulator {
   }
 };
 
+// Calls f with what the coefficients leave out: no scaling, no weight decay.
+template <class Coefficients, class F>
+AM_INLINE auto specialize(const Coefficients& c, F f) {
+  using Yes = std::true_type;
+  using No = std::false_type;
+  if (c.grad_factor != 1)
+    return c.weight_decay != 0 ? f(Yes{}, Yes{}) : f(Yes{}, No{});
+  return c.weight_decay != 0 ? f(No{}, Yes{}) : f(No{}, No{});
+}
+
 // Up to a pack's worth of elements, copied so that a full pack can be read or written.
 template <class S, int kLanes>
 struct Tail {
@@ -60,21 +72,20 @@ struct AdamW {
   static constexpr int kLanes = Pack<T>::kLanes;
 
   static Coefficients cast(const AdamWCoefficients<double>& c) {
-    return {T(c.grad_factor),   T(c.beta2),        T(c.one_minus_beta2),
-            T(c.v_scale),       T(c.eps),          T(c.memory_lambda),
-            T(c.weight_decay),  T(c.gap_grad),     T(c.minus_gap_memory),
-            T(c.lr),            T(c.decay)};
+    return {T(c.grad_factor), T(c.beta2),  T(c.one_minus_beta2), T(c.v_scale),
+            T(c.eps),         T(c.memory_lambda), T(c.weight_decay), T(c.u_grad),
+            T(c.u_memory),    T(c.lr),     T(c.decay)};
   }
 
-  template <bool Decay>
+  template <bool Scaled, bool Decay>
   AM_INLINE void sum_pack(const S* x, const S* g, const T* d, const T* v,
                                  const Coefficients& c, LaneSums<T>& sums) {
-    adamw_sums<Decay>(load(g), load(d), load(v), Decay ? load(x) : Pack<T>(T(0)), c, sums.num,
+    adamw_sums<Scaled, Decay>(load(g), load(d), load(v), Decay ? load(x) : Pack<T>(T(0)), c, sums.num,
                       sums.den);
   }
 
-  template <bool Decay>
-  static Sums sum_chunk(const AdamWChunk& chunk, const Coefficients& c) {
+  template <bool Scaled, bool Decay>
+  static Sums sum_chunk(const AdamWChunk& chunk, const Coefficients c) {
     const S* x = static_cast<const S*>(chunk.param);
     const S* g = static_cast<const S*>(chunk.grad);
     const T* d = static_cast<const T*>(chunk.exp_avg);
@@ -85,51 +96,58 @@ struct AdamW {
       const int64_t end = begin + kBlock < whole ? begin + kBlock : whole;
       LaneSums<T> sums;
       for (int64_t i = begin; i < end; i += kLanes)
-        sum_pack<Decay>(x + i, g + i, d + i, v + i, c, sums);
+        sum_pack<Scaled, Decay>(x + i, g + i, d + i, v + i, c, sums);
       accumulator.add(sums);
     }
     if (const int64_t rest = chunk.numel - whole) {
       const Tail<S, kLanes> tail_x(x + whole, rest), tail_g(g + whole, rest);
       const Tail<T, kLanes> tail_d(d + whole, rest), tail_v(v + whole, rest);
       LaneSums<T> sums;
-      sum_pack<Decay>(tail_x.lanes, tail_g.lanes, tail_d.lanes, tail_v.lanes, c, sums);
+      sum_pack<Scaled, Decay>(tail_x.lanes, tail_g.lanes, tail_d.lanes, tail_v.lanes, c, sums);
       accumulator.add(sums, rest);
     }
     return accumulator.total();
   }
 
   static Sums sums(const AdamWChunk& chunk, const AdamWCoefficients<double>& c) {
-    return c.weight_decay != 0.0 ? sum_chunk<true>(chunk, cast(c))
-                                 : sum_chunk<false>(chunk, cast(c));
+    return specialize(cast(c), [&](auto scaled, auto decay) {
+      return sum_chunk<scaled, decay>(chunk, cast(c));
+    });
   }
 
-  AM_INLINE void update_pack(S* x, const S* g, T* d, T* v, T beta, const Coefficients& c) {
+  template <bool Scaled>
+  AM_INLINE void update_pack(S* x, const S* g, T* d, T* v, const Coefficients& c, T beta) {
     Pack<T> new_d = load(d), new_v = load(v), new_x = load(x);
-    adamw_update(load(g), new_d, new_v, new_x, beta, c);
+    adamw_update<Scaled>(load(g), new_d, new_v, new_x, beta, c);
     store(d, new_d);
     store(v, new_v);
     store(x, new_x);
   }
 
-  static void update(const AdamWChunk& chunk, const AdamWCoefficients<double>& double_c,
-                     double double_beta) {
-    const Coefficients c = cast(double_c);
-    const T beta = static_cast<T>(double_beta);
+  template <bool Scaled>
+  static void update_chunk(const AdamWChunk& chunk, const Coefficients c, T beta) {
     S* x = static_cast<S*>(chunk.param);
     const S* g = static_cast<const S*>(chunk.grad);
     T* d = static_cast<T*>(chunk.exp_avg);
     T* v = static_cast<T*>(chunk.exp_avg_sq);
     const int64_t whole = chunk.numel - chunk.numel % kLanes;
-    for (int64_t i = 0; i < whole; i += kLanes) update_pack(x + i, g + i, d + i, v + i, beta, c);
+    for (int64_t i = 0; i < whole; i += kLanes)
+      update_pack<Scaled>(x + i, g + i, d + i, v + i, c, beta);
     if (const int64_t rest = chunk.numel - whole) {
       Tail<S, kLanes> tail_x(x + whole, rest);
       const Tail<S, kLanes> tail_g(g + whole, rest);
       Tail<T, kLanes> tail_d(d + whole, rest), tail_v(v + whole, rest);
-      update_pack(tail_x.lanes, tail_g.lanes, tail_d.lanes, tail_v.lanes, beta, c);
+      update_pack<Scaled>(tail_x.lanes, tail_g.lanes, tail_d.lanes, tail_v.lanes, c, beta);
       tail_x.write(x + whole, rest);
       tail_d.write(d + whole, rest);
       tail_v.write(v + whole, rest);
     }
+  }
+
+  static void update(const AdamWChunk& chunk, const AdamWCoefficients<double>& c, double beta) {
+    specialize(cast(c), [&](auto scaled, auto) {
+      update_chunk<scaled>(chunk, cast(c), T(beta));
+    });
   }
 };
 
@@ -143,14 +161,14 @@ struct SGD {
             T(c.gap_grad),    T(c.minus_gap_memory), T(c.lr)};
   }
 
-  template <bool Decay>
+  template <bool Scaled, bool Decay>
   AM_INLINE void sum_pack(const S* x, const S* g, const T* d, const Coefficients& c,
                                  LaneSums<T>& sums) {
-    sgd_sums<Decay>(load(g), load(d), Decay ? load(x) : Pack<T>(T(0)), c, sums.num, sums.den);
+    sgd_sums<Scaled, Decay>(load(g), load(d), Decay ? load(x) : Pack<T>(T(0)), c, sums.num, sums.den);
   }
 
-  template <bool Decay>
-  static Sums sum_chunk(const SGDChunk& chunk, const Coefficients& c) {
+  template <bool Scaled, bool Decay>
+  static Sums sum_chunk(const SGDChunk& chunk, const Coefficients c) {
     const S* x = static_cast<const S*>(chunk.param);
     const S* g = static_cast<const S*>(chunk.grad);
     const T* d = static_cast<const T*>(chunk.momentum_buffer);
@@ -159,45 +177,46 @@ struct SGD {
     for (int64_t begin = 0; begin < whole; begin += kBlock) {
       const int64_t end = begin + kBlock < whole ? begin + kBlock : whole;
       LaneSums<T> sums;
-      for (int64_t i = begin; i < end; i += kLanes) sum_pack<Decay>(x + i, g + i, d + i, c, sums);
+      for (int64_t i = begin; i < end; i += kLanes) sum_pack<Scaled, Decay>(x + i, g + i, d + i, c, sums);
       accumulator.add(sums);
     }
     if (const int64_t rest = chunk.numel - whole) {
       const Tail<S, kLanes> tail_x(x + whole, rest), tail_g(g + whole, rest);
       const Tail<T, kLanes> tail_d(d + whole, rest);
       LaneSums<T> sums;
-      sum_pack<Decay>(tail_x.lanes, tail_g.lanes, tail_d.lanes, c, sums);
+      sum_pack<Scaled, Decay>(tail_x.lanes, tail_g.lanes, tail_d.lanes, c, sums);
       accumulator.add(sums, rest);
     }
     return accumulator.total();
   }
 
   static Sums sums(const SGDChunk& chunk, const SGDCoefficients<double>& c) {
-    return c.weight_decay != 0.0 ? sum_chunk<true>(chunk, cast(c))
-                                 : sum_chunk<false>(chunk, cast(c));
+    return specialize(cast(c), [&](auto scaled, auto decay) {
+      return sum_chunk<scaled, decay>(chunk, cast(c));
+    });
   }
 
-  template <bool Decay>
+  template <bool Scaled, bool Decay>
   AM_INLINE void update_pack(S* x, const S* g, T* d, T keep, T take, const Coefficients& c) {
     Pack<T> new_d = load(d), new_x = load(x);
-    sgd_update<Decay>(load(g), new_d, new_x, keep, take, c);
+    sgd_update<Scaled, Decay>(load(g), new_d, new_x, keep, take, c);
     store(d, new_d);
     store(x, new_x);
   }
 
-  template <bool Decay>
-  static void update_chunk(const SGDChunk& chunk, const Coefficients& c, T keep, T take) {
+  template <bool Scaled, bool Decay>
+  static void update_chunk(const SGDChunk& chunk, const Coefficients c, T keep, T take) {
     S* x = static_cast<S*>(chunk.param);
     const S* g = static_cast<const S*>(chunk.grad);
     T* d = static_cast<T*>(chunk.momentum_buffer);
     const int64_t whole = chunk.numel - chunk.numel % kLanes;
     for (int64_t i = 0; i < whole; i += kLanes)
-      update_pack<Decay>(x + i, g + i, d + i, keep, take, c);
+      update_pack<Scaled, Decay>(x + i, g + i, d + i, keep, take, c);
     if (const int64_t rest = chunk.numel - whole) {
       Tail<S, kLanes> tail_x(x + whole, rest);
       const Tail<S, kLanes> tail_g(g + whole, rest);
       Tail<T, kLanes> tail_d(d + whole, rest);
-      update_pack<Decay>(tail_x.lanes, tail_g.lanes, tail_d.lanes, keep, take, c);
+      update_pack<Scaled, Decay>(tail_x.lanes, tail_g.lanes, tail_d.lanes, keep, take, c);
       tail_x.write(x + whole, rest);
       tail_d.write(d + whole, rest);
     }
@@ -205,8 +224,9 @@ struct SGD {
 
   static void update(const SGDChunk& chunk, const SGDCoefficients<double>& c, double keep,
                      double take) {
-    c.weight_decay != 0.0 ? update_chunk<true>(chunk, cast(c), T(keep), T(take))
-                          : update_chunk<false>(chunk, cast(c), T(keep), T(take));
+    specialize(cast(c), [&](auto scaled, auto decay) {
+      update_chunk<scaled, decay>(chunk, cast(c), T(keep), T(take));
+    });
   }
 };
 

@@ -28,8 +28,9 @@ const Kernels& kernels() {
 #if defined(__x86_64__)
   static const Kernels& chosen = [&]() -> const Kernels& {
     const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512") return kernels_avx512;
-    if (capability == "AVX2") return kernels_avx2;
+    const auto starts_with = [&](const char* name) { return capability.rfind(name, 0) == 0; };
+    if (starts_with("AVX512") || starts_with("AVX10")) return kernels_avx512;
+    if (starts_with("AVX2")) return kernels_avx2;
     return kernels_default;
   }();
   return chosen;
