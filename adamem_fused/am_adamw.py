@@ -17,6 +17,7 @@ from adamem_fused.optimizer import (
     check_options,
     over_lr,
     scalar_dtype,
+    scalar_lr,
 )
 
 
@@ -120,7 +121,7 @@ class AMAdamW(AdaptiveMemoryOptimizer):
 
     def _hyper(self, group: dict[str, Any]) -> AdamWHyper:
         return AdamWHyper(
-            lr=group["lr"],
+            lr=scalar_lr(group["lr"]),
             beta_max=group["betas"][0],
             beta2=group["betas"][1],
             eps=group["eps"],
@@ -155,6 +156,8 @@ class AMAdamW(AdaptiveMemoryOptimizer):
             raise ValueError(
                 "loaded state has max_exp_avg_sq (amsgrad=True), which AMAdamW does not have"
             )
+        if "step" not in state:
+            raise ValueError("loaded state has no step")
         dtype = scalar_dtype(param)
         step = torch.as_tensor(state["step"], dtype=dtype)
         beta1 = torch.tensor(group["betas"][0], dtype=dtype)

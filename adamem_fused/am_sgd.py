@@ -17,6 +17,7 @@ from adamem_fused.optimizer import (
     check_options,
     over_lr,
     scalar_dtype,
+    scalar_lr,
 )
 
 
@@ -107,7 +108,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
 
     def _hyper(self, group: dict[str, Any]) -> SGDHyper:
         return SGDHyper(
-            lr=group["lr"],
+            lr=scalar_lr(group["lr"]),
             beta_max=group["beta_max"],
             weight_decay=group["weight_decay"],
             memory_lambda=group["memory_lambda"],
@@ -140,7 +141,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
         SGD has no step count, so what has a buffer counts as one step old. Without
         momentum SGD saves None: such a parameter starts anew.
         """
-        if state["momentum_buffer"] is None:
+        if "momentum_buffer" in state and state["momentum_buffer"] is None:
             return {}
         dtype = scalar_dtype(param)
         return {

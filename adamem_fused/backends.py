@@ -62,7 +62,7 @@ def check_choice(options: dict[str, Any]) -> None:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     if backend is None:
         return
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"Invalid backend: {backend!r} (one of {', '.join(BACKENDS)}, or None)")
     is_foreach, is_fused = backend == foreach.name, BACKENDS[backend].fused
     for key, asked, given in (

@@ -60,6 +60,9 @@ class AdamWBatch:
     def memories(self) -> dict[str, list[Tensor]]:
         return {"exp_avg": self.exp_avgs, "exp_avg_sq": self.exp_avg_sqs}
 
+    def check(self) -> None:
+        check(self.params, {"grad": self.grads, **self.memories})
+
     def lists(self) -> tuple[list[Tensor], ...]:
         """The lists in the order in which the optimizer's `_init_group` fills them."""
         return (
@@ -89,6 +92,9 @@ class SGDBatch:
     def memories(self) -> dict[str, list[Tensor]]:
         return {"momentum_buffer": self.momentum_buffers}
 
+    def check(self) -> None:
+        check(self.params, {"grad": self.grads, **self.memories})
+
     def lists(self) -> tuple[list[Tensor], ...]:
         """The lists in the order in which the optimizer's `_init_group` fills them."""
         return (
@@ -112,14 +118,14 @@ def group_slices(batch: Batch) -> Iterator[slice]:
         start += size
 
 
-def check(batch: Batch) -> None:
+def check(params: list[Tensor], others: dict[str, list[Tensor]]) -> None:
     """Raises ValueError where a gradient or a memory has not its parameter's shape or device.
 
-    For the backends written in Python; the C++ operators check for themselves, at a
-    tenth of the cost.
+    For what is written in Python; the C++ operators check for themselves, at a tenth of
+    the cost.
     """
-    for name, tensors in {"grad": batch.grads, **batch.memories}.items():
-        for i, (tensor, param) in enumerate(zip(tensors, batch.params, strict=True)):
+    for name, tensors in others.items():
+        for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             if tensor.shape != param.shape:
                 raise ValueError(
                     f"{name} of tensor {i} has shape {list(tensor.shape)}, "

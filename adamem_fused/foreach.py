@@ -19,7 +19,6 @@ from adamem_fused.batch import (
     Lr,
     SGDBatch,
     SGDHyper,
-    check,
     group_slices,
 )
 
@@ -135,7 +134,7 @@ def _adamw_terms(batch: AdamWBatch, indices: list[int], h: AdamWHyper) -> _AdamW
 
 def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
-    check(batch)
+    batch.check()
     rows = batch.params[0].new_zeros(len(batch.params), 2, dtype=torch.float64)
     for group, indices in _parts(batch, batch.exp_avgs):
         h = batch.hypers[group]
@@ -213,7 +212,7 @@ def _sgd_terms(
 
 def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
-    check(batch)
+    batch.check()
     rows = batch.params[0].new_zeros(len(batch.params), 2, dtype=torch.float64)
     for group, indices in _parts(batch, batch.momentum_buffers):
         h = batch.hypers[group]

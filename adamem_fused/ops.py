@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adamem_fused.batch import check
+
 
 def _load() -> str | None:
     """Loads the extension; returns None, or why it is not there."""
@@ -37,16 +39,49 @@ def _load() -> str | None:
 unavailable = _load()
 
 
-def _fake_stats(params: list[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+# A real tensor list with one meta tensor in it comes here too: hence the checks.
+
+
+def _new_rows(params: list[Tensor]) -> Tensor:
     return params[0].new_empty(len(params), 2, dtype=torch.float64)
 
 
-def _fake_apply_(*args: Any, **kwargs: Any) -> None:
-    return None
+def _fake_adamw_stats(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *args: Any,
+) -> Tensor:
+    check(params, {"grad": grads, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs})
+    return _new_rows(params)
+
+
+def _fake_adamw_apply_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *args: Any,
+) -> None:
+    check(params, {"grad": grads, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs})
+
+
+def _fake_sgd_stats(
+    params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], *args: Any
+) -> Tensor:
+    check(params, {"grad": grads, "momentum_buffer": momentum_buffers})
+    return _new_rows(params)
+
+
+def _fake_sgd_apply_(
+    params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], *args: Any
+) -> None:
+    check(params, {"grad": grads, "momentum_buffer": momentum_buffers})
 
 
 if unavailable is None:
-    torch.library.register_fake("adamem_fused::adamw_stats")(_fake_stats)
-    torch.library.register_fake("adamem_fused::adamw_apply_")(_fake_apply_)
-    torch.library.register_fake("adamem_fused::sgd_stats")(_fake_stats)
-    torch.library.register_fake("adamem_fused::sgd_apply_")(_fake_apply_)
+    torch.library.register_fake("adamem_fused::adamw_stats")(_fake_adamw_stats)
+    torch.library.register_fake("adamem_fused::adamw_apply_")(_fake_adamw_apply_)
+    torch.library.register_fake("adamem_fused::sgd_stats")(_fake_sgd_stats)
+    torch.library.register_fake("adamem_fused::sgd_apply_")(_fake_sgd_apply_)

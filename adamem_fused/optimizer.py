@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Real
 from operator import attrgetter
 from typing import Any, ClassVar, TypeAlias, cast, overload
 
@@ -31,7 +32,7 @@ _COMPLEX = (torch.complex64, torch.complex128)
 
 def check_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:
     """Raises ValueError unless low <= value < high. NaN is not in any range."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not low <= value < high:
         allowed = f">= {low}" if high == float("inf") else f"in [{low}, {high})"
         raise ValueError(f"Invalid {name}: {value!r} (a finite number {allowed})")
@@ -41,7 +42,10 @@ def check_lr(lr: Any) -> None:
     """Raises ValueError unless lr is a finite number >= 0 or a tensor of one element."""
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
-            raise ValueError(f"Invalid learning rate: tensor lr must be 1-element, not {lr.shape}")
+            raise ValueError(
+                "Invalid learning rate: Tensor lr must be 1-element, "
+                f"and this one has shape {list(lr.shape)}"
+            )
         if lr.device.type == "cpu" and not torch.compiler.is_compiling():
             check_number("learning rate", lr.item(), 0.0)
     else:
@@ -83,11 +87,25 @@ def scalar_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
+def loss_value(loss: Any) -> Tensor:
+    """A closure's loss as a 0-dim float64 tensor on its device, for gap="loss"."""
+    if loss is None:
+        raise RuntimeError('gap="loss" needs the loss: call step(closure)')
+    if not isinstance(loss, (Real, Tensor)) or (isinstance(loss, Tensor) and loss.numel() != 1):
+        raise ValueError(f'gap="loss" needs a loss of one number, and the closure gave {loss!r}')
+    return torch.as_tensor(loss, dtype=torch.float64).detach().reshape(())
+
+
 def over_lr(value: Lr, lr: Lr) -> Lr:
     """value / lr, and 0 at lr = 0."""
     if isinstance(lr, Tensor):
         return torch.where(lr == 0, 0.0, value / lr)
     return value / lr if lr != 0 else 0.0
+
+
+def scalar_lr(lr: Lr) -> Lr:
+    """A tensor lr as the backends take it: 0-dim."""
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr
 
 
 class _Kept:
@@ -246,7 +264,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
         Raises:
             RuntimeError: a sparse gradient; gap="loss" without a closure; a backend that
                 was asked for and is not there.
-            ValueError: a hyperparameter that has become bad; state of the wrong shape.
+            ValueError: a hyperparameter that has become bad; state of the wrong shape; with
+                gap="loss", a loss that is not one number.
 
             Parameters and state are then as they were.
         """
@@ -254,11 +273,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-
-        if loss is None and any(group["gap"] == "loss" for group in self.param_groups):
-            raise RuntimeError('gap="loss" needs the loss: call step(closure)')
+        loss_gap = any(group["gap"] == "loss" for group in self.param_groups)
+        current_loss = loss_value(loss) if loss_gap else None
         try:
-            self._run(self._collect(), loss)
+            self._run(self._collect(), current_loss)
         except Exception:
             self._drop_unused_state()
             raise
@@ -268,6 +286,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """Removes state that has seen no step: what a step that raised has made."""
         for param, state in list(self.state.items()):
             if "step" in state and state["step"] == 0:
+                for name in (*self.memories, *self.scalars):
+                    del state[name]
+            if not state:
                 del self.state[param]
 
     def _init_group(
@@ -308,7 +329,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """This step's tensors, a batch for each backend and device."""
         works: dict[tuple[str, torch.device], Work] = {}
         for group in self.param_groups:
-            check_lr(group["lr"])
+            self._check_group(group)
             lists: tuple[list[Tensor], ...] = tuple(
                 [] for _ in range(2 + len(self.memories) + len(self.scalars))
             )
@@ -336,17 +357,12 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 work.groups.append(group)
         return list(works.values())
 
-    def _run(self, works: list[Work], loss: float | Tensor | None) -> None:
+    def _run(self, works: list[Work], loss: Tensor | None) -> None:
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if not all(work.backend.fused for work in works):
-            # The unfused backends know nothing of scaling: here it costs a sync and a copy.
-            if found_inf is not None and found_inf.item() != 0:
-                return
-            if grad_scale is not None:
-                for work in works:
-                    work.batch.grads = [g / grad_scale.to(g.device) for g in work.batch.grads]
-            grad_scale = found_inf = None
+        scaled = grad_scale is not None or found_inf is not None
+        if scaled and not self._step_supports_amp_scaling:
+            raise RuntimeError("grad_scale and found_inf need a fused backend for every parameter")
 
         # Where no tensor's beta waits for another's, a backend may do both passes at once.
         # With several batches the sums come first all the same: they are where a backend
@@ -354,14 +370,15 @@ class AdaptiveMemoryOptimizer(Optimizer):
         rows: list[Tensor] | None = None
         if len(works) > 1 or any("global" in work.scopes for work in works):
             rows = [self._stats(w.backend, w.batch, w.here(grad_scale)) for w in works]
-            self._add_loss_gap(works, rows, loss)
+            if loss is not None:
+                self._add_loss_gap(works, rows, loss)
             share_sums(works, rows)
         for i, work in enumerate(works):
             work_rows = None if rows is None else rows[i]
             self._apply(
                 work.backend, work.batch, work_rows, work.here(grad_scale), work.here(found_inf)
             )
-        if any(group["gap"] == "loss" for group in self.param_groups):
+        if loss is not None:
             self._keep_loss(loss, found_inf)
 
     # ---- gap="loss" ---------------------------------------------------------------
@@ -369,11 +386,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
     @property
     def _model_state(self) -> dict[str, Any]:
         """Where state of the whole model is kept: with the first parameter, as LBFGS does."""
-        return cast("dict[str, Any]", self.state[self.param_groups[0]["params"][0]])
+        first = next(param for group in self.param_groups for param in group["params"])
+        return cast("dict[str, Any]", self.state[first])
 
-    def _add_loss_gap(
-        self, works: list[Work], rows: list[Tensor], loss: float | Tensor | None
-    ) -> None:
+    def _add_loss_gap(self, works: list[Work], rows: list[Tensor], loss: Tensor) -> None:
         """Adds f(x_{t-1}) - f(x_t), times its factor, to num, where gap="loss".
 
         The difference belongs to the whole model: each tensor takes the share that its
@@ -383,24 +399,25 @@ class AdaptiveMemoryOptimizer(Optimizer):
         total = sum(work.loss_numel() for work in works)
         if prev_loss is None or total == 0:
             return
+        # Where either loss is not a number: as on a first step.
+        difference = prev_loss.to(loss.device) - loss
+        difference = torch.where(difference.isnan(), 0.0, difference)
         for work, work_rows in zip(works, rows, strict=True):
-            difference = prev_loss - torch.as_tensor(loss, dtype=torch.float64)
-            difference = difference.to(work_rows.device)
-            # The first loss was not a number: as on a first step.
-            difference = torch.where(difference.isnan(), 0.0, difference)
+            here = difference.to(work_rows.device)
             for hyper, place in zip(work.batch.hypers, group_slices(work.batch), strict=True):
                 if hyper.loss_gap:
                     numels = [param.numel() for param in work.batch.params[place]]
                     share = torch.tensor(numels, dtype=torch.float64, device=work_rows.device)
                     sign = -1.0 if hyper.maximize else 1.0
                     factor = self._loss_factor(hyper) * (sign / total)
-                    work_rows[place, 0] += share * factor * difference
+                    work_rows[place, 0] += share * factor * here
 
-    def _keep_loss(self, loss: float | Tensor | None, found_inf: Tensor | None) -> None:
-        current = torch.as_tensor(loss, dtype=torch.float64).detach().clone()
+    def _keep_loss(self, loss: Tensor, found_inf: Tensor | None) -> None:
+        current = loss.clone()
         if found_inf is not None:
             prev_loss = self._model_state.get("prev_loss", torch.full_like(current, torch.nan))
-            current = torch.where(found_inf.to(current.device) == 0, current, prev_loss)
+            skipped = found_inf.to(current.device).reshape(()) != 0
+            current = torch.where(skipped, prev_loss, current)
         self._model_state["prev_loss"] = current
 
     # ---- checkpoints --------------------------------------------------------------
@@ -435,44 +452,54 @@ class AdaptiveMemoryOptimizer(Optimizer):
         if sizes != [len(group["params"]) for group in self.param_groups]:
             return None  # Optimizer.load_state_dict says what is wrong
         groups = []
-        params: dict[Any, tuple[Tensor, dict[str, Any]]] = {}
+        state = dict(state_dict["state"])
         for own, saved in zip(self.param_groups, saved_groups, strict=True):
             options = {key: value for key, value in own.items() if key not in saved}
-            if "memory_plane" not in saved:
+            native = "memory_plane" in saved
+            if not native:
                 options |= {key: own[key] for key in _IMPLEMENTATION}
             group = {**saved, **options, "params": saved["params"]}
             self._check_group(group)
             groups.append(group)
             for key, param in zip(saved["params"], own["params"], strict=True):
-                params[key] = (param, group)
-        state = {
-            key: self._wrap_state(*params[key], value) if key in params else value
-            for key, value in state_dict["state"].items()
-        }
+                if state.get(key):
+                    state[key] = self._wrap_state(param, group, state[key], native)
         return {**state_dict, "param_groups": groups, "state": state}
 
     def _wrap_state(
-        self, param: Tensor, group: dict[str, Any], saved: dict[str, Any]
+        self, param: Tensor, group: dict[str, Any], saved: dict[str, Any], native: bool
     ) -> dict[str, Any]:
         """One parameter's state, checked, converted if it is torch.optim's, and wrapped."""
-        state = dict(saved)
-        if self.memories[0] in state and "prev_lr" not in state:
-            state = self._convert_state(param, state, group)
-        if self.memories[0] in state:
+        state = dict(saved) if native else self._convert_state(param, saved, group)
+        if state.keys() - {"prev_loss"}:
             for name in (*self.memories, *self.scalars):
-                if name not in state:
-                    raise ValueError(f"loaded state has no {name}")
-                shape = param.shape if name in self.memories else torch.Size([])
-                if state[name].numel() != shape.numel() or (shape and state[name].shape != shape):
-                    raise ValueError(
-                        f"loaded state {name} has shape {list(state[name].shape)}; "
-                        f"for a parameter of shape {list(param.shape)} it has to be {list(shape)}"
-                    )
+                state[name] = self._checked(param, name, state)
         return {k: _Kept(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+
+    def _checked(self, param: Tensor, name: str, state: dict[str, Any]) -> Tensor:
+        """A loaded tensor of the right shape. A scalar may be a number, or have one element."""
+        if name not in state:
+            raise ValueError(f"loaded state has no {name}")
+        value = state[name]
+        if name in self.scalars and isinstance(value, Real):
+            value = torch.tensor(value, dtype=scalar_dtype(param))
+        if not isinstance(value, Tensor):
+            raise TypeError(f"loaded state {name} is a {type(value).__name__}, not a tensor")
+        shape = param.shape if name in self.memories else torch.Size([])
+        if value.numel() != shape.numel() or (shape and value.shape != shape):
+            raise ValueError(
+                f"loaded state {name} has shape {list(value.shape)}; "
+                f"for a parameter of shape {list(param.shape)} it has to be {list(shape)}"
+            )
+        return value
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # Optimizer gives every optimizer this option of its own, which a step of this class
+        # does not have.
+        self.defaults.pop("differentiable", None)
         for group in self.param_groups:
+            group.pop("differentiable", None)
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
         for param, values in self.state.items():

@@ -22,7 +22,6 @@ from adamem_fused.batch import (
     AdamWHyper,
     SGDBatch,
     SGDHyper,
-    check,
     group_slices,
 )
 
@@ -113,7 +112,7 @@ def _gradient(g: Tensor, maximize: bool) -> Tensor:
 
 def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
-    check(batch)
+    batch.check()
     rows = torch.zeros(len(batch.params), 2, dtype=torch.float64)
     for h, group in zip(batch.hypers, group_slices(batch), strict=True):
         for i in range(group.start, group.stop):
@@ -168,7 +167,7 @@ def _decayed(x: Tensor, g: Tensor, h: SGDHyper) -> Tensor:
 
 def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
-    check(batch)
+    batch.check()
     rows = torch.zeros(len(batch.params), 2, dtype=torch.float64)
     for h, group in zip(batch.hypers, group_slices(batch), strict=True):
         for i in range(group.start, group.stop):
