@@ -1,0 +1,33 @@
+"""Settings of the whole test run."""
+
+import os
+
+# Threads that spin while they wait take a shared machine's cores from those that work. To be
+# said before torch loads OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import hypothesis
+import pytest
+import torch
+
+from adamem_fused.backends import BACKENDS
+
+# The same examples on every run and every machine; no deadline, since machines differ in speed.
+hypothesis.settings.register_profile(
+    "tests", derandomize=True, deadline=None, max_examples=20, print_blob=True
+)
+hypothesis.settings.load_profile("tests")
+
+
+def pytest_report_header() -> list[str]:
+    cpu = torch.device("cpu")
+    reasons = {name: backend.unavailable(cpu) for name, backend in BACKENDS.items()}
+    return [f"backend {name} on the CPU: {reason or 'yes'}" for name, reason in reasons.items()]
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)

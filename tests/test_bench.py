@@ -1,0 +1,418 @@
+"""The demo and the CPU benchmark: they run end to end, and their numbers mean what they say."""
+
+import json
+import math
+import re
+import statistics
+import struct
+from itertools import pairwise
+
+import pytest
+import torch
+
+from adamem_fused import ops
+from bench import cpu, demo
+from bench.arguments import output_folder
+from bench.cpu_report import Result, format_table
+from bench.demo_report import Comparison, Run, steps_to_reach
+from bench.demo_report import format_table as format_demo_table
+from bench.demo_text import HELD_OUT_FILES, TRAINING_FILES, Text, read_text, standard_library
+from bench.environment import cache_sizes, environment
+from bench.timing import alternate, random_tensors
+
+needs_extension = pytest.mark.skipif(ops.unavailable is not None, reason=str(ops.unavailable))
+
+# Quicker than --quick.
+SHORT = ["--quick", "--steps", "6", "--eval-every", "4", "--eval-windows", "8"]
+
+
+def run_demo(out, *options):
+    status = demo.main([*SHORT, "--out", str(out), *options])
+    report = json.loads((out / "demo.json").read_text())
+    return status, report
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    status, report = run_demo(out)
+    return out, status, report
+
+
+# ---- demo -----------------------------------------------------------------------------
+
+
+@needs_extension
+def test_quick_demo_writes_numbers_of_every_contestant(demo_run):
+    _, status, report = demo_run
+    assert status == 0
+    assert list(report["contestants"]) == ["AdamW", "AMAdamW level", "AMAdamW anchored"]
+    assert report["unfinished"] == []
+    assert report["config"]["seed"] == 0
+    assert report["environment"]["torch"] == torch.__version__
+    for numbers in report["contestants"].values():
+        assert numbers["eval_steps"] == [0, 4, 6]
+        assert len(numbers["held_out_losses"]) == 3
+        assert len(numbers["mean_train_losses_between"]) == 2
+        assert numbers["final_held_out_loss"] == numbers["held_out_losses"][-1]
+        assert numbers["final_held_out_loss"] < numbers["held_out_losses"][0]
+        assert numbers["diverged_at"] is None
+        assert all(ms > 0 for ms in numbers["optimizer_ms_quartiles"])
+
+
+@needs_extension
+def test_contestants_start_from_the_same_loss_and_then_differ(demo_run):
+    curves = [n["held_out_losses"] for n in demo_run[2]["contestants"].values()]
+    assert len({curve[0] for curve in curves}) == 1
+    # An untrained model knows nothing of bytes.
+    assert curves[0][0] == pytest.approx(math.log(256), abs=0.2)
+    assert len({curve[-1] for curve in curves}) == 3
+
+
+@needs_extension
+def test_beta_of_adamw_is_fixed_and_that_of_am_adamw_is_not(demo_run):
+    contestants = demo_run[2]["contestants"]
+    assert list(contestants["AdamW"]["mean_beta_by_tensor"].values()) == pytest.approx([0.9] * 22)
+    for name in ("AMAdamW level", "AMAdamW anchored"):
+        betas = contestants[name]["mean_beta_by_tensor"]
+        assert len(betas) == 22
+        assert all(0 <= beta <= demo.BETA_CAP + 1e-6 for beta in betas.values())
+        assert len(set(betas.values())) > 1
+
+
+@needs_extension
+def test_same_seed_gives_the_same_losses_and_another_seed_others(demo_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "plot", lambda *args: None)
+
+    def curves(report):
+        return [n["held_out_losses"] for n in report["contestants"].values()]
+
+    first = curves(demo_run[2])
+    assert curves(run_demo(tmp_path)[1]) == first
+    assert curves(run_demo(tmp_path, "--seed", "1")[1]) != first
+
+
+@needs_extension
+def test_picture_is_a_png_of_a_readable_size(demo_run):
+    content = (demo_run[0] / "demo.png").read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", content[16:24]) == (2100, 1275)
+    assert len(content) > 20_000
+
+
+@needs_extension
+def test_interrupted_demo_keeps_the_runs_that_finished(tmp_path, monkeypatch, capsys):
+    train = demo.train
+
+    def interrupted(name, *args):
+        if name == "AMAdamW level":
+            raise KeyboardInterrupt
+        return train(name, *args)
+
+    monkeypatch.setattr(demo, "train", interrupted)
+    status, report = run_demo(tmp_path)
+    assert status == 130
+    assert list(report["contestants"]) == ["AdamW"]
+    assert report["unfinished"] == ["AMAdamW level", "AMAdamW anchored"]
+    assert (tmp_path / "demo.png").exists()
+    assert "Interrupted. Not finished: AMAdamW level, AMAdamW anchored." in capsys.readouterr().out
+
+
+def test_demo_interrupted_at_once_says_so_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "train", interrupted)
+    assert demo.main([*SHORT, "--out", str(tmp_path)]) == 130
+    assert "Interrupted. Not finished: AdamW," in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_extension
+def test_diverging_contestant_is_a_row_that_says_when(tmp_path, capsys):
+    status, report = run_demo(tmp_path, "--lr", "1e30")
+    assert status == 0
+    for numbers in report["contestants"].values():
+        assert numbers["final_held_out_loss"] is None
+        assert numbers["steps_to_baseline_loss"] is None
+        assert 1 <= numbers["diverged_at"] <= 6
+    assert capsys.readouterr().out.count("diverged at step") == 3
+
+
+def test_quick_yields_to_options_that_are_given(tmp_path):
+    args = demo.parse_args(["--quick", "--steps", "7", "--out", str(tmp_path)])
+    assert args.steps == 7
+    assert args.batch_size == demo.QUICK["batch_size"]
+
+
+def test_held_out_files_are_not_trained_on():
+    assert not set(TRAINING_FILES) & set(HELD_OUT_FILES)
+    assert list(TRAINING_FILES) == sorted(TRAINING_FILES)
+    training = read_text(TRAINING_FILES, standard_library()).content
+    for name in HELD_OUT_FILES:
+        assert read_text((name,), standard_library()).content not in training
+
+
+def test_batches_come_from_the_training_text_alone():
+    config = demo.Config(
+        steps=3, batch_size=5, lr=1e-3, weight_decay=0.0, seed=0, threads=1, eval_every=1,
+        eval_windows=4, context=8,
+    )  # fmt: skip
+    text = bytes(range(100))
+    batches = list(demo.training_batches(text, config))
+    assert [tuple(batch.shape) for batch in batches] == [(5, 9)] * 3
+    assert all(bytes(window.tolist()) in text for batch in batches for window in batch)
+    windows = demo.held_out_windows(text, config)
+    assert windows[:, 0].tolist() == [0, 30, 60, 91]
+
+
+def test_missing_source_files_are_named(tmp_path):
+    (tmp_path / "a.py").write_text("a")
+    with pytest.raises(FileNotFoundError, match=r"lacks b\.py, c\.py"):
+        read_text(("a.py", "b.py", "c.py"), tmp_path)
+
+
+# ---- demo: numbers from made-up curves ------------------------------------------------
+
+
+def made_up(name, losses, **values):
+    steps = list(range(0, 10 * len(losses), 10))
+    return Run(name, ["a", "b"], eval_steps=steps, held_out_losses=losses, **values)
+
+
+@pytest.mark.parametrize(
+    ("target", "reached"),
+    [(5.0, 0), (3.0, 10), (2.9, 20), (2.0, 20), (1.9, None), (None, None)],
+)
+def test_steps_to_reach_is_the_first_loss_at_or_below_the_target(target, reached):
+    assert steps_to_reach(made_up("x", [5.0, 3.0, 2.0, 2.5]), target) == reached
+
+
+def test_run_averages_betas_and_training_losses():
+    run = made_up(
+        "x", [5.0, 3.0], train_losses=[float(i) for i in range(10)], betas=[[0.0, 0.5], [0.2, 0.7]]
+    )
+    assert run.train_curve == [4.5]
+    assert run.mean_betas == pytest.approx([0.1, 0.6])
+    assert run.mean_beta == pytest.approx(0.35)
+    assert run.final_loss == 3.0
+    assert made_up("x", [5.0, 3.0], diverged_at=11).final_loss is None
+
+
+def test_table_compares_with_the_baseline():
+    text = Text((), b"")
+    config = {"steps": 20, "batch_size": 1, "context": 8, "lr": 0.1, "weight_decay": 0.0}
+    config |= {"seed": 0, "threads": 1, "eval_every": 10}
+    runs = [made_up("AdamW", [5.0, 3.0, 2.0]), made_up("AMAdamW level", [5.0, 1.9, 1.0])]
+    table = format_demo_table(Comparison(config, [1, 2], "AdamW", 0.89, text, text, runs))
+    rows = {line.split("  ")[0]: line.split() for line in table.splitlines()}
+    assert rows["AdamW"][1:3] == ["2.0000", "20"]
+    assert rows["AMAdamW level"][2:4] == ["1.0000", "10"]
+
+
+# ---- CPU benchmark --------------------------------------------------------------------
+
+
+def tiny_cases(*args, **kwargs):
+    return {
+        name: cpu.Case(name, ((40, 5), (7,)), target=1.5 if name == "large" else None)
+        for name in ("large", "decoder")
+    }
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu, "make_cases", tiny_cases)
+    return ["--quick", "--threads", "1", "--out", str(tmp_path)]
+
+
+@needs_extension
+def test_benchmark_writes_every_sample(tiny, tmp_path, capsys):
+    assert cpu.main(tiny) == 0
+    report = json.loads((tmp_path / "cpu.json").read_text())
+    assert report["settings"]["threads"] == 1
+    assert report["settings"]["interrupted"] is False
+    assert report["environment"]["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    sides = {(r["contestant"], r["baseline"], r["dtype"]) for r in report["results"]}
+    assert sides == {
+        ("AMAdamW cpu", "AdamW fused", "float32"),
+        ("AMAdamW cpu", "AdamW fused", "bfloat16"),
+        ("AMAdamW cpu", "AMAdamW foreach", "float32"),
+        ("AMSGD cpu", "SGD fused", "float32"),
+        ("AMSGD cpu", "SGD fused", "bfloat16"),
+    }
+    for result in report["results"]:
+        samples = [result["contestant_seconds"], result["baseline_seconds"]]
+        assert [len(s) for s in samples] == [2, 2]
+        assert all(second > 0 for s in samples for second in s)
+        ratios = [a / b for a, b in zip(*samples, strict=True)]
+        assert result["ratio_quartiles"][1] == pytest.approx(statistics.median(ratios))
+    verdicts = re.findall(r"\d\.\d\d (?:not )?met", capsys.readouterr().out)
+    assert [verdict.split()[0] for verdict in verdicts] == ["1.50", "0.25"]
+
+
+@needs_extension
+def test_interrupted_benchmark_keeps_the_rows_that_finished(tiny, tmp_path, monkeypatch):
+    measure = cpu.measure
+
+    def interrupted(row, *args):
+        if row.baseline == "AMAdamW foreach":
+            raise KeyboardInterrupt
+        return measure(row, *args)
+
+    monkeypatch.setattr(cpu, "measure", interrupted)
+    assert cpu.main(tiny) == 130
+    report = json.loads((tmp_path / "cpu.json").read_text())
+    assert report["settings"]["interrupted"] is True
+    assert [result["case"] for result in report["results"]] == ["large", "decoder"]
+
+
+def test_cases_are_as_large_as_they_say():
+    cases = cpu.make_cases(l2=2**20, last_level=2**25, width=192, tensors=5000)
+    assert cases["large"].numel * 16 == 8 * 2**25
+    assert 0.49 * 2**25 < cases["last level"].numel * 20 <= 2**24
+    assert cases["l2"].numel * 20 <= 2**20
+    assert len(cases["decoder"].shapes) == 300
+    assert cases["many"].shapes == ((100,),) * 5000
+    targets = {name: case.target for name, case in cases.items()}
+    assert targets == {
+        "large": 1.6, "last level": 1.15, "l2": 1.15, "decoder": None, "many": 1 / 3
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "in_cache", "expected"),
+    [
+        ("AMAdamW cpu", torch.float32, False, 44),
+        ("AMAdamW cpu", torch.float32, True, 28),
+        ("AMAdamW cpu", torch.bfloat16, False, 34),
+        ("AMAdamW cpu", torch.bfloat16, True, 22),
+        ("AMAdamW foreach", torch.float32, False, None),
+        ("AdamW fused", torch.float32, False, 28),
+        ("AdamW fused", torch.bfloat16, False, 14),
+        ("AMSGD cpu", torch.float32, False, 28),
+        ("AMSGD cpu", torch.float32, True, 20),
+        ("SGD fused", torch.float32, False, 20),
+    ],
+)
+def test_bytes_a_parameter_are_those_of_the_algorithm(name, dtype, in_cache, expected):
+    contestant, case = cpu.CONTESTANTS[name], cpu.Case("", ((1000,),))
+    last_level = 2**20 if in_cache else 2**10
+    assert cpu.bytes_per_parameter(contestant, case, dtype, last_level) == expected
+
+
+def test_one_beta_for_all_keeps_only_small_models_in_cache():
+    case = cpu.Case("", ((1000,),) * 100)
+    for name, expected in (("AMAdamW cpu", 28), ("AMSGD cpu", 28)):
+        contestant = cpu.CONTESTANTS[name]
+        assert cpu.bytes_per_parameter(contestant, case, torch.float32, 2**16) == expected
+
+
+def test_sides_take_turns_and_gradients_alternate():
+    log = []
+
+    class Recorder(torch.optim.Optimizer):
+        def __init__(self, params, name):
+            super().__init__(params, {})
+            self.name = name
+
+        def step(self, closure=None):
+            log.append((self.name, self.param_groups[0]["params"][0].grad.data_ptr()))
+
+    def make(name):
+        return lambda params: Recorder(params, name)
+
+    pairs = list(alternate(make("a"), make("b"), [(3,)], torch.float32, pairs=4, seconds=1e-9))
+    assert len(pairs) == 4
+    steps = 5  # of a block: 2 to warm up and 3 timed; also of the trial of each side
+    names = "".join(name for name, _ in log)
+    assert names == "".join(side * steps for side in "ab" + "ab" + "ba" + "ab" + "ba")
+    for block in range(0, len(log), steps):
+        pointers = [pointer for _, pointer in log[block : block + steps]]
+        assert len(set(pointers)) == 2
+        assert all(a != b for a, b in pairwise(pointers))
+
+
+def test_gradients_are_random_and_never_zeros():
+    first, second = (random_tensors([(50,)], torch.bfloat16, seed)[0] for seed in (1, 2))
+    assert first.count_nonzero() == 50
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("target", "verdict"), [(2.0, "2.00 met"), (1.9, "1.90 not met"), (None, "")]
+)
+def test_verdict_is_of_the_median_ratio(target, verdict):
+    result = Result(
+        "case", "float32", 1, 10, "a", "b", target, [1.0, 4.0, 9.0], [1.0, 2.0, 3.0], 44, None, 1e9
+    )
+    assert result.ratio_quartiles == pytest.approx([1.5, 2.0, 2.5])
+    assert result.verdict == verdict
+    assert "2.00 (1.50 to 2.50)" in format_table([result])
+    assert "44 / -" in format_table([result])
+
+
+# ---- what both share ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [demo, cpu])
+def test_help_lists_the_options(module, capsys):
+    with pytest.raises(SystemExit) as error:
+        module.main(["--help"])
+    assert error.value.code == 0
+    out = capsys.readouterr().out
+    assert f"python -m {module.__name__}" in out
+    assert "--threads" in out and "--out" in out and "--quick" in out
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        (demo, ["--steps", "0"], "argument --steps: '0' is not a whole number of at least 1"),
+        (demo, ["--steps", "1.5"], "argument --steps: '1.5' is not a whole number"),
+        (demo, ["--lr", "nan"], "argument --lr: 'nan' is not a finite number above 0"),
+        (demo, ["--lr", "much"], "argument --lr: 'much' is not a finite number above 0"),
+        (demo, ["--weight-decay", "-1"], "argument --weight-decay: '-1' is not a finite number"),
+        (demo, ["--seed", "-1"], "argument --seed: '-1' is not a whole number in [0, 2**63)"),
+        (demo, ["--nonsense"], "unrecognized arguments: --nonsense"),
+        (cpu, ["--pairs", "0"], "argument --pairs: '0' is not a whole number of at least 1"),
+        (cpu, ["--seconds", "inf"], "argument --seconds: 'inf' is not a finite number above 0"),
+        (cpu, ["--threads", "none"], "argument --threads: 'none' is not a whole number"),
+    ],
+)
+def test_bad_option_is_named_with_its_value(module, options, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        module.main([*options, "--out", str(tmp_path)])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [demo, cpu])
+def test_output_folder_that_cannot_be_made_is_an_error_before_the_work(module, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as error:
+        module.main(["--out", str(tmp_path / "file" / "folder")])
+    assert error.value.code == 2
+    assert "argument --out" in capsys.readouterr().err
+
+
+def test_output_folder_is_made_with_its_parents(tmp_path):
+    assert output_folder(str(tmp_path / "a" / "b")).is_dir()
+
+
+def test_cache_sizes_are_read_by_level_without_the_instruction_cache(tmp_path):
+    for index, (level, kind, size) in enumerate(
+        [(1, "Data", "32K"), (1, "Instruction", "64K"), (2, "Unified", "1M")]
+    ):
+        folder = tmp_path / f"index{index}"
+        folder.mkdir()
+        for name, value in (("level", level), ("type", kind), ("size", size)):
+            (folder / name).write_text(f"{value}\n")
+    assert cache_sizes(tmp_path) == {1: 2**15, 2: 2**20}
+    assert cache_sizes(tmp_path / "none") == {}
+
+
+def test_environment_names_versions_and_cpu():
+    found = environment()
+    assert found["torch"] == torch.__version__
+    assert all(isinstance(value, str) for value in found.values())

@@ -1,0 +1,430 @@
+"""Checkpoints: nothing is lost between state_dict and load_state_dict, and torch's own load."""
+
+import io
+import math
+from copy import deepcopy
+
+import pytest
+import torch
+from cases import OPTIMIZERS, Group, backends, bits, make_optimizer, parameters, set_gradients
+from snapshot import snapshot
+from torch.nn import Parameter
+
+from adamem_fused import AMSGD, AMAdamW
+
+SHAPES = [(3, 2), (5,), ()]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+both = pytest.mark.parametrize("cls", OPTIMIZERS)
+every_backend = pytest.mark.parametrize("backend", backends())
+
+
+def make(cls, dtype=torch.float32, **options):
+    groups = [Group(SHAPES, dtype), Group([(4,)], dtype, {"lr": 0.02, "weight_decay": 0.1})]
+    return make_optimizer(cls, groups, **options)
+
+
+def train(optimizer, steps, start=0):
+    for step in range(start, start + steps):
+        set_gradients(optimizer, step=step)
+        optimizer.step(lambda step=step: torch.tensor(1.0 / (step + 1)))
+    return optimizer
+
+
+def through_a_file(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def state_tensors(optimizer):
+    return [
+        {name: (value.dtype, bits(value).tolist()) for name, value in optimizer.state[p].items()}
+        for p in parameters(optimizer)
+    ]
+
+
+# ---- its own ----------------------------------------------------------------------
+
+
+@both
+@every_backend
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64])
+def test_training_goes_on_bit_for_bit_after_save_and_load(cls, backend, dtype):
+    straight = train(make(cls, dtype, backend=backend), 3)
+    resumed = make(cls, dtype, backend=backend)
+    resumed.load_state_dict(through_a_file(straight.state_dict()))
+    for ours, theirs in zip(parameters(resumed), parameters(straight), strict=True):
+        ours.data.copy_(theirs.data)
+    assert snapshot(resumed) == snapshot(straight)
+    assert snapshot(train(resumed, 3, start=3)) == snapshot(train(straight, 3, start=3))
+
+
+@both
+@pytest.mark.parametrize("plane", ["level", "anchored"])
+def test_training_with_the_gap_of_losses_goes_on_bit_for_bit(cls, plane):
+    options = {"gap": "loss", "beta_scope": "global", "memory_plane": plane}
+    straight = train(make(cls, **options), 3)
+    resumed = make(cls, **options)
+    resumed.load_state_dict(through_a_file(straight.state_dict()))
+    for ours, theirs in zip(parameters(resumed), parameters(straight), strict=True):
+        ours.data.copy_(theirs.data)
+    assert snapshot(train(resumed, 3, start=3)) == snapshot(train(straight, 3, start=3))
+
+
+@both
+@pytest.mark.parametrize("source", DTYPES)
+@pytest.mark.parametrize("target", DTYPES)
+def test_state_survives_loading_onto_another_dtype(cls, source, target):
+    """No value changes: state stays as it is, or is widened for a float64 parameter."""
+    saved = train(make(cls, source), 3)
+    loaded = make(cls, target)
+    loaded.load_state_dict(saved.state_dict())
+    wide = torch.float64 in (source, target)
+    for ours, theirs in zip(parameters(loaded), parameters(saved), strict=True):
+        assert ours.dtype == target
+        assert loaded.state[ours].keys() == saved.state[theirs].keys()
+        for name, value in loaded.state[ours].items():
+            assert value.dtype == (torch.float64 if wide else torch.float32), name
+            assert torch.equal(value, saved.state[theirs][name].to(value.dtype)), name
+    train(loaded, 1, start=3)
+
+    back = make(cls, source)
+    again = make(cls, target)
+    again.load_state_dict(saved.state_dict())
+    back.load_state_dict(through_a_file(again.state_dict()))
+    for ours, theirs in zip(parameters(back), parameters(saved), strict=True):
+        for name, value in back.state[ours].items():
+            assert torch.equal(value, saved.state[theirs][name].to(value.dtype)), name
+
+
+@both
+def test_loading_copies(cls):
+    """Neither the loaded dictionary nor its source changes when training goes on."""
+    source = train(make(cls), 2)
+    state_dict = source.state_dict()
+    kept = deepcopy(state_dict)
+    before = snapshot(source)
+    loaded = make(cls)
+    loaded.load_state_dict(state_dict)
+    train(loaded, 2, start=2)
+    assert snapshot(source) == before
+    torch.testing.assert_close(state_dict["state"], kept["state"], rtol=0, atol=0)
+    assert state_dict["param_groups"] == kept["param_groups"]
+
+
+@both
+def test_state_takes_its_parameters_layout(cls):
+    """Saved from a contiguous parameter, loaded for a transposed one: same values."""
+    value = torch.randn(4, 3)
+    plain, transposed = Parameter(value.clone()), Parameter(value.t().contiguous().t())
+    grads = [torch.randn(4, 3) for _ in range(2)]
+    optimizers = cls([plain]), cls([transposed])
+    plain.grad = grads[0]
+    optimizers[0].step()
+    transposed.data.copy_(plain.data)
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    for name in cls.memories:
+        loaded = optimizers[1].state[transposed][name]
+        assert loaded.stride() == transposed.stride() == (1, 4)
+        assert torch.equal(loaded, optimizers[0].state[plain][name])
+    for param, optimizer in zip((plain, transposed), optimizers, strict=True):
+        param.grad = grads[1]
+        optimizer.step()
+    torch.testing.assert_close(plain, transposed)
+
+
+@both
+def test_parameters_that_never_stepped_have_no_state(cls):
+    optimizer = make(cls)
+    set_gradients(optimizer, step=0, skip=(1, 3))
+    optimizer.step()
+    state_dict = optimizer.state_dict()
+    assert sorted(state_dict["state"]) == [0, 2]
+    loaded = make(cls)
+    loaded.load_state_dict(through_a_file(state_dict))
+    assert sorted(loaded.state_dict()["state"]) == [0, 2]
+    set_gradients(loaded, step=1)
+    loaded.step()
+    steps = [loaded.state[param]["step"].item() for param in parameters(loaded)]
+    assert steps == [2, 1, 2, 1]
+
+
+@both
+def test_loaded_options_are_the_saved_ones(cls):
+    saved = make(cls, memory_plane="anchored", beta_scope="tensor", memory_lambda=0.3, foreach=True)
+    loaded = make(cls, backend="reference")
+    loaded.load_state_dict(saved.state_dict())
+    for ours, theirs in zip(loaded.param_groups, saved.param_groups, strict=True):
+        for key in saved.defaults:
+            assert ours[key] == theirs[key], key
+
+
+@both
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_tensor_lr_survives(cls, shape):
+    saved = train(make(cls, lr=torch.full(shape, 0.03)), 2)
+    loaded = make(cls)
+    loaded.load_state_dict(through_a_file(saved.state_dict()))
+    lr = loaded.param_groups[0]["lr"]
+    assert torch.equal(lr, torch.full(shape, 0.03))
+    train(loaded, 1, start=2)
+
+
+@both
+def test_scheduler_and_optimizer_resume_together(cls):
+    def schedule(optimizer):
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+
+    straight, resumed = make(cls), make(cls)
+    scheduler = schedule(straight)
+    for step in range(3):
+        train(straight, 1, start=step)
+        scheduler.step()
+    other = schedule(resumed)
+    resumed.load_state_dict(through_a_file(straight.state_dict()))
+    other.load_state_dict(scheduler.state_dict())
+    for ours, theirs in zip(parameters(resumed), parameters(straight), strict=True):
+        ours.data.copy_(theirs.data)
+    for step in range(3, 7):
+        for optimizer, its in ((straight, scheduler), (resumed, other)):
+            train(optimizer, 1, start=step)
+            its.step()
+    assert snapshot(resumed) == snapshot(straight)
+
+
+@pytest.mark.parametrize(("cls", "other"), [(AMAdamW, AMSGD), (AMSGD, AMAdamW)])
+def test_state_of_the_other_class_is_refused(cls, other):
+    saved = train(make(other), 2).state_dict()
+    optimizer = train(make(cls), 2)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=cls.memories[0]):
+        optimizer.load_state_dict(saved)
+    assert snapshot(optimizer) == before
+
+
+# ---- torch.optim's ----------------------------------------------------------------
+
+
+def torch_pair(torch_cls, cls, torch_options, steps=3, dtype=torch.float64, **options):
+    """A torch optimizer that took some steps, and ours with its checkpoint, over equal values."""
+    torch.manual_seed(0)
+    source = torch.nn.ParameterList([torch.randn(3, 2, dtype=dtype), torch.randn(4, dtype=dtype)])
+    theirs = torch_cls(source.parameters(), **torch_options)
+    for _ in range(steps):
+        for param in source:
+            param.grad = torch.randn_like(param)
+        theirs.step()
+    target = [Parameter(param.detach().clone()) for param in source]
+    ours = cls(target, **options)
+    ours.load_state_dict(through_a_file(theirs.state_dict()))
+    return theirs, ours, list(source), target
+
+
+def adamw_by_hand(x, g, d, v, t, beta_prod, prev_lr, lr, beta_max, beta2, eps, mu, lam):
+    """One step of AM-AdamW ("level"), element by element in Python's floats."""
+    sums = [0.0, 0.0, 0.0, 0.0]
+    terms = []
+    for xi, gi, di, vi in zip(x, g, d, v, strict=True):
+        vi = beta2 * vi + (1 - beta2) * gi * gi
+        p = (1 - beta_max * beta_prod) * (math.sqrt(vi / (1 - beta2**t)) + eps)
+        m = 1 / (p * (1 + lam * p))
+        e = di - gi
+        for k, term in enumerate(
+            (gi * (di / p + mu * xi), e * (gi + lam * p * di) * m, xi * e, e * e * m)
+        ):
+            sums[k] += term
+        terms.append((xi, gi, di, p))
+    gap = prev_lr * sums[0]
+    num = (1 + mu * lr) * gap / lr - sums[1] - mu * sums[2]
+    beta = min(max(num / sums[3], 0.0), beta_max)
+    new_x = []
+    for xi, gi, di, p in terms:
+        di = ((1 - beta) * gi + (beta + lam * p) * di) / (1 + lam * p)
+        new_x.append((1 - lr * mu) * xi - lr * di / p)
+    return new_x, beta
+
+
+def sgd_by_hand(x, g, d, prev_lr, lr, beta_max, mu, lam):
+    """One step of AM-SGD ("level") of one tensor, element by element in Python's floats."""
+    g = [gi + mu * xi for xi, gi in zip(x, g, strict=True)]
+    gd = sum(gi * di for gi, di in zip(g, d, strict=True))
+    gg = sum(gi * gi for gi in g)
+    dd = sum(di * di for di in d)
+    num = (1 + lam) * (prev_lr / lr) * gd - (gd - gg) - lam * (dd - gd)
+    den = sum((di - gi) ** 2 for gi, di in zip(g, d, strict=True))
+    beta = min(max(num / den, 0.0), beta_max)
+    new_d = [((beta + lam) * di + (1 - beta) * gi) / (1 + lam) for gi, di in zip(g, d, strict=True)]
+    return [xi - lr * di for xi, di in zip(x, new_d, strict=True)], beta
+
+
+ADAMW_VARIANTS = {
+    "plain": {},
+    "fused": {"fused": True},
+    "foreach": {"foreach": True},
+    "forloop": {"foreach": False},
+    "tensor lr": {"lr": torch.tensor(0.01, dtype=torch.float64), "foreach": False},
+    "other betas": {"betas": (0.7, 0.95), "weight_decay": 0.2, "eps": 1e-4},
+}
+
+
+@every_backend
+@pytest.mark.parametrize("variant", ADAMW_VARIANTS)
+@pytest.mark.parametrize("step_as_number", [False, True])
+def test_adamw_checkpoint_continues_as_the_formulas_say(backend, variant, step_as_number):
+    torch_options = {"lr": 0.01, **ADAMW_VARIANTS[variant]}
+    theirs, ours, source, target = torch_pair(torch.optim.AdamW, AMAdamW, torch_options)
+    ours.param_groups[0]["backend"] = backend
+    if step_as_number:
+        state_dict = theirs.state_dict()
+        for state in state_dict["state"].values():
+            state["step"] = int(state["step"].item())
+        ours.load_state_dict(state_dict)
+    group = ours.param_groups[0]
+    lr = float(torch_options["lr"])
+    beta1, beta2 = theirs.param_groups[0]["betas"]
+    assert group["betas"] == (beta1, beta2)
+    by_hand = []
+    for param, other in zip(target, source, strict=True):
+        state, torch_state = ours.state[param], theirs.state[other]
+        assert state["step"].item() == 3
+        assert state["beta_prod"].item() == pytest.approx(beta1**3, rel=1e-15)
+        assert state["prev_lr"].item() == lr
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(state[name], torch_state[name])
+        param.grad = torch.randn_like(param)
+        before = [
+            t.flatten().tolist() for t in (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
+        ]
+        expected, beta = adamw_by_hand(
+            *before, 4, beta1**3, lr, lr, beta1, beta2, group["eps"], group["weight_decay"], 0.1
+        )
+        by_hand.append((expected, beta))
+    ours.step()
+    for param, (expected, beta) in zip(target, by_hand, strict=True):
+        assert param.flatten().tolist() == pytest.approx(expected, rel=1e-12, abs=1e-14)
+        assert ours.state[param]["beta"].item() == pytest.approx(beta, rel=1e-11)
+        assert ours.state[param]["step"].item() == 4
+
+
+SGD_VARIANTS = {
+    "momentum": {"momentum": 0.9},
+    "fused": {"momentum": 0.9, "fused": True},
+    "foreach": {"momentum": 0.9, "foreach": True},
+    "tensor lr": {"momentum": 0.9, "lr": torch.tensor(0.05, dtype=torch.float64), "foreach": False},
+    "nesterov": {"momentum": 0.8, "nesterov": True, "weight_decay": 0.1},
+}
+
+
+@every_backend
+@pytest.mark.parametrize("variant", SGD_VARIANTS)
+def test_sgd_checkpoint_continues_as_the_formulas_say(backend, variant):
+    torch_options = {"lr": 0.05, **SGD_VARIANTS[variant]}
+    options = {"backend": backend, "beta_scope": "tensor"}
+    theirs, ours, source, target = torch_pair(torch.optim.SGD, AMSGD, torch_options, **options)
+    lr, group = float(torch_options["lr"]), ours.param_groups[0]
+    assert group["beta_max"] == 0.9
+    assert group["backend"] == backend
+    by_hand = []
+    for param, other in zip(target, source, strict=True):
+        state = ours.state[param]
+        assert torch.equal(state["momentum_buffer"], theirs.state[other]["momentum_buffer"])
+        assert state["prev_lr"].item() == lr
+        assert state["step"].item() >= 1
+        param.grad = torch.randn_like(param)
+        before = [t.flatten().tolist() for t in (param, param.grad, state["momentum_buffer"])]
+        by_hand.append(sgd_by_hand(*before, lr, lr, 0.9, group["weight_decay"], 0.1))
+    ours.step()
+    for param, (expected, beta) in zip(target, by_hand, strict=True):
+        assert param.flatten().tolist() == pytest.approx(expected, rel=1e-12, abs=1e-14)
+        assert ours.state[param]["beta"].item() == pytest.approx(beta, rel=1e-11)
+
+
+@every_backend
+def test_sgd_checkpoint_without_momentum_starts_anew(backend):
+    _, ours, _, target = torch_pair(torch.optim.SGD, AMSGD, {"lr": 0.05}, backend=backend)
+    assert ours.param_groups[0]["lr"] == 0.05
+    before = [param.detach().clone() for param in target]
+    for param in target:
+        param.grad = torch.randn_like(param)
+    ours.step()
+    for param, start in zip(target, before, strict=True):  # d = g
+        torch.testing.assert_close(param.detach(), start - 0.05 * param.grad)
+        assert ours.state[param]["step"].item() == 1
+
+
+def test_sgd_state_of_none_starts_anew():
+    """As older releases of torch save SGD without momentum."""
+    saved = torch.optim.SGD([Parameter(torch.ones(3))], lr=0.1).state_dict()
+    saved["state"] = {0: {"momentum_buffer": None}}
+    param = Parameter(torch.ones(3))
+    optimizer = AMSGD([param])
+    optimizer.load_state_dict(saved)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.state[param]["step"].item() == 1
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_adamw_checkpoint_with_amsgrad_is_refused(steps):
+    param = Parameter(torch.ones(3))
+    theirs = torch.optim.AdamW([param], amsgrad=True)
+    for _ in range(steps):
+        param.grad = torch.ones(3)
+        theirs.step()
+    ours = AMAdamW([Parameter(torch.ones(3))])
+    before = snapshot(ours)
+    with pytest.raises(ValueError, match=r"amsgrad=True.*AMAdamW does not have"):
+        ours.load_state_dict(theirs.state_dict())
+    assert snapshot(ours) == before
+
+
+@pytest.mark.parametrize(
+    ("torch_cls", "cls", "torch_options"),
+    [(torch.optim.AdamW, AMAdamW, {}), (torch.optim.SGD, AMSGD, {"momentum": 0.9})],
+)
+def test_torch_checkpoint_keeps_this_optimizers_own_options(torch_cls, cls, torch_options):
+    torch_options = {"lr": 0.02, "weight_decay": 0.3, "foreach": True, **torch_options}
+    options = {"memory_plane": "anchored", "memory_lambda": 0.2, "backend": "reference"}
+    theirs, ours, _, _ = torch_pair(torch_cls, cls, torch_options, **options)
+    group = ours.param_groups[0]
+    assert group["lr"] == 0.02
+    assert group["weight_decay"] == 0.3
+    for key, value in options.items():
+        assert group[key] == value
+    assert group["foreach"] is None
+    # What was loaded is now a checkpoint of this class, and loads as one.
+    again = cls([Parameter(torch.zeros_like(p)) for p in parameters(theirs)])
+    again.load_state_dict(through_a_file(ours.state_dict()))
+    assert state_tensors(again) == state_tensors(ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_adamw_state_is_widened(dtype):
+    """torch keeps its state in the parameter's dtype: the values stay, in float32."""
+    theirs, ours, source, target = torch_pair(torch.optim.AdamW, AMAdamW, {}, dtype=dtype)
+    for param, other in zip(target, source, strict=True):
+        for name in AMAdamW.memories:
+            value = ours.state[param][name]
+            assert value.dtype == torch.float32
+            assert torch.equal(value, theirs.state[other][name].float())
+        param.grad = torch.randn_like(param)
+    ours.step()
+
+
+def test_first_torch_step_agrees_with_adamw_where_the_memory_is_kept_at_its_cap():
+    """With memory_lambda=0 and beta at betas[0], a step after loading is AdamW's own."""
+    theirs, ours, source, target = torch_pair(
+        torch.optim.AdamW, AMAdamW, {"lr": 1e-3}, memory_lambda=0.0
+    )
+    # A gradient along the memory: the model keeps as much of it as it may.
+    for param, other in zip(target, source, strict=True):
+        other.grad = 0.5 * theirs.state[other]["exp_avg"].clone()
+        param.grad = other.grad.clone()
+    ours.step()
+    theirs.step()
+    for param, other in zip(target, source, strict=True):
+        assert ours.state[param]["beta"].item() == 0.9
+        torch.testing.assert_close(param, other, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(ours.state[param]["exp_avg"], theirs.state[other]["exp_avg"])
