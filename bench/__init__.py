@@ -1,0 +1,1 @@
+"""Measurements and demonstrations of adamem_fused; not part of the installed package."""
