@@ -10,7 +10,7 @@ help:
 	@echo "make test       the tests"
 	@echo "make demo       a small GPT trained with AdamW and with AMAdamW: table and picture"
 	@echo "make bench-cpu  the cpu backend's time against torch's fused AdamW"
-	@echo "make check      linter, formatter and type checker"
+	@echo "make check      linters, formatters and type checker"
 	@echo "make clean      removes what was built, .venv included"
 
 test: .venv/installed
@@ -25,6 +25,7 @@ bench-cpu: .venv/installed
 check: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
 	$(BIN)/mypy
 
 .venv/requirements: requirements.txt

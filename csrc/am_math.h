@@ -47,7 +47,7 @@ struct AdamWCoefficients {
   T eps;      // times bias_correction1
   T memory_lambda, weight_decay;
   T u_grad, u_memory;  // 1 + (1 + mu eta) c_g / eta and -1 - (1 + mu eta) c_d / eta
-  T lr, decay;                   // decay = 1 - eta mu
+  T lr, decay;         // decay = 1 - eta mu
 };
 
 template <class T>
@@ -94,8 +94,7 @@ template <class T>
 AM_INLINE SGDCoefficients<T> sgd_coefficients(const SGDHyper& h, double prev_lr,
                                               double grad_scale) {
   double gap_grad, gap_memory;
-  gap_factors(prev_lr, h.lr, 1.0 + h.memory_lambda, h.anchored, h.loss_gap, &gap_grad,
-              &gap_memory);
+  gap_factors(prev_lr, h.lr, 1.0 + h.memory_lambda, h.anchored, h.loss_gap, &gap_grad, &gap_memory);
   SGDCoefficients<T> c;
   c.grad_factor = static_cast<T>((h.maximize ? -1.0 : 1.0) / grad_scale);
   c.memory_lambda = static_cast<T>(h.memory_lambda);

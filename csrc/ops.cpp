@@ -35,8 +35,8 @@ TORCH_LIBRARY(adamem_fused, m) {
 
 // Lets `import adamem_fused._C` load this library; loading it registers the operators.
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
-                               nullptr,               nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* object = PyModule_Create(&module);
   // What the library is tied to; adamem_fused/ops.py compares.
   if (object != nullptr) PyModule_AddStringConstant(object, "torch_version", TORCH_VERSION);

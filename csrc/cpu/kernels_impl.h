@@ -45,13 +45,22 @@ struct Accumulator {
   }
 };
 
+// The sums only read, and four streams of it: the processor's own prefetching starts anew at
+// every page. Asking this many bytes ahead gave 6 % on tensors larger than the caches (two
+// cores, AVX2) and cost nothing on smaller ones; in the update it gave nothing.
+constexpr int64_t kPrefetchBytes = 512;
+
+template <class... P>
+AM_INLINE void prefetch(const P*... p) {
+  (__builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes), ...);
+}
+
 // Calls f with what the coefficients leave out: no scaling, no weight decay.
 template <class Coefficients, class F>
 AM_INLINE auto specialize(const Coefficients& c, F f) {
   using Yes = std::true_type;
   using No = std::false_type;
-  if (c.grad_factor != 1)
-    return c.weight_decay != 0 ? f(Yes{}, Yes{}) : f(Yes{}, No{});
+  if (c.grad_factor != 1) return c.weight_decay != 0 ? f(Yes{}, Yes{}) : f(Yes{}, No{});
   return c.weight_decay != 0 ? f(No{}, Yes{}) : f(No{}, No{});
 }
 
@@ -72,16 +81,16 @@ struct AdamW {
   static constexpr int kLanes = Pack<T>::kLanes;
 
   static Coefficients cast(const AdamWCoefficients<double>& c) {
-    return {T(c.grad_factor), T(c.beta2),  T(c.one_minus_beta2), T(c.v_scale),
-            T(c.eps),         T(c.memory_lambda), T(c.weight_decay), T(c.u_grad),
-            T(c.u_memory),    T(c.lr),     T(c.decay)};
+    return {T(c.grad_factor),   T(c.beta2),        T(c.one_minus_beta2), T(c.v_scale),  T(c.eps),
+            T(c.memory_lambda), T(c.weight_decay), T(c.u_grad),          T(c.u_memory), T(c.lr),
+            T(c.decay)};
   }
 
   template <bool Scaled, bool Decay>
-  AM_INLINE void sum_pack(const S* x, const S* g, const T* d, const T* v,
-                                 const Coefficients& c, LaneSums<T>& sums) {
-    adamw_sums<Scaled, Decay>(load(g), load(d), load(v), Decay ? load(x) : Pack<T>(T(0)), c, sums.num,
-                      sums.den);
+  AM_INLINE void sum_pack(const S* x, const S* g, const T* d, const T* v, const Coefficients& c,
+                          LaneSums<T>& sums) {
+    adamw_sums<Scaled, Decay>(load(g), load(d), load(v), Decay ? load(x) : Pack<T>(T(0)), c,
+                              sums.num, sums.den);
   }
 
   template <bool Scaled, bool Decay>
@@ -95,8 +104,11 @@ struct AdamW {
     for (int64_t begin = 0; begin < whole; begin += kBlock) {
       const int64_t end = begin + kBlock < whole ? begin + kBlock : whole;
       LaneSums<T> sums;
-      for (int64_t i = begin; i < end; i += kLanes)
+      for (int64_t i = begin; i < end; i += kLanes) {
+        prefetch(g + i, d + i, v + i);
+        if constexpr (Decay) prefetch(x + i);
         sum_pack<Scaled, Decay>(x + i, g + i, d + i, v + i, c, sums);
+      }
       accumulator.add(sums);
     }
     if (const int64_t rest = chunk.numel - whole) {
@@ -110,9 +122,8 @@ struct AdamW {
   }
 
   static Sums sums(const AdamWChunk& chunk, const AdamWCoefficients<double>& c) {
-    return specialize(cast(c), [&](auto scaled, auto decay) {
-      return sum_chunk<scaled, decay>(chunk, cast(c));
-    });
+    return specialize(
+        cast(c), [&](auto scaled, auto decay) { return sum_chunk<scaled, decay>(chunk, cast(c)); });
   }
 
   template <bool Scaled>
@@ -145,9 +156,7 @@ struct AdamW {
   }
 
   static void update(const AdamWChunk& chunk, const AdamWCoefficients<double>& c, double beta) {
-    specialize(cast(c), [&](auto scaled, auto) {
-      update_chunk<scaled>(chunk, cast(c), T(beta));
-    });
+    specialize(cast(c), [&](auto scaled, auto) { update_chunk<scaled>(chunk, cast(c), T(beta)); });
   }
 };
 
@@ -157,14 +166,15 @@ struct SGD {
   static constexpr int kLanes = Pack<T>::kLanes;
 
   static Coefficients cast(const SGDCoefficients<double>& c) {
-    return {T(c.grad_factor), T(c.memory_lambda), T(c.weight_decay),
+    return {T(c.grad_factor), T(c.memory_lambda),    T(c.weight_decay),
             T(c.gap_grad),    T(c.minus_gap_memory), T(c.lr)};
   }
 
   template <bool Scaled, bool Decay>
   AM_INLINE void sum_pack(const S* x, const S* g, const T* d, const Coefficients& c,
-                                 LaneSums<T>& sums) {
-    sgd_sums<Scaled, Decay>(load(g), load(d), Decay ? load(x) : Pack<T>(T(0)), c, sums.num, sums.den);
+                          LaneSums<T>& sums) {
+    sgd_sums<Scaled, Decay>(load(g), load(d), Decay ? load(x) : Pack<T>(T(0)), c, sums.num,
+                            sums.den);
   }
 
   template <bool Scaled, bool Decay>
@@ -177,7 +187,11 @@ struct SGD {
     for (int64_t begin = 0; begin < whole; begin += kBlock) {
       const int64_t end = begin + kBlock < whole ? begin + kBlock : whole;
       LaneSums<T> sums;
-      for (int64_t i = begin; i < end; i += kLanes) sum_pack<Scaled, Decay>(x + i, g + i, d + i, c, sums);
+      for (int64_t i = begin; i < end; i += kLanes) {
+        prefetch(g + i, d + i);
+        if constexpr (Decay) prefetch(x + i);
+        sum_pack<Scaled, Decay>(x + i, g + i, d + i, c, sums);
+      }
       accumulator.add(sums);
     }
     if (const int64_t rest = chunk.numel - whole) {
@@ -191,9 +205,8 @@ struct SGD {
   }
 
   static Sums sums(const SGDChunk& chunk, const SGDCoefficients<double>& c) {
-    return specialize(cast(c), [&](auto scaled, auto decay) {
-      return sum_chunk<scaled, decay>(chunk, cast(c));
-    });
+    return specialize(
+        cast(c), [&](auto scaled, auto decay) { return sum_chunk<scaled, decay>(chunk, cast(c)); });
   }
 
   template <bool Scaled, bool Decay>

@@ -51,8 +51,9 @@ void visit_scalar(const Tensor& t, F f) {
 }
 
 void check_scalar(const Tensor& t, const char* name, size_t i) {
-  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, name, " of tensor ",
-                   i, " has dtype ", t.scalar_type(), "; it has to be float32 or float64");
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, name,
+                   " of tensor ", i, " has dtype ", t.scalar_type(),
+                   "; it has to be float32 or float64");
   TORCH_CHECK_VALUE(t.numel() == 1 && t.is_cpu(), name, " of tensor ", i, " has shape ", t.sizes(),
                     " on ", t.device(), "; it has to be a 0-dim tensor on the CPU");
 }
@@ -89,10 +90,14 @@ void check_like(const Tensor& t, const Tensor& param, const char* name, size_t i
 
 DType dtype_of(const Tensor& param, size_t i) {
   switch (param.scalar_type()) {
-    case at::kFloat: return kFloat32;
-    case at::kDouble: return kFloat64;
-    case at::kBFloat16: return kBFloat16;
-    case at::kHalf: return kFloat16;
+    case at::kFloat:
+      return kFloat32;
+    case at::kDouble:
+      return kFloat64;
+    case at::kBFloat16:
+      return kBFloat16;
+    case at::kHalf:
+      return kFloat16;
     default:
       TORCH_CHECK_TYPE(false, "param ", i, " has dtype ", param.scalar_type(),
                        "; the cpu backend takes float32, float64, bfloat16 and float16");
@@ -135,8 +140,8 @@ struct Views {
     dtype = dtype_of(p, i);
     numel = p.numel();
     check_like(g, p, "grad", i);
-    bool direct = g.scalar_type() == p.scalar_type() && p.is_non_overlapping_and_dense() &&
-                  same_layout(g, p);
+    bool direct =
+        g.scalar_type() == p.scalar_type() && p.is_non_overlapping_and_dense() && same_layout(g, p);
     at::ScalarType type = memory_type(dtype);
     for (size_t k = 0; k < kMemories; ++k) {
       check_like(*m[k], p, names[k], i);
@@ -177,8 +182,7 @@ struct Views {
   void point(const Tensor& p, const Tensor& g, Memory memory) {
     param = static_cast<char*>(p.data_ptr());
     grad = static_cast<char*>(const_cast<void*>(g.const_data_ptr()));
-    for (size_t k = 0; k < kMemories; ++k)
-      memories[k] = static_cast<char*>(memory(k).data_ptr());
+    for (size_t k = 0; k < kMemories; ++k) memories[k] = static_cast<char*>(memory(k).data_ptr());
   }
 };
 
@@ -367,21 +371,21 @@ std::vector<AdamWJob> adamw_jobs(const AdamWLists& t, const Groups& groups,
   return jobs;
 }
 
-Tensor adamw_stats(TensorList params, TensorList grads, TensorList exp_avgs,
-                   TensorList exp_avg_sqs, TensorList steps, TensorList beta_prods,
-                   TensorList prev_lrs, const Tensor& lrs, at::IntArrayRef group_sizes,
-                   at::ArrayRef<double> hypers, const OptionalTensor& grad_scale) {
+Tensor adamw_stats(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
+                   TensorList steps, TensorList beta_prods, TensorList prev_lrs, const Tensor& lrs,
+                   at::IntArrayRef group_sizes, at::ArrayRef<double> hypers,
+                   const OptionalTensor& grad_scale) {
   std::vector<AdamWJob> jobs =
       adamw_jobs({params, grads, exp_avgs, exp_avg_sqs, steps, beta_prods, prev_lrs},
                  {lrs, group_sizes, hypers}, grad_scale);
   return rows_of(jobs);
 }
 
-void adamw_apply_(TensorList params, TensorList grads, TensorList exp_avgs,
-                  TensorList exp_avg_sqs, TensorList steps, TensorList beta_prods,
-                  TensorList prev_lrs, TensorList betas, const OptionalTensor& rows,
-                  const Tensor& lrs, at::IntArrayRef group_sizes, at::ArrayRef<double> hypers,
-                  const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
+void adamw_apply_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
+                  TensorList steps, TensorList beta_prods, TensorList prev_lrs, TensorList betas,
+                  const OptionalTensor& rows, const Tensor& lrs, at::IntArrayRef group_sizes,
+                  at::ArrayRef<double> hypers, const OptionalTensor& grad_scale,
+                  const OptionalTensor& found_inf) {
   if (read_optional(found_inf, 0.0) != 0.0) return;
   std::vector<AdamWJob> jobs =
       adamw_jobs({params, grads, exp_avgs, exp_avg_sqs, steps, beta_prods, prev_lrs},
@@ -428,20 +432,18 @@ std::vector<SGDJob> sgd_jobs(const SGDLists& t, const Groups& groups,
   return jobs;
 }
 
-Tensor sgd_stats(TensorList params, TensorList grads, TensorList momentum_buffers,
-                 TensorList steps, TensorList prev_lrs, const Tensor& lrs,
-                 at::IntArrayRef group_sizes, at::ArrayRef<double> hypers,
-                 const OptionalTensor& grad_scale) {
+Tensor sgd_stats(TensorList params, TensorList grads, TensorList momentum_buffers, TensorList steps,
+                 TensorList prev_lrs, const Tensor& lrs, at::IntArrayRef group_sizes,
+                 at::ArrayRef<double> hypers, const OptionalTensor& grad_scale) {
   std::vector<SGDJob> jobs = sgd_jobs({params, grads, momentum_buffers, steps, prev_lrs},
                                       {lrs, group_sizes, hypers}, grad_scale);
   return rows_of(jobs);
 }
 
-void sgd_apply_(TensorList params, TensorList grads, TensorList momentum_buffers,
-                TensorList steps, TensorList prev_lrs, TensorList betas,
-                const OptionalTensor& rows, const Tensor& lrs, at::IntArrayRef group_sizes,
-                at::ArrayRef<double> hypers, const OptionalTensor& grad_scale,
-                const OptionalTensor& found_inf) {
+void sgd_apply_(TensorList params, TensorList grads, TensorList momentum_buffers, TensorList steps,
+                TensorList prev_lrs, TensorList betas, const OptionalTensor& rows,
+                const Tensor& lrs, at::IntArrayRef group_sizes, at::ArrayRef<double> hypers,
+                const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
   if (read_optional(found_inf, 0.0) != 0.0) return;
   std::vector<SGDJob> jobs = sgd_jobs({params, grads, momentum_buffers, steps, prev_lrs},
                                       {lrs, group_sizes, hypers}, grad_scale);

@@ -44,12 +44,12 @@ struct Pack {
   }
 };
 
-#define AM_PACK_OPERATOR(op)                                                     \
-  template <class T>                                                             \
-  AM_INLINE Pack<T> operator op(Pack<T> a, Pack<T> b) {                          \
-    Pack<T> out;                                                                 \
-    for (int k = 0; k < Pack<T>::kRegisters; ++k) out.r[k] = a.r[k] op b.r[k];   \
-    return out;                                                                  \
+#define AM_PACK_OPERATOR(op)                                                   \
+  template <class T>                                                           \
+  AM_INLINE Pack<T> operator op(Pack<T> a, Pack<T> b) {                        \
+    Pack<T> out;                                                               \
+    for (int k = 0; k < Pack<T>::kRegisters; ++k) out.r[k] = a.r[k] op b.r[k]; \
+    return out;                                                                \
   }
 AM_PACK_OPERATOR(+)
 AM_PACK_OPERATOR(-)
@@ -62,16 +62,12 @@ AM_PACK_OPERATOR(/)
 AM_INLINE __m512 register_sqrt(__m512 x) { return _mm512_sqrt_ps(x); }
 AM_INLINE __m512d register_sqrt(__m512d x) { return _mm512_sqrt_pd(x); }
 AM_INLINE __m512 register_fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
-AM_INLINE __m512d register_fma(__m512d a, __m512d b, __m512d c) {
-  return _mm512_fmadd_pd(a, b, c);
-}
+AM_INLINE __m512d register_fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 #elif defined(__AVX2__)
 AM_INLINE __m256 register_sqrt(__m256 x) { return _mm256_sqrt_ps(x); }
 AM_INLINE __m256d register_sqrt(__m256d x) { return _mm256_sqrt_pd(x); }
 AM_INLINE __m256 register_fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
-AM_INLINE __m256d register_fma(__m256d a, __m256d b, __m256d c) {
-  return _mm256_fmadd_pd(a, b, c);
-}
+AM_INLINE __m256d register_fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 #else
 template <class R>
 AM_INLINE R register_sqrt(R x) {
