@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from adamem_fused import cpu, foreach, reference
+from adamem_fused import cpu, foreach, reference, triton
 from adamem_fused.batch import AdamWBatch, SGDBatch
 
 
@@ -49,7 +49,9 @@ class Backend(Protocol):
 
 
 # From the fastest to the slowest, as backend=None tries them.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (cpu, foreach, reference)}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (cpu, triton, foreach, reference)
+}
 
 
 def check_choice(options: dict[str, Any]) -> None:

@@ -328,6 +328,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def _collect(self) -> list[Work]:
         """This step's tensors, a batch for each backend and device."""
         works: dict[tuple[str, torch.device], Work] = {}
+        # Not made in __init__: a copy or a loaded pickle starts without.
+        caches = self.__dict__.setdefault("_caches", {})
         for group in self.param_groups:
             self._check_group(group)
             lists: tuple[list[Tensor], ...] = tuple(
@@ -344,6 +346,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 work = works.get((backend.name, device))
                 if work is None:
                     work = works[backend.name, device] = Work(backend, self._new_batch(), [])
+                    work.batch.cache = caches.setdefault((backend.name, device), {})
                 size = len(work.batch.params)
                 for values, target in zip(lists, work.batch.lists(), strict=True):
                     if len(devices) == 1:

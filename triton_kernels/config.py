@@ -1,0 +1,36 @@
+"""Block sizes, warps and stages by device: one table, not tuned in the user's run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    chunk: int  # elements that one program of the stats and apply kernels walks over
+    block: int  # elements it holds at a time; a divisor of chunk
+    num_warps: int
+    num_stages: int
+    partials: int  # partial sums that the beta kernel adds at a time
+
+
+# Predicted, not measured yet: `python -m bench.gpu_check` measures. A block of 8 elements a
+# thread is one 16-byte access of bfloat16 and two of float32; with four tensors that is some
+# 60 registers, which leaves room for 8 programs of 128 threads on a multiprocessor. A chunk
+# of 16 blocks spreads a program's set-up (a dozen loads and float64 scalars) over enough
+# data, and still cuts GPT-2's matrices into several chunks for each multiprocessor.
+# By (vendor, major compute capability); an unknown device takes its vendor's last line.
+CONFIGS: dict[tuple[str, int], Config] = {
+    ("cuda", 8): Config(chunk=16384, block=1024, num_warps=4, num_stages=1, partials=512),
+    ("cuda", 9): Config(chunk=16384, block=1024, num_warps=4, num_stages=1, partials=512),
+    ("cuda", 10): Config(chunk=16384, block=1024, num_warps=4, num_stages=1, partials=512),
+    # A warp has 64 threads here.
+    ("hip", 9): Config(chunk=16384, block=2048, num_warps=4, num_stages=1, partials=512),
+    # Triton's interpreter takes milliseconds a program, whatever its size.
+    ("interpreter", 0): Config(chunk=16384, block=16384, num_warps=1, num_stages=1, partials=512),
+}
+
+
+def config_for(vendor: str, major: int) -> Config:
+    """The line of the table for a device; of two that fit, the nearest older one."""
+    majors = [m for v, m in CONFIGS if v == vendor]
+    return CONFIGS[vendor, max((m for m in majors if m <= major), default=min(majors))]
