@@ -276,7 +276,7 @@ def open_tables(batch: Batch, chunk: int, coefficients: int) -> Opened:
         on_device = _upload(words, layout, batch)
         n, groups = len(batch.params), len(hypers)
         ends = [len(lists) * n, groups, groups * hyper_columns(batch)]
-        a, b, c = on_device.split(ends)
+        a, b, c = torch.split(on_device, ends)
         tables = Tables(layout, batch.lists(), own, words, a, b, c.view(torch.float64))
     batch.cache["tables"] = tables
     return Opened(tables, lists, hypers)

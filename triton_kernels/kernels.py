@@ -24,11 +24,11 @@ import triton.language as tl
 
 from adamem_fused.triton_kernels.elements import (
     AdamWHyper,
+    AdamWModel,
     SGDHyper,
     adamw_model,
     adamw_sums,
     adamw_update,
-    AdamWModel,
     clipped_beta,
     gap_factors,
     grad_factor,
@@ -201,9 +201,7 @@ def _sum_partials(partials, layout, chunks, n, i, CHUNK: tl.constexpr, PARTIALS:
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def sum_rows(
-    layout, partials, rows, n, chunks, CHUNK: tl.constexpr, PARTIALS: tl.constexpr
-):
+def sum_rows(layout, partials, rows, n, chunks, CHUNK: tl.constexpr, PARTIALS: tl.constexpr):
     """rows [n, 2]: every tensor's num and den. One program a tensor."""
     i = tl.program_id(0).to(tl.int64)
     num, den = _sum_partials(partials, layout, chunks, n, i, CHUNK, PARTIALS)
