@@ -201,7 +201,9 @@ class Tables(NamedTuple):
     layout: Layout
     objects: tuple[list[Tensor], ...]
     own: list[list[int]]  # the addresses of the objects
-    words: array[int]  # what was uploaded
+    uploaded: list[list[int]]  # those of copies, where a tensor is strided
+    words: list[array[int]]  # the same numbers as bytes
+    hyper_values: tuple[list[int], list[float]]
     addresses: Tensor  # [lists, tensors] int64; copies stand in for strided tensors
     lrs: Tensor  # [groups] int64
     hypers: Tensor  # [groups, columns] float64
@@ -265,26 +267,49 @@ def open_tables(batch: Batch, chunk: int, coefficients: int) -> Opened:
         addresses = _addresses(lists)
     hypers = [_place_lr(h, device) for h in batch.hypers]
 
-    words = array("q")
-    for column in addresses:
-        words.extend(column)
-    words.extend([_lr_word(h.lr) for h in hypers])
-    words.frombytes(array("d", chain.from_iterable(map(_hyper_values, hypers))).tobytes())
-    if last is not None and last.layout is layout and last.words == words:
-        tables = last._replace(objects=batch.lists(), own=own)
+    hyper_values = (
+        [_lr_word(h.lr) for h in hypers],
+        list(chain.from_iterable(map(_hyper_values, hypers))),
+    )
+    known = last if last is not None and last.layout is layout else None
+    if known and known.uploaded == addresses and known.hyper_values == hyper_values:
+        tables = known._replace(objects=batch.lists(), own=own)
     else:
-        on_device = _upload(words, layout, batch)
+        # Most often the gradients are all that has changed.
+        words = [
+            known.words[k] if known and known.uploaded[k] == column else array("q", column)
+            for k, column in enumerate(addresses)
+        ]
+        on_device = _upload(words, hyper_values, layout, batch)
         n, groups = len(batch.params), len(hypers)
-        ends = [len(lists) * n, groups, groups * hyper_columns(batch)]
-        a, b, c = torch.split(on_device, ends)
-        tables = Tables(layout, batch.lists(), own, words, a, b, c.view(torch.float64))
+        sizes = [len(lists) * n, groups, groups * hyper_columns(batch)]
+        at, lrs, table = torch.split(on_device, sizes)
+        tables = Tables(
+            layout=layout,
+            objects=batch.lists(),
+            own=own,
+            uploaded=addresses,
+            words=words,
+            hyper_values=hyper_values,
+            addresses=at,
+            lrs=lrs,
+            hypers=table.view(torch.float64),
+        )
     batch.cache["tables"] = tables
     return Opened(tables, lists, hypers)
 
 
-def _upload(words: array[int], layout: Layout, batch: Batch) -> Tensor:
+def _upload(
+    words: list[array[int]],
+    hyper_values: tuple[list[int], list[float]],
+    layout: Layout,
+    batch: Batch,
+) -> Tensor:
+    """One copy of all that changes from step to step."""
     device = batch.params[0].device
-    host = torch.frombuffer(words, dtype=torch.int64)
+    lr_words, values = hyper_values
+    parts: tuple[array[Any], ...] = (*words, array("q", lr_words), array("d", values))
+    host = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.int64)
     if device.type == "cpu" or not torch.cuda.is_current_stream_capturing():
         return upload(host, device)
     pinned, layout.spare = layout.spare, None

@@ -146,7 +146,9 @@ def _stats(batch: Batch, kernels: _Kernels, grad_scale: Tensor | None) -> Tensor
     device, n = batch.params[0].device, len(batch.params)
     rows = torch.empty(n, 2, dtype=torch.float64, device=device)
     with _on(device):
-        tables = _open(batch, kernels).tables
+        # Kept to the end of the launches: it owns the copies that they read.
+        opened = _open(batch, kernels)
+        tables = opened.tables
         _launch_stats(batch, kernels, tables, grad_scale)
         _launch(
             kernels.sum_rows,

@@ -20,9 +20,9 @@ HERE = Path(__file__).parent
 
 def test_kernels_under_the_interpreter():
     """triton_interpreter_cases.py, in a process that imports triton with its interpreter on."""
+    cases = str(HERE / "triton_interpreter_cases.py")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        + [str(HERE / "triton_interpreter_cases.py")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -101,7 +101,7 @@ def test_at_most_four_launches_whatever_the_tensors(launches, cls, scope, n):
     params = [torch.zeros(shapes[i % 4], requires_grad=True) for i in range(n)]
     set_grads(params)
     half = len(params) // 2
-    groups = [{"params": params[:half], "lr": 0.1}, {"params": params[half:], "lr": 0.2}]
+    groups = [{"params": params[half:], "lr": 0.1}, {"params": params[:half], "lr": 0.2}]
     optimizer = cls(groups, backend="triton", beta_scope=scope)
     launches.step(optimizer)
     prefix = "adamw" if cls is AMAdamW else "sgd"

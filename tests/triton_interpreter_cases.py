@@ -50,9 +50,7 @@ def rounding_cast(monkeypatch):
 
 def make_params(shapes=SHAPES, dtype=torch.float32, seed=0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes
-    ]
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
 def set_grads(params: list[Tensor], step: int, dtype=None) -> None:
@@ -129,9 +127,7 @@ def test_several_groups_with_their_own_values_and_maximize(cls):
         {"params": params[2:], "lr": torch.tensor(0.02, dtype=torch.float64)},
     ]
     others = [param.detach().clone().requires_grad_() for param in params]
-    twins = [
-        {**group, "params": [others[i]]} for i, group in enumerate(groups)
-    ]
+    twins = [{**group, "params": [others[i]]} for i, group in enumerate(groups)]
     ours, reference = cls(groups, backend="triton"), cls(twins, backend="reference")
     for step in range(3):
         set_grads(params, step)
@@ -167,7 +163,7 @@ def test_a_tensor_lr_is_read_at_its_address(cls, dtype):
 def test_the_gap_from_losses(cls, plane):
     params = make_params([(300,), (4,)])
     others = [param.detach().clone().requires_grad_() for param in params]
-    options = dict(gap="loss", beta_scope="global", memory_plane=plane, lr=0.05)
+    options = {"gap": "loss", "beta_scope": "global", "memory_plane": plane, "lr": 0.05}
     ours = cls(params, backend="triton", **options)
     reference = cls(others, backend="reference", **options)
     for step in range(3):
@@ -267,7 +263,8 @@ def test_found_inf_leaves_everything_as_it_was(cls, scope):
     set_grads(params, 0)
     optimizer.step()
     before = [
-        {"param": param.detach().clone()} | {k: v.clone() for k, v in optimizer.state[param].items()}
+        {"param": param.detach().clone()}
+        | {k: v.clone() for k, v in optimizer.state[param].items()}
         for param in params
     ]
     for param in params:
