@@ -1,10 +1,11 @@
-"""The triton backend: its kernels under the interpreter, its tables, and, on a GPU, itself."""
+"""The triton backend without a GPU: its kernels under the interpreter, tables, launches."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ HERE = Path(__file__).parent
 
 
 def test_kernels_under_the_interpreter():
-    """triton_interpreter_cases.py, in a process that imports triton with its interpreter on."""
-    cases = str(HERE / "triton_interpreter_cases.py")
+    """test_triton_cases.py, in a process that imports triton with its interpreter on."""
+    cases = str(HERE / "test_triton_cases.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases],
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -220,6 +221,27 @@ def test_hyperparameters_are_uploaded_when_they_change(launches, change):
     assert launches.uploads == 1
     launches.step(optimizer)
     assert launches.uploads == 0
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_what_the_kernels_read_lives_until_they_are_launched(launches, monkeypatch, scope):
+    """A bfloat16 lr is converted, and the copy belongs to nobody else."""
+    copies = []
+    place = tables._place_lr
+
+    def recorded(hyper, device):
+        placed = place(hyper, device)
+        copies.append(weakref.ref(placed.lr))
+        return placed
+
+    def launch(kernel, *args, **options):
+        assert copies[-1]() is not None
+
+    monkeypatch.setattr(tables, "_place_lr", recorded)
+    monkeypatch.setattr(triton, "_launch", launch)
+    lr = torch.tensor(0.1, dtype=torch.bfloat16)
+    AMAdamW(make_params(1), lr=lr, backend="triton", beta_scope=scope).step()
+    assert len(copies) == (2 if scope == "global" else 1)
 
 
 def layout_of(optimizer) -> tables.Layout:

@@ -1,7 +1,7 @@
-"""The triton backend under Triton's interpreter, against the reference, on CPU tensors.
+"""The triton backend against the reference: on a GPU, or on the CPU under the interpreter.
 
-test_triton.py runs this file in a process of its own: the interpreter is chosen when triton
-is imported. By hand: TRITON_INTERPRET=1 pytest tests/triton_interpreter_cases.py
+The interpreter is chosen when triton is imported, so test_triton.py runs this file in a
+process of its own. By hand: TRITON_INTERPRET=1 pytest tests/test_triton_cases.py
 A program takes the interpreter some 50 ms, so tensors and steps are few.
 """
 
@@ -13,39 +13,60 @@ import pytest
 import torch
 from torch import Tensor
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
-
-from triton.runtime import interpreter
+pytest.importorskip("triton", reason="triton is not installed")
 
 from adamem_fused import AMSGD, AMAdamW, triton
 from adamem_fused.triton_kernels.config import Config
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+if not INTERPRETED:
+    pytestmark = [
+        pytest.mark.gpu,
+        pytest.mark.skipif(
+            not torch.cuda.is_available(),
+            reason="needs a GPU; test_triton.py runs it under Triton's interpreter",
+        ),
+    ]
 
 OPTIMIZERS = [AMAdamW, AMSGD]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 # One whole block, whole blocks and a rest, several chunks, 0-dim, no elements.
 SHAPES = [(256,), (24, 40), (5, 7, 11), (), (0, 3)]
+if not INTERPRETED:
+    SHAPES += [(1024,), (16384,), (211, 223)]
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks and chunks so small that a tensor of a thousand elements has several of each."""
-    config = Config(chunk=512, block=256, num_warps=1, num_stages=1, partials=2)
-    monkeypatch.setattr(triton, "_config", lambda device: config)
+    """Under the interpreter: a tensor of a thousand elements has several blocks and chunks."""
+    if INTERPRETED:
+        config = Config(chunk=512, block=256, num_warps=1, num_stages=1, partials=2)
+        monkeypatch.setattr(triton, "_config", lambda device: config)
 
 
 @pytest.fixture(autouse=True)
 def rounding_cast(monkeypatch):
     """The interpreter cuts float32 off to bfloat16; a GPU rounds to the nearest even."""
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
     convert = interpreter._convert_float
 
     def to_nearest(value, from_dtype, to_dtype, rounding_mode):
         if from_dtype.is_fp32() and to_dtype.is_bf16():
-            # As the data of a 0-dim value is 0-dim too, view() needs a flat copy.
+            # torch views a dtype of another size only where there is a dimension.
             rounded = torch.from_numpy(value.copy().reshape(-1)).to(torch.bfloat16)
             return rounded.view(torch.int16).numpy().reshape(value.shape)
         return convert(value, from_dtype, to_dtype, rounding_mode)
 
     monkeypatch.setattr(interpreter, "_convert_float", to_nearest)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    """The same numbers on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def make_params(shapes=SHAPES, dtype=torch.float32, seed=0) -> list[Tensor]:
@@ -56,9 +77,7 @@ def make_params(shapes=SHAPES, dtype=torch.float32, seed=0) -> list[Tensor]:
 def set_grads(params: list[Tensor], step: int, dtype=None) -> None:
     """Gradients that point one way and are noisy, so that beta is inside of its range."""
     for i, param in enumerate(params):
-        generator = torch.Generator().manual_seed(1000 * step + i)
-        noise = torch.randn(param.shape, generator=generator)
-        grad = param.detach().float() + 0.5 * noise
+        grad = param.detach().float() + 0.5 * random(*param.shape, seed=1000 * step + i)
         if dtype is not None:
             param.grad_dtype = dtype
         param.grad = grad.to(dtype or param.dtype)
@@ -83,7 +102,8 @@ def compare(cls, params: list[Tensor], steps=3, prepare=set_grads, lrs=None, **o
     for step in range(steps):
         prepare(params, step)
         for param, other in zip(params, others, strict=True):
-            other.grad_dtype = None
+            if param.grad is not None and param.grad.dtype != param.dtype:
+                other.grad_dtype = param.grad.dtype
             other.grad = None if param.grad is None else param.grad.clone()
         if lrs is not None:
             for optimizer in (ours, reference):
@@ -124,7 +144,7 @@ def test_several_groups_with_their_own_values_and_maximize(cls):
     groups = [
         {"params": params[:1], "lr": 0.1, "weight_decay": 0.0, "memory_lambda": 0.0},
         {"params": params[1:2], "maximize": True, "memory_plane": "anchored", **cap},
-        {"params": params[2:], "lr": torch.tensor(0.02, dtype=torch.float64)},
+        {"params": params[2:], "lr": torch.tensor(0.02, dtype=torch.float64, device=DEVICE)},
     ]
     others = [param.detach().clone().requires_grad_() for param in params]
     twins = [{**group, "params": [others[i]]} for i, group in enumerate(groups)]
@@ -148,7 +168,7 @@ def test_learning_rates_that_touch_zero(cls):
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_tensor_lr_is_read_at_its_address(cls, dtype):
-    lr = torch.tensor(0.1, dtype=dtype)
+    lr = torch.tensor(0.1, dtype=dtype, device=DEVICE)
     params = make_params([(300,)])
 
     def prepare(params, step):
@@ -170,7 +190,7 @@ def test_the_gap_from_losses(cls, plane):
         set_grads(params, step)
         for param, other in zip(params, others, strict=True):
             other.grad = param.grad.clone()
-        loss = torch.tensor(3.0 - 0.1 * step)
+        loss = torch.tensor(3.0 - 0.1 * step, device=DEVICE)
         ours.step(lambda loss=loss: loss)
         reference.step(lambda loss=loss: loss)
     for param, other in zip(params, others, strict=True):
@@ -217,7 +237,7 @@ def test_float64_state_of_float32_parameters(cls):
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_unaligned_tensors(cls):
     """One element past an aligned address: no 16-byte access is possible."""
-    whole = torch.randn(1025, generator=torch.Generator().manual_seed(0))
+    whole = random(1025)
     param = whole[1:].requires_grad_()
     assert param.data_ptr() % 16 != 0
     compare(cls, [param], lr=0.05)
@@ -225,12 +245,12 @@ def test_unaligned_tensors(cls):
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_strided_parameters_and_gradients(cls):
-    base = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
+    base = random(20, 30)
     rest = base[:, 1::2].clone()
     params = [
         base[:, ::2].requires_grad_(),  # not dense
-        torch.randn(6, 7).t().requires_grad_(),  # dense, gradient contiguous
-        torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_(),
+        random(6, 7).t().requires_grad_(),  # dense, gradient contiguous
+        random(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_(),
     ]
     compare(cls, params, lr=0.05)
     assert torch.equal(base[:, 1::2], rest), "elements between those of a view were written to"
@@ -238,12 +258,13 @@ def test_strided_parameters_and_gradients(cls):
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_complex_parameters(cls):
-    param = torch.randn(30, dtype=torch.complex64).requires_grad_()
+    def numbers(seed):
+        return torch.view_as_complex(random(30, 2, seed=seed))
 
     def prepare(params, step):
-        params[0].grad = (params[0] + torch.randn(30, dtype=torch.complex64)).detach()
+        params[0].grad = params[0].detach() + numbers(seed=1 + step)
 
-    compare(cls, [param], prepare=prepare, lr=0.05)
+    compare(cls, [numbers(seed=0).requires_grad_()], prepare=prepare, lr=0.05)
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -269,8 +290,8 @@ def test_found_inf_leaves_everything_as_it_was(cls, scope):
     ]
     for param in params:
         param.grad = torch.full_like(param, torch.inf)
-    optimizer.grad_scale = torch.tensor(1024.0)
-    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.grad_scale = torch.tensor(1024.0, device=DEVICE)
+    optimizer.found_inf = torch.tensor(1.0, device=DEVICE)
     optimizer.step()
     for param, saved in zip(params, before, strict=True):
         after = {"param": param.detach(), **optimizer.state[param]}
@@ -282,7 +303,8 @@ def test_found_inf_leaves_everything_as_it_was(cls, scope):
 def test_grad_scale_is_divided_out(cls):
     params, others = make_params([(300,)]), make_params([(300,)])
     ours, reference = cls(params, backend="triton"), cls(others, backend="reference")
-    ours.grad_scale, ours.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
+    ours.grad_scale = torch.tensor(1024.0, device=DEVICE)
+    ours.found_inf = torch.tensor(0.0, device=DEVICE)
     for step in range(2):
         set_grads(others, step)
         params[0].grad = others[0].grad * 1024
