@@ -23,6 +23,8 @@ class Backend(Protocol):
     name: str
     # Whether grad_scale and found_inf may be given, and are read on the device.
     fused: bool
+    # Whether *_apply without rows takes the sums over all groups that are `shared` together.
+    shares_sums: bool
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot be used for tensors on `device`, or None."""

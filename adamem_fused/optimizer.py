@@ -122,15 +122,10 @@ def as_real(tensor: Tensor) -> Tensor:
 
 @dataclass
 class Work:
-    """A batch, the backend that is to do it, and the parameter groups it came from."""
+    """A batch, and the backend that is to do it."""
 
     backend: Backend
     batch: Any
-    groups: list[dict[str, Any]]
-
-    @property
-    def scopes(self) -> list[str]:
-        return [group["beta_scope"] for group in self.groups]
 
     def here(self, tensor: Tensor | None) -> Tensor | None:
         """A scalar of another device (GradScaler's may be on one) on this batch's."""
@@ -152,8 +147,8 @@ def share_sums(works: list[Work], rows: list[Tensor]) -> None:
     places = [
         (work_rows, place)
         for work, work_rows in zip(works, rows, strict=True)
-        for scope, place in zip(work.scopes, group_slices(work.batch), strict=True)
-        if scope == "global"
+        for shared, place in zip(work.batch.shared, group_slices(work.batch), strict=True)
+        if shared
     ]
     if not places:
         return
@@ -345,7 +340,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 backend = backends.choose(group, device)
                 work = works.get((backend.name, device))
                 if work is None:
-                    work = works[backend.name, device] = Work(backend, self._new_batch(), [])
+                    work = works[backend.name, device] = Work(backend, self._new_batch())
                     work.batch.cache = caches.setdefault((backend.name, device), {})
                 size = len(work.batch.params)
                 for values, target in zip(lists, work.batch.lists(), strict=True):
@@ -357,7 +352,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
                         )
                 work.batch.hypers.append(self._hyper(group))
                 work.batch.group_sizes.append(len(work.batch.params) - size)
-                work.groups.append(group)
+                work.batch.shared.append(group["beta_scope"] == "global")
         return list(works.values())
 
     def _run(self, works: list[Work], loss: Tensor | None) -> None:
@@ -371,7 +366,11 @@ class AdaptiveMemoryOptimizer(Optimizer):
         # With several batches the sums come first all the same: they are where a backend
         # raises, before any batch has been changed.
         rows: list[Tensor] | None = None
-        if len(works) > 1 or any("global" in work.scopes for work in works):
+        if (
+            len(works) > 1
+            or any(hyper.loss_gap for work in works for hyper in work.batch.hypers)
+            or any(any(work.batch.shared) and not work.backend.shares_sums for work in works)
+        ):
             rows = [self._stats(w.backend, w.batch, w.here(grad_scale)) for w in works]
             if loss is not None:
                 self._add_loss_gap(works, rows, loss)

@@ -27,6 +27,7 @@ from adamem_fused.batch import (
 
 name = "reference"
 fused = False
+shares_sums = False
 
 
 def unavailable(device: torch.device) -> str | None:

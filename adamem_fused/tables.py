@@ -155,6 +155,7 @@ class Layout:
         self.table = upload(table, device)
         self.chunk_tensors = upload(torch.cat(chunk_tensors), device)
         self.partials = torch.empty(2, self.chunks, dtype=torch.float64, device=device)
+        self.totals = torch.empty(2, dtype=torch.float64, device=device)
         self.coefficients = torch.empty(n, coefficients, dtype=torch.float64, device=device)
         # For the upload of a step that a graph captures, where pinning is not allowed.
         self.spare: Tensor | None = None
@@ -164,17 +165,18 @@ class Layout:
 
 
 def hyper_columns(batch: Batch) -> int:
-    # log(beta2) is one more.
-    return len(AdamWHyper._fields) + 1 if isinstance(batch, AdamWBatch) else len(SGDHyper._fields)
+    # `shared` is one more, and so is log(beta2).
+    adamw = isinstance(batch, AdamWBatch)
+    return len(AdamWHyper._fields) + 2 if adamw else len(SGDHyper._fields) + 1
 
 
-def _hyper_values(h: AdamWHyper | SGDHyper) -> list[float]:
+def _hyper_values(h: AdamWHyper | SGDHyper, shared: bool) -> list[float]:
     """A group's line of the table of hyperparameters, as triton_kernels/elements.py has it."""
     lr = 0.0 if isinstance(h.lr, Tensor) else h.lr
     if isinstance(h, SGDHyper):
-        return [lr, *map(float, h[1:])]
+        return [lr, *map(float, h[1:]), float(shared)]
     log_beta2 = math.log(h.beta2) if h.beta2 > 0 else -math.inf
-    return [lr, h.beta_max, h.beta2, log_beta2, *map(float, h[3:])]
+    return [lr, h.beta_max, h.beta2, log_beta2, *map(float, h[3:]), float(shared)]
 
 
 def _lr_word(lr: float | Tensor) -> int:
@@ -269,7 +271,7 @@ def open_tables(batch: Batch, chunk: int, coefficients: int) -> Opened:
 
     hyper_values = (
         [_lr_word(h.lr) for h in hypers],
-        list(chain.from_iterable(map(_hyper_values, hypers))),
+        list(chain.from_iterable(map(_hyper_values, hypers, batch.shared))),
     )
     known = last if last is not None and last.layout is layout else None
     if known and known.uploaded == addresses and known.hyper_values == hyper_values:

@@ -23,6 +23,7 @@ from adamem_fused.tables import Opened, Tables, open_tables
 
 name = "triton"
 fused = True
+shares_sums = True
 
 
 def _is_interpreted() -> bool:
@@ -45,12 +46,14 @@ def unavailable(device: torch.device) -> str | None:
 
 
 class _Kernels(NamedTuple):
-    """An optimizer's kernels. sum_rows is the same for both."""
+    """An optimizer's kernels. The sums of partial sums are the same for both."""
 
     stats: Any
     beta: Any
     apply: Any
     sum_rows: Any
+    sum_shared: Any
+    hypers: int  # columns of the table
     coefficients: int  # that beta leaves apply for each tensor
 
 
@@ -62,7 +65,13 @@ def _adamw() -> _Kernels:
     from adamem_fused.triton_kernels import kernels as k
 
     return _Kernels(
-        k.adamw_stats, k.adamw_beta, k.adamw_apply, k.sum_rows, k.ADAMW_COEFFICIENTS.value
+        stats=k.adamw_stats,
+        beta=k.adamw_beta,
+        apply=k.adamw_apply,
+        sum_rows=k.sum_rows,
+        sum_shared=k.sum_shared,
+        hypers=k.ADAMW_HYPERS.value,
+        coefficients=k.ADAMW_COEFFICIENTS.value,
     )
 
 
@@ -70,7 +79,15 @@ def _adamw() -> _Kernels:
 def _sgd() -> _Kernels:
     from adamem_fused.triton_kernels import kernels as k
 
-    return _Kernels(k.sgd_stats, k.sgd_beta, k.sgd_apply, k.sum_rows, k.SGD_COEFFICIENTS.value)
+    return _Kernels(
+        stats=k.sgd_stats,
+        beta=k.sgd_beta,
+        apply=k.sgd_apply,
+        sum_rows=k.sum_rows,
+        sum_shared=k.sum_shared,
+        hypers=k.SGD_HYPERS.value,
+        coefficients=k.SGD_COEFFICIENTS.value,
+    )
 
 
 @functools.cache
@@ -186,6 +203,21 @@ def _apply(
         tables, layout = opened.tables, opened.tables.layout
         if rows is None:
             _launch_stats(batch, kernels, tables, grad_scale)
+            if any(batch.shared):
+                _launch(
+                    kernels.sum_shared,
+                    1,
+                    layout.table,
+                    tables.hypers,
+                    layout.chunk_tensors,
+                    layout.partials,
+                    layout.totals,
+                    n,
+                    layout.chunks,
+                    COLUMNS=kernels.hypers,
+                    PARTIALS=config.shared_partials,
+                    num_warps=config.num_warps,
+                )
         _launch(
             kernels.beta,
             n,
@@ -194,6 +226,7 @@ def _apply(
             tables.hypers,
             tables.lrs,
             layout.partials,
+            layout.totals,
             None if rows is None else rows.contiguous(),
             layout.coefficients,
             grad_scale,

@@ -44,6 +44,7 @@ ARGUMENTS = {
     "lrs": "*i64",
     "chunk_tensors": "*i32",
     "partials": "*fp64",
+    "totals": "*fp64",
     "rows": "*fp64",
     "coefficients": "*fp64",
     "grad_scale": "*fp32",
@@ -73,6 +74,7 @@ def compile_kernel(name, target, dtypes=DTYPES["float32"], num_warps=None, **con
         "BLOCK": config.block,
         "STAGES": config.num_stages,
         "PARTIALS": config.partials,
+        "COLUMNS": kernels.ADAMW_HYPERS.value,
         **constants,
     }
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
@@ -129,6 +131,13 @@ def test_chunk_kernels_compile_without_spills(name, dtypes, target, tmp_path):
 )
 def test_tensor_kernels_compile_without_spills(name, constants, target, tmp_path):
     check_spills(compile_kernel(name, target, num_warps=1, **constants), target, tmp_path)
+
+
+@pytest.mark.parametrize("target", [*CUDA, HIP], ids=target_name)
+def test_the_shared_sum_compiles_without_spills(target, tmp_path):
+    config = config_for(target.backend, 9)
+    compiled = compile_kernel("sum_shared", target, PARTIALS=config.shared_partials)
+    check_spills(compiled, target, tmp_path)
 
 
 @pytest.mark.parametrize("target", CUDA, ids=target_name)

@@ -41,7 +41,9 @@ if not INTERPRETED:
 def small_blocks(monkeypatch):
     """Under the interpreter: a tensor of a thousand elements has several blocks and chunks."""
     if INTERPRETED:
-        config = Config(chunk=512, block=256, num_warps=1, num_stages=1, partials=2)
+        config = Config(
+            chunk=512, block=256, num_warps=1, num_stages=1, partials=2, shared_partials=4
+        )
         monkeypatch.setattr(triton, "_config", lambda device: config)
 
 
@@ -75,9 +77,10 @@ def make_params(shapes=SHAPES, dtype=torch.float32, seed=0) -> list[Tensor]:
 
 
 def set_grads(params: list[Tensor], step: int, dtype=None) -> None:
-    """Gradients that point one way and are noisy, so that beta is inside of its range."""
+    """Noisy gradients that turn around at every step, so that beta is inside of its range."""
+    slope = -0.6 if step % 2 else 1.0
     for i, param in enumerate(params):
-        grad = param.detach().float() + 0.5 * random(*param.shape, seed=1000 * step + i)
+        grad = slope * param.detach().float() + 0.5 * random(*param.shape, seed=1000 * step + i)
         if dtype is not None:
             param.grad_dtype = dtype
         param.grad = grad.to(dtype or param.dtype)
@@ -90,8 +93,10 @@ def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def compare(cls, params: list[Tensor], steps=3, prepare=set_grads, lrs=None, **options) -> None:
-    """Steps with the triton backend and the reference, from the same state at every step.
+def compare(
+    cls, params: list[Tensor], steps=3, prepare=set_grads, lrs=None, **options
+) -> list[float]:
+    """Steps with the triton backend and the reference; returns all betas.
 
     The state is compared after each step and then made the same, so that one rounding in
     float32 that falls the other way is not carried on.
@@ -99,6 +104,7 @@ def compare(cls, params: list[Tensor], steps=3, prepare=set_grads, lrs=None, **o
     others = [param.detach().clone().requires_grad_() for param in params]
     ours = cls(params, backend="triton", **options)
     reference = cls(others, backend="reference", **options)
+    betas = []
     for step in range(steps):
         prepare(params, step)
         for param, other in zip(params, others, strict=True):
@@ -117,16 +123,21 @@ def compare(cls, params: list[Tensor], steps=3, prepare=set_grads, lrs=None, **o
             assert state.keys() == expected.keys()
             for name in state:
                 close(state[name], expected[name], tolerance)
+            if expected:
+                betas.append(expected["beta"].item())
             with torch.no_grad():
                 param.copy_(other)
                 for name in state:
                     state[name].copy_(expected[name])
+    return betas
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_matches_the_reference(cls, dtype):
-    compare(cls, make_params(dtype=dtype), lr=0.05, weight_decay=0.1)
+    betas = compare(cls, make_params(dtype=dtype), lr=0.05, weight_decay=0.1)
+    inside = [beta for beta in betas if 0.001 < beta < 0.88]
+    assert len(inside) > len(SHAPES) - 2, f"betas that are not cut off are few: {betas}"
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -134,7 +145,9 @@ def test_matches_the_reference(cls, dtype):
 @pytest.mark.parametrize("plane", ["level", "anchored"])
 def test_matches_the_reference_for_both_planes_and_scopes(cls, scope, plane):
     params = make_params([(600,), (3,)])
-    compare(cls, params, lr=0.05, weight_decay=0.0, beta_scope=scope, memory_plane=plane)
+    options = {"beta_scope": scope, "memory_plane": plane, "weight_decay": 0.0}
+    betas = compare(cls, params, lr=0.05, **options)
+    assert any(0.001 < beta < 0.88 for beta in betas), betas
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -155,6 +168,39 @@ def test_several_groups_with_their_own_values_and_maximize(cls):
             other.grad = param.grad.clone()
         ours.step()
         reference.step()
+    for param, other in zip(params, others, strict=True):
+        close(param.detach(), other.detach(), 1e-5)
+        close(ours.state[param]["beta"], reference.state[other]["beta"], 1e-5)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("backends", [("triton",) * 3, ("triton", "triton", "reference")])
+def test_groups_with_a_shared_beta_beside_one_without(cls, backends):
+    """With a second backend the sums are shared between stats and apply, outside of both."""
+    scopes = ("global", "tensor", "global")
+    params = make_params([(700,), (30,), (40,)])
+    others = [param.detach().clone().requires_grad_() for param in params]
+    ours = cls(
+        [
+            {"params": [param], "beta_scope": scope, "backend": backend}
+            for param, scope, backend in zip(params, scopes, backends, strict=True)
+        ]
+    )
+    reference = cls(
+        [
+            {"params": [param], "beta_scope": scope}
+            for param, scope in zip(others, scopes, strict=True)
+        ],
+        backend="reference",
+    )
+    for step in range(2):
+        set_grads(params, step)
+        for param, other in zip(params, others, strict=True):
+            other.grad = param.grad.clone()
+        ours.step()
+        reference.step()
+    betas = [ours.state[param]["beta"].item() for param in params]
+    assert betas[0] == betas[2] != betas[1]
     for param, other in zip(params, others, strict=True):
         close(param.detach(), other.detach(), 1e-5)
         close(ours.state[param]["beta"], reference.state[other]["beta"], 1e-5)
@@ -205,7 +251,8 @@ def test_mixed_dtypes_in_one_step(cls):
         for dtype in (torch.float32, torch.bfloat16, torch.float64)
         for param in make_params([(300,)], dtype)
     ]
-    compare(cls, params, steps=2, lr=0.05)
+    # A beta of its own each: one over float32 sums would not be good to float64's tolerance.
+    compare(cls, params, steps=2, lr=0.05, beta_scope="tensor")
 
 
 @pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="this torch has no grad_dtype")

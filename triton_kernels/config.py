@@ -10,7 +10,8 @@ class Config(NamedTuple):
     block: int  # elements it holds at a time; a divisor of chunk
     num_warps: int
     num_stages: int
-    partials: int  # partial sums that the beta kernel adds at a time
+    partials: int  # partial sums of a tensor that are added at a time, by one warp
+    shared_partials: int  # the same over all tensors, by num_warps
 
 
 # Predicted, not measured yet: `python -m bench.gpu_check` measures. A block of 8 elements a
@@ -20,13 +21,23 @@ class Config(NamedTuple):
 # data, and still cuts GPT-2's matrices into several chunks for each multiprocessor.
 # By (vendor, major compute capability); an unknown device takes its vendor's last line.
 CONFIGS: dict[tuple[str, int], Config] = {
-    ("cuda", 8): Config(chunk=16384, block=1024, num_warps=4, num_stages=1, partials=512),
-    ("cuda", 9): Config(chunk=16384, block=1024, num_warps=4, num_stages=1, partials=512),
-    ("cuda", 10): Config(chunk=16384, block=1024, num_warps=4, num_stages=1, partials=512),
+    ("cuda", 8): Config(
+        chunk=16384, block=1024, num_warps=4, num_stages=1, partials=512, shared_partials=2048
+    ),
+    ("cuda", 9): Config(
+        chunk=16384, block=1024, num_warps=4, num_stages=1, partials=512, shared_partials=2048
+    ),
+    ("cuda", 10): Config(
+        chunk=16384, block=1024, num_warps=4, num_stages=1, partials=512, shared_partials=2048
+    ),
     # A warp has 64 threads here.
-    ("hip", 9): Config(chunk=16384, block=2048, num_warps=4, num_stages=1, partials=512),
+    ("hip", 9): Config(
+        chunk=16384, block=2048, num_warps=4, num_stages=1, partials=512, shared_partials=2048
+    ),
     # Triton's interpreter takes milliseconds a program, whatever its size.
-    ("interpreter", 0): Config(chunk=16384, block=16384, num_warps=1, num_stages=1, partials=512),
+    ("interpreter", 0): Config(
+        chunk=16384, block=16384, num_warps=1, num_stages=1, partials=512, shared_partials=2048
+    ),
 }
 
 

@@ -26,6 +26,7 @@ class AdamWHyper(NamedTuple):
     anchored: tl.tensor
     loss_gap: tl.tensor
     maximize: tl.tensor
+    shared: tl.tensor  # the group's tensors have one beta, with those of other such groups
 
 
 class SGDHyper(NamedTuple):
@@ -38,6 +39,7 @@ class SGDHyper(NamedTuple):
     anchored: tl.tensor
     loss_gap: tl.tensor
     maximize: tl.tensor
+    shared: tl.tensor  # the group's tensors have one beta, with those of other such groups
 
 
 class AdamWModel(NamedTuple):

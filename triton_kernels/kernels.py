@@ -135,6 +135,7 @@ def _adamw_hyper(hypers, lrs, group):
         anchored=tl.load(h + 7),
         loss_gap=tl.load(h + 8),
         maximize=tl.load(h + 9),
+        shared=tl.load(h + 10),
     )
 
 
@@ -149,6 +150,7 @@ def _sgd_hyper(hypers, lrs, group):
         anchored=tl.load(h + 4),
         loss_gap=tl.load(h + 5),
         maximize=tl.load(h + 6),
+        shared=tl.load(h + 7),
     )
 
 
@@ -209,12 +211,40 @@ def sum_rows(layout, partials, rows, n, chunks, CHUNK: tl.constexpr, PARTIALS: t
     tl.store(rows + 2 * i + 1, den)
 
 
+@triton.jit(do_not_specialize=COUNTS)
+def sum_shared(
+    layout, hypers, chunk_tensors, partials, totals, n, chunks, COLUMNS: tl.constexpr,
+    PARTIALS: tl.constexpr,
+):  # fmt: skip
+    """totals [2]: num and den over all tensors that share one beta. One program."""
+    num = tl.zeros([PARTIALS], tl.float64)
+    den = tl.zeros([PARTIALS], tl.float64)
+    for k in range(0, chunks, PARTIALS):
+        chunk = k + tl.arange(0, PARTIALS)
+        mask = chunk < chunks
+        i = tl.load(chunk_tensors + chunk, mask=mask, other=0)
+        group = tl.load(layout + GROUP * n + i, mask=mask, other=0)
+        # `shared` is the last column.
+        shared = tl.load(hypers + group * COLUMNS + COLUMNS - 1, mask=mask, other=0.0)
+        mask = mask & (shared != 0)
+        num += tl.load(partials + chunk, mask=mask, other=0.0)
+        den += tl.load(partials + chunks + chunk, mask=mask, other=0.0)
+    tl.store(totals, tl.sum(num))
+    tl.store(totals + 1, tl.sum(den))
+
+
 @triton.jit
-def _num_den(rows, partials, layout, chunks, n, i, CHUNK: tl.constexpr, PARTIALS: tl.constexpr):
+def _num_den(
+    rows, totals, shared, partials, layout, chunks, n, i, CHUNK: tl.constexpr,
+    PARTIALS: tl.constexpr,
+):  # fmt: skip
     """From the rows where there are any, which is after something was done to them."""
     if rows is not None:
         num = tl.load(rows + 2 * i)
         den = tl.load(rows + 2 * i + 1)
+    elif shared != 0:
+        num = tl.load(totals)
+        den = tl.load(totals + 1)
     else:
         num, den = _sum_partials(partials, layout, chunks, n, i, CHUNK, PARTIALS)
     return num, den
@@ -284,8 +314,8 @@ def adamw_stats(
 
 @triton.jit(do_not_specialize=COUNTS)
 def adamw_beta(
-    addresses, layout, hypers, lrs, partials, rows, coefficients, grad_scale, found_inf, n, chunks,
-    CHUNK: tl.constexpr, PARTIALS: tl.constexpr,
+    addresses, layout, hypers, lrs, partials, totals, rows, coefficients, grad_scale,
+    found_inf, n, chunks, CHUNK: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """A tensor's beta, its scalars' next values, and its coefficients. One program a tensor."""
     if found_inf is not None:
@@ -295,7 +325,7 @@ def adamw_beta(
     h = _adamw_hyper(hypers, lrs, tl.load(layout + GROUP * n + i))
     step = _read_scalar(addresses, layout, 4, 0, n, i)
     beta_prod = _read_scalar(addresses, layout, 4, 1, n, i)
-    num, den = _num_den(rows, partials, layout, chunks, n, i, CHUNK, PARTIALS)
+    num, den = _num_den(rows, totals, h.shared, partials, layout, chunks, n, i, CHUNK, PARTIALS)
     # There is no earlier iterate at the first step.
     beta = tl.where(step == 0, h.beta_max, clipped_beta(num, den, h.beta_max))
     _write_scalar(addresses, layout, 4, 0, n, i, step + 1.0)
@@ -438,8 +468,8 @@ def sgd_stats(
 
 @triton.jit(do_not_specialize=COUNTS)
 def sgd_beta(
-    addresses, layout, hypers, lrs, partials, rows, coefficients, grad_scale, found_inf, n, chunks,
-    CHUNK: tl.constexpr, PARTIALS: tl.constexpr,
+    addresses, layout, hypers, lrs, partials, totals, rows, coefficients, grad_scale,
+    found_inf, n, chunks, CHUNK: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """A tensor's beta, its scalars' next values, and its coefficients. One program a tensor."""
     if found_inf is not None:
@@ -448,7 +478,7 @@ def sgd_beta(
     i = tl.program_id(0).to(tl.int64)
     h = _sgd_hyper(hypers, lrs, tl.load(layout + GROUP * n + i))
     step = _read_scalar(addresses, layout, 3, 0, n, i)
-    num, den = _num_den(rows, partials, layout, chunks, n, i, CHUNK, PARTIALS)
+    num, den = _num_den(rows, totals, h.shared, partials, layout, chunks, n, i, CHUNK, PARTIALS)
     first = step == 0
     beta = tl.where(first, 0.0, clipped_beta(num, den, h.beta_max))
     _write_scalar(addresses, layout, 3, 0, n, i, step + 1.0)
