@@ -282,12 +282,28 @@ def test_float64_state_of_float32_parameters(cls):
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_unaligned_tensors(cls):
-    """One element past an aligned address: no 16-byte access is possible."""
-    whole = random(1025)
-    param = whole[1:].requires_grad_()
-    assert param.data_ptr() % 16 != 0
-    compare(cls, [param], lr=0.05)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_unaligned_tensors(cls, offset, monkeypatch):
+    """One element past an aligned address no 16-byte access is possible: a GPU would fault."""
+    hinted = []
+    if INTERPRETED:
+        from triton.runtime import interpreter
+
+        def set_attr(handle, key, value):
+            hinted.append(handle.data.reshape(-1)[0])
+
+        monkeypatch.setattr(interpreter.TensorHandle, "set_attr", set_attr)
+    param = random(1024 + offset)[offset:].requires_grad_()
+    assert (param.data_ptr() % 16 != 0) == bool(offset)
+    compare(cls, [param], steps=2, lr=0.05)
+    assert all(address % 16 == 0 for address in hinted)
+    if INTERPRETED:
+        assert bool(hinted) != bool(offset)
+
+
+def test_an_eps_of_zero():
+    """Beyond a tensor's end everything is 0, and so is the denominator."""
+    compare(AMAdamW, make_params([(300,)]), lr=0.05, eps=0.0)
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
