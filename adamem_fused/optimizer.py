@@ -174,6 +174,13 @@ class AdaptiveMemoryOptimizer(Optimizer):
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
+    # What a backend keeps from step to step, by its name and the device.
+    _caches: dict[tuple[str, torch.device], dict[str, Any]]
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self._caches = {}
+        super().__init__(params, defaults)
+
     # ---- what a subclass gives ----------------------------------------------------
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -323,8 +330,6 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def _collect(self) -> list[Work]:
         """This step's tensors, a batch for each backend and device."""
         works: dict[tuple[str, torch.device], Work] = {}
-        # Not made in __init__: a copy or a loaded pickle starts without.
-        caches = self.__dict__.setdefault("_caches", {})
         for group in self.param_groups:
             self._check_group(group)
             lists: tuple[list[Tensor], ...] = tuple(
@@ -341,7 +346,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 work = works.get((backend.name, device))
                 if work is None:
                     work = works[backend.name, device] = Work(backend, self._new_batch())
-                    work.batch.cache = caches.setdefault((backend.name, device), {})
+                    work.batch.cache = self._caches.setdefault((backend.name, device), {})
                 size = len(work.batch.params)
                 for values, target in zip(lists, work.batch.lists(), strict=True):
                     if len(devices) == 1:
@@ -497,6 +502,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._caches = {}  # which is neither copied nor pickled
         # Optimizer gives every optimizer this option of its own, which a step of this class
         # does not have.
         self.defaults.pop("differentiable", None)

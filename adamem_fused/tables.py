@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adamem_fused.batch import AdamWBatch, AdamWHyper, Batch, SGDHyper, check
+from adamem_fused.batch import AdamWBatch, AdamWHyper, Batch, SGDHyper
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -59,7 +59,7 @@ def structure_of(batch: Batch) -> Structure:
 
 def _check(batch: Batch) -> None:
     """Raises on what the kernels cannot take."""
-    check(batch)
+    batch.check()
     names = ["param", "grad", *batch.memories]
     for name, tensors in zip(names, _data_lists(batch), strict=True):
         for i, tensor in enumerate(tensors):
