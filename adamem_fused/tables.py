@@ -157,11 +157,8 @@ class Layout:
         self.partials = torch.empty(2, self.chunks, dtype=torch.float64, device=device)
         self.totals = torch.empty(2, dtype=torch.float64, device=device)
         self.coefficients = torch.empty(n, coefficients, dtype=torch.float64, device=device)
-        # For the upload of a step that a graph captures, where pinning is not allowed.
+        # Pinned words for the upload of a step that a graph captures, see `_upload`.
         self.spare: Tensor | None = None
-        if device.type != "cpu":
-            words = len(batch.lists()) * n + len(batch.hypers) * (1 + hyper_columns(batch))
-            self.spare = torch.empty(words, dtype=torch.int64, pin_memory=True)
 
 
 def hyper_columns(batch: Batch) -> int:
@@ -244,6 +241,16 @@ def _is_unchanged(batch: Batch, own: list[list[int]], last: Tables) -> bool:
     )
 
 
+def _is_capturing(device: torch.device) -> bool:
+    return device.type != "cpu" and torch.cuda.is_current_stream_capturing()
+
+
+_NOT_PREPARED = (
+    "a step is being captured in a CUDA graph, and its tables are not prepared: take a step with "
+    "the same parameters outside of the graph first"
+)
+
+
 def _addresses(lists: tuple[list[Tensor], ...]) -> list[list[int]]:
     return [list(map(Tensor.data_ptr, tensors)) for tensors in lists]
 
@@ -258,6 +265,8 @@ def open_tables(batch: Batch, chunk: int, coefficients: int) -> Opened:
         _is_unchanged(batch, own, last) or structure_of(batch) == last.layout.structure
     ):
         layout = last.layout
+    elif _is_capturing(device):
+        raise RuntimeError(_NOT_PREPARED)
     else:
         layout = Layout(batch, chunk, coefficients)
     addresses = own
@@ -298,6 +307,12 @@ def open_tables(batch: Batch, chunk: int, coefficients: int) -> Opened:
             hypers=table.view(torch.float64),
         )
     batch.cache["tables"] = tables
+    if _is_capturing(device):
+        # The graph reads them whenever it is replayed, whatever later steps bring.
+        batch.cache.setdefault("captured", []).append(tables)
+    elif device.type != "cpu" and layout.spare is None:
+        words = tables.addresses.numel() + tables.lrs.numel() + tables.hypers.numel()
+        layout.spare = torch.empty(words, dtype=torch.int64, pin_memory=True)
     return Opened(tables, lists, hypers)
 
 
@@ -307,20 +322,19 @@ def _upload(
     layout: Layout,
     batch: Batch,
 ) -> Tensor:
-    """One copy of all that changes from step to step."""
+    """One copy of all that changes from step to step.
+
+    Pinning memory is not allowed while a graph is captured, so a step that is not captured
+    puts some aside. The graph copies from it at every replay.
+    """
     device = batch.params[0].device
     lr_words, values = hyper_values
     parts: tuple[array[Any], ...] = (*words, array("q", lr_words), array("d", values))
     host = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.int64)
-    if device.type == "cpu" or not torch.cuda.is_current_stream_capturing():
+    if not _is_capturing(device):
         return upload(host, device)
     pinned, layout.spare = layout.spare, None
     if pinned is None:
-        raise RuntimeError(
-            "a step is being captured in a CUDA graph, and none like it was taken before: take "
-            "one with the same tensors first, on the stream that captures, outside of the graph"
-        )
-    on_device = upload(host, device, pinned)
-    # The graph copies from the one to the other whenever it is replayed.
-    batch.cache.setdefault("captured", []).append((layout, pinned, on_device))
-    return on_device
+        raise RuntimeError(_NOT_PREPARED)
+    batch.cache.setdefault("captured", []).append(pinned)
+    return upload(host, device, pinned)

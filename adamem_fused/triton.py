@@ -1,10 +1,13 @@
 """The triton backend: the kernels of triton_kernels/, for tensors on a GPU.
 
-Three launches a step whatever the number of tensors, for each combination of dtypes one
-more of the sums and one more of the update; with the seam in between, four. Nothing is
-read back from the device, and a step can be captured in a CUDA graph. Two runs give the
-same bits. Not yet run on a GPU: tested under Triton's interpreter, which
-TRITON_INTERPRET=1 turns on and which takes tensors on the CPU, and compiled ahead of time.
+A step is three launches, whatever the number of tensors: stats, beta, apply; a fourth adds
+up the sums of tensors that share one beta. Each further combination of dtypes takes one more
+of stats and of apply, and strided tensors take copies. Nothing is read back from the device,
+a step can be captured in a CUDA graph, and two runs give the same bits.
+
+Not yet run on a GPU. It was tested under Triton's interpreter, which TRITON_INTERPRET=1 turns
+on and which takes tensors on the CPU, and compiled ahead of time for sm_80, sm_90, sm_100 and
+gfx942.
 """
 
 from __future__ import annotations

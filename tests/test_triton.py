@@ -244,6 +244,41 @@ def test_what_the_kernels_read_lives_until_they_are_launched(launches, monkeypat
     assert copies
 
 
+def test_tables_of_a_captured_step_are_kept_and_a_new_layout_is_refused(launches, monkeypatch):
+    params = make_params(2)
+    optimizer = AMAdamW(params, backend="triton")
+    launches.step(optimizer)
+    monkeypatch.setattr(tables, "_is_capturing", lambda device: True)
+    launches.step(optimizer)
+    captured = launches.addresses
+    (cache,) = optimizer._caches.values()
+    (kept,) = cache["captured"]
+    assert kept.addresses is captured
+    params.pop().grad = None
+    with pytest.raises(RuntimeError, match="take a step with the same parameters"):
+        optimizer.step()
+    monkeypatch.setattr(tables, "_is_capturing", lambda device: False)
+    launches.step(optimizer)
+    assert cache["captured"] == [kept]
+    assert launches.addresses.data_ptr() != captured.data_ptr()
+
+
+def test_a_captured_upload_takes_the_block_that_was_put_aside(launches, monkeypatch):
+    (param,) = make_params(1)
+    optimizer = AMAdamW([param], backend="triton")
+    launches.step(optimizer)
+    layout, old = layout_of(optimizer), param.grad
+    monkeypatch.setattr(tables, "_is_capturing", lambda device: True)
+    param.grad = old.clone()
+    with pytest.raises(RuntimeError, match="take a step with the same parameters"):
+        optimizer.step()
+    layout.spare = spare = torch.empty(2 + 2 + 4 + 1 + 11, dtype=torch.int64)
+    launches.step(optimizer)
+    (cache,) = optimizer._caches.values()
+    assert layout.spare is None
+    assert cache["captured"][0] is spare
+
+
 def layout_of(optimizer) -> tables.Layout:
     (cache,) = optimizer._caches.values()
     return cache["tables"].layout

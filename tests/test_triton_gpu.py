@@ -96,9 +96,32 @@ def test_steps_between_replays_leave_the_graph_its_addresses():
         assert torch.equal(ours, expected)
 
 
+def test_a_graph_that_uploads_its_own_tables_can_be_replayed():
+    """As when the backward pass is captured too: the gradients are the graph's."""
+    params, optimizer = make(AMAdamW)
+    twins, twin = make(AMAdamW)
+    for side, steps in ((params, optimizer), (twins, twin)):
+        set_grads(side, 0)
+        steps.step()
+    source = torch.randn(300, 70, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for param in params:
+            param.grad = source.mean() * torch.ones_like(param)
+        optimizer.step()
+    for step in range(3):
+        source.fill_(0.1 * step - 0.1)
+        graph.replay()
+        for param in twins:
+            param.grad = source.mean() * torch.ones_like(param)
+        twin.step()
+    for ours, expected in zip(values(params, optimizer), values(twins, twin), strict=True):
+        assert torch.equal(ours, expected)
+
+
 def test_capturing_without_a_step_before_says_what_to_do():
     _, optimizer = make(AMAdamW)
-    with pytest.raises(RuntimeError, match="take one with the same tensors first"):
+    with pytest.raises(RuntimeError, match="take a step with the same parameters"):
         capture(optimizer)
 
 
