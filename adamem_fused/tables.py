@@ -311,8 +311,8 @@ def open_tables(batch: Batch, chunk: int, coefficients: int) -> Opened:
         # The graph reads them whenever it is replayed, whatever later steps bring.
         batch.cache.setdefault("captured", []).append(tables)
     elif device.type != "cpu" and layout.spare is None:
-        words = tables.addresses.numel() + tables.lrs.numel() + tables.hypers.numel()
-        layout.spare = torch.empty(words, dtype=torch.int64, pin_memory=True)
+        count = tables.addresses.numel() + tables.lrs.numel() + tables.hypers.numel()
+        layout.spare = torch.empty(count, dtype=torch.int64, pin_memory=True)
     return Opened(tables, lists, hypers)
 
 
