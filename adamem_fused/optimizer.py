@@ -264,7 +264,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """Performs one optimization step.
 
         Args:
-            closure: reevaluates the model and returns the loss. Needed for gap="loss".
+            closure: reevaluates the model and returns the loss. Needed for gap="loss", where
+                all ranks have to return the same.
 
         Returns:
             The closure's loss, or None without a closure.

@@ -101,9 +101,10 @@ def find_shards(batches: Iterable[list[Tensor]]) -> Shards:
 def add_over_ranks(shards: Shards, rows: list[Tensor]) -> None:
     """Makes the rows of sharded tensors, [tensors, 2] for each batch, those of the whole ones.
 
-    One all-reduce for each process group. The order is that of the parameters, the same on
-    every rank; a rank whose shard is empty takes part with zeros. Of a tensor that is sharded
-    over two dimensions of a mesh the second all-reduce adds up the sums of the first.
+    One all-reduce for each process group, of rows in the order of the parameters. So all its
+    ranks have to have gradients for the same tensors, as FSDP2 sees to; a rank whose shard is
+    empty takes part with zeros. Of a tensor that is sharded over two dimensions of a mesh the
+    second all-reduce adds up the sums of the first.
     """
     for (group, _), places in shards.items():
         shard_rows = [rows[batch][index] for batch, index in places]

@@ -221,6 +221,23 @@ def test_the_gap_of_losses_is_shared_by_the_sizes_of_whole_tensors(two_ranks, cl
     two_ranks.run(fsdp_steps, cls, torch.float64, options)
 
 
+@both
+def test_the_gap_of_losses_is_shared_with_complex_tensors_as_pairs_of_reals(cls):
+    values = tensors(torch.float64, [(4, 2), (3,), (5,)])
+    templates = list(values)
+    options = {"beta_scope": "global", "gap": "loss"}
+    pairs = two_groups(cls, whole_parameters(values), **options)
+    values[0] = torch.view_as_complex(values[0])
+    numbers = two_groups(cls, whole_parameters(values), **options)
+    for step in range(5):
+        for optimizer in (pairs, numbers):
+            for index, param in enumerate(parameters(optimizer)):
+                grad = gradient(templates[index], step, index=index)
+                param.grad = torch.view_as_complex(grad) if param.is_complex() else grad
+            optimizer.step(lambda step=step: math.cos(0.5 * step))
+        assert betas(numbers) == betas(pairs)
+
+
 def mixed_steps(cls, options):
     """Sharded over either dimension, complex, replicated and plain parameters in turn."""
     mesh = line()
@@ -241,10 +258,14 @@ def mixed_steps(cls, options):
 
 
 @both
-@scopes
 @each_backend
-def test_mixed_parameters_take_the_steps_of_one_process(two_ranks, cls, scope, backend):
-    two_ranks.run(mixed_steps, cls, {"backend": backend, "beta_scope": scope})
+@pytest.mark.parametrize(
+    "options",
+    [{"beta_scope": "tensor"}, {"beta_scope": "global"}, {"beta_scope": "global", "gap": "loss"}],
+    ids=["tensor", "global", "loss"],
+)
+def test_mixed_parameters_take_the_steps_of_one_process(two_ranks, cls, backend, options):
+    two_ranks.run(mixed_steps, cls, {"backend": backend, **options})
 
 
 def partial_gradient_step(cls):
@@ -303,11 +324,11 @@ def parallel_training(cls, scope, sizes):
     if sizes[0] > 1:
         fully_shard(model, mesh=mesh["data"])
         part = slice(mesh.get_local_rank("data") * 4, mesh.get_local_rank("data") * 4 + 4)
-    optimizer = cls(model.parameters(), beta_scope=scope)
+    optimizer = cls(model.parameters(), lr=0.1, beta_scope=scope)
     expected_model = model_of()
-    expected = cls(expected_model.parameters(), beta_scope=scope)
-    train(model, optimizer, 5, part)
-    train(expected_model, expected, 5)
+    expected = cls(expected_model.parameters(), lr=0.1, beta_scope=scope)
+    train(model, optimizer, 10, part)
+    train(expected_model, expected, 10)
     assert_agree(optimizer, expected, 1e-10)
 
 
@@ -325,9 +346,9 @@ def test_shards_over_two_mesh_dimensions_train_as_one_process_does(four_ranks, c
 
 def clipped_training(cls, scope):
     model = fully_shard(model_of(), mesh=line())
-    optimizer = cls(model.parameters(), beta_scope=scope)
+    optimizer = cls(model.parameters(), lr=0.1, beta_scope=scope)
     expected_model = model_of()
-    expected = cls(expected_model.parameters(), beta_scope=scope)
+    expected = cls(expected_model.parameters(), lr=0.1, beta_scope=scope)
     train(model, optimizer, 10, part_of_rank(), max_norm=0.01)
     train(expected_model, expected, 10, max_norm=0.01)
     assert_agree(optimizer, expected, 1e-10)
@@ -341,9 +362,9 @@ def test_fsdp_training_with_clipped_gradients_is_that_of_one_process(two_ranks, 
 
 def ddp_training(cls, scope):
     model = DistributedDataParallel(model_of())
-    optimizer = cls(model.parameters(), beta_scope=scope)
+    optimizer = cls(model.parameters(), lr=0.1, beta_scope=scope)
     expected_model = model_of()
-    expected = cls(expected_model.parameters(), beta_scope=scope)
+    expected = cls(expected_model.parameters(), lr=0.1, beta_scope=scope)
     train(model, optimizer, 10, part_of_rank())
     train(expected_model, expected, 10)
     assert_agree(optimizer, expected, 1e-10)
@@ -415,6 +436,7 @@ def save_two_ranks(cls, path):
 
 
 @both
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # as it is to be
 def test_a_distributed_checkpoint_keeps_every_bit_and_loads_on_one_process(
     two_ranks, cls, tmp_path
 ):
@@ -498,16 +520,21 @@ def test_a_step_leaves_no_objects_behind(two_ranks, cls):
 
 def collectives_of_a_step(cls):
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+    own = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     sharded = fsdp_parameters(tensors(), mesh) + fsdp_parameters(tensors(), mesh["shard"])
-    replicated = [Parameter(shard(mesh["shard"], [Replicate()], torch.ones(3)))]
+    unsharded = [
+        *fsdp_parameters(tensors(), own),
+        Parameter(shard(mesh["shard"], [Replicate()], torch.ones(3))),
+        *whole_parameters(tensors()),
+    ]
     calls = []
     all_reduce = dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: calls.append(args) or all_reduce(*args, **kwargs)
     try:
-        take_step(two_groups(cls, sharded + replicated), 0)
+        take_step(two_groups(cls, sharded + unsharded), 0)
         assert len(calls) == 1
         calls.clear()
-        take_step(two_groups(cls, replicated + whole_parameters(tensors())), 0)
+        take_step(two_groups(cls, unsharded), 0)
         assert calls == []
     finally:
         dist.all_reduce = all_reduce
