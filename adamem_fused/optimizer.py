@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from operator import attrgetter
 from typing import Any, ClassVar, TypeAlias, cast, overload
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adamem_fused import backends
+from adamem_fused import backends, sharding
 from adamem_fused.backends import Backend
 from adamem_fused.batch import Batch, Lr, group_slices
 
@@ -122,10 +122,14 @@ def as_real(tensor: Tensor) -> Tensor:
 
 @dataclass
 class Work:
-    """A batch, and the backend that is to do it."""
+    """A batch, the backend that is to do it, and the parameters it came from.
+
+    A tensor of the batch is its parameter's shard on this rank, or the parameter itself.
+    """
 
     backend: Backend
     batch: Any
+    params: list[Tensor] = field(default_factory=list)
 
     def here(self, tensor: Tensor | None) -> Tensor | None:
         """A scalar of another device (GradScaler's may be on one) on this batch's."""
@@ -133,12 +137,15 @@ class Work:
             return tensor
         return tensor.to(self.batch.params[0].device, non_blocking=True)
 
+    def numels(self, place: slice) -> list[int]:
+        """Elements of the whole tensors, complex ones as pairs of reals."""
+        return [param.numel() * (1 + param.is_complex()) for param in self.params[place]]
+
     def loss_numel(self) -> int:
         return sum(
-            param.numel()
+            sum(self.numels(place))
             for hyper, place in zip(self.batch.hypers, group_slices(self.batch), strict=True)
             if hyper.loss_gap
-            for param in self.batch.params[place]
         )
 
 
@@ -232,6 +239,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
                         f"not {param.dtype}"
                     )
                 backends.choose(self.param_groups[-1], param.device)
+                sharding.check_param(param)
         except Exception:
             del self.param_groups[known:]
             raise
@@ -258,7 +266,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """Performs one optimization step.
 
         Args:
-            closure: reevaluates the model and returns the loss. Needed for gap="loss".
+            closure: reevaluates the model and returns the loss. Needed for gap="loss", where
+                all ranks have to return the same.
 
         Returns:
             The closure's loss, or None without a closure.
@@ -337,10 +346,13 @@ class AdaptiveMemoryOptimizer(Optimizer):
             )
             self._init_group(group, *lists)
             params = lists[0]
+            tensors = 2 + len(self.memories)
+            if sharding.any_dtensor(params):
+                lists = (*sharding.local_shards(*lists[:tensors]), *lists[tensors:])
             if True in map(Tensor.is_complex, params):
-                tensors = 2 + len(self.memories)
                 lists = (*([as_real(t) for t in ts] for ts in lists[:tensors]), *lists[tensors:])
-            devices = set(map(attrgetter("device"), params))
+            # In the order of the parameters: the same on every rank, as collectives need it.
+            devices = dict.fromkeys(map(attrgetter("device"), params))
             for device in devices:
                 backend = backends.choose(group, device)
                 work = works.get((backend.name, device))
@@ -348,7 +360,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
                     work = works[backend.name, device] = Work(backend, self._new_batch())
                     work.batch.cache = self._caches.setdefault((backend.name, device), {})
                 size = len(work.batch.params)
-                for values, target in zip(lists, work.batch.lists(), strict=True):
+                targets = (*work.batch.lists(), work.params)
+                for values, target in zip((*lists, params), targets, strict=True):
                     if len(devices) == 1:
                         target.extend(values)
                     else:
@@ -371,12 +384,15 @@ class AdaptiveMemoryOptimizer(Optimizer):
         # With several batches the sums come first all the same: they are where a backend
         # raises, before any batch has been changed.
         rows: list[Tensor] | None = None
+        shards = sharding.find_shards(work.params for work in works)
         if (
             len(works) > 1
+            or shards
             or any(hyper.loss_gap for work in works for hyper in work.batch.hypers)
             or any(any(work.batch.shared) and not work.backend.shares_sums for work in works)
         ):
             rows = [self._stats(w.backend, w.batch, w.here(grad_scale)) for w in works]
+            sharding.add_over_ranks(shards, rows)
             if loss is not None:
                 self._add_loss_gap(works, rows, loss)
             share_sums(works, rows)
@@ -413,7 +429,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             here = difference.to(work_rows.device)
             for hyper, place in zip(work.batch.hypers, group_slices(work.batch), strict=True):
                 if hyper.loss_gap:
-                    numels = [param.numel() for param in work.batch.params[place]]
+                    numels = work.numels(place)
                     share = torch.tensor(numels, dtype=torch.float64, device=work_rows.device)
                     sign = -1.0 if hyper.maximize else 1.0
                     factor = self._loss_factor(hyper) * (sign / total)
@@ -498,6 +514,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 f"loaded state {name} has shape {list(value.shape)}; "
                 f"for a parameter of shape {list(param.shape)} it has to be {list(shape)}"
             )
+        if name in self.memories:
+            sharding.check_like(param, f"loaded state {name}", value)
         return value
 
     def __setstate__(self, state: dict[str, Any]) -> None:
