@@ -17,7 +17,6 @@ from setuptools.command.build_ext import build_ext
 
 CXX_FLAGS = [
     "-O3",
-    "-std=c++17",
     "-fvisibility=hidden",
     "-g0",
     # Fused multiply-adds are written out where they are meant (csrc/am_math.h), so that
@@ -31,6 +30,9 @@ CXX_FLAGS = [
     # GCC 12's own AVX-512 headers.
     "-Wno-maybe-uninitialized",
 ]
+
+# The kernels are C++17; torch's headers are C++20 from 2.14 on.
+KERNEL_STANDARD, TORCH_STANDARD = "-std=c++17", "-std=c++20"
 
 TORCH_SOURCES = ["csrc/ops.cpp", "csrc/cpu/ops_cpu.cpp"]
 
@@ -98,8 +100,8 @@ class BuildExtension(build_ext):
         includes = [include, include / "torch" / "csrc" / "api" / "include"]
         flags = [flag for path in includes for flag in ("-isystem", str(path))]
         for source, isa_flags in KERNEL_SOURCES.items():
-            ext.extra_objects += self.compile([source], CXX_FLAGS + isa_flags)
-        ext.extra_compile_args = CXX_FLAGS + flags
+            ext.extra_objects += self.compile([source], [*CXX_FLAGS, KERNEL_STANDARD, *isa_flags])
+        ext.extra_compile_args = [*CXX_FLAGS, TORCH_STANDARD, *flags]
         ext.library_dirs = [str(torch_root / "lib")]
         super().build_extension(ext)
 

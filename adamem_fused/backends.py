@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from adamem_fused import cpu, foreach, reference
+from adamem_fused import cpu, foreach, reference, triton
 from adamem_fused.batch import AdamWBatch, SGDBatch
 
 
@@ -23,6 +23,8 @@ class Backend(Protocol):
     name: str
     # Whether grad_scale and found_inf may be given, and are read on the device.
     fused: bool
+    # Whether *_apply without rows takes the sums over all groups that are `shared` together.
+    shares_sums: bool
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot be used for tensors on `device`, or None."""
@@ -49,7 +51,9 @@ class Backend(Protocol):
 
 
 # From the fastest to the slowest, as backend=None tries them.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (cpu, foreach, reference)}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (cpu, triton, foreach, reference)
+}
 
 
 def check_choice(options: dict[str, Any]) -> None:

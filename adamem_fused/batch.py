@@ -1,16 +1,17 @@
 """What a backend is given: the tensors of one step on one device, and their hyperparameters.
 
-Every list holds one entry a tensor, over all parameter groups in order; `hypers` and
-`group_sizes` hold one a group. Tensors are real and dense (complex ones come as pairs of
-reals), and the memory (`exp_avgs`, `exp_avg_sqs`, `momentum_buffers`) has its parameter's
-shape. `steps`, `beta_prods`, `prev_lrs` and `betas` are 0-dim tensors on the same device.
+Every list holds one entry a tensor, over all parameter groups in order; `hypers`,
+`group_sizes` and `shared` (beta_scope="global") hold one a group. Tensors are real and dense
+(complex ones come as pairs of reals), and the memory (`exp_avgs`, `exp_avg_sqs`,
+`momentum_buffers`) has its parameter's shape. `steps`, `beta_prods`, `prev_lrs` and `betas`
+are 0-dim tensors on the same device. `cache` is the backend's own, kept from step to step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -55,6 +56,8 @@ class AdamWBatch:
     betas: list[Tensor] = field(default_factory=list)
     hypers: list[AdamWHyper] = field(default_factory=list)
     group_sizes: list[int] = field(default_factory=list)
+    shared: list[bool] = field(default_factory=list)
+    cache: dict[str, Any] = field(default_factory=dict)
 
     @property
     def memories(self) -> dict[str, list[Tensor]]:
@@ -87,6 +90,8 @@ class SGDBatch:
     betas: list[Tensor] = field(default_factory=list)
     hypers: list[SGDHyper] = field(default_factory=list)
     group_sizes: list[int] = field(default_factory=list)
+    shared: list[bool] = field(default_factory=list)
+    cache: dict[str, Any] = field(default_factory=dict)
 
     @property
     def memories(self) -> dict[str, list[Tensor]]:

@@ -16,6 +16,7 @@ from adamem_fused.batch import AdamWBatch, Batch, SGDBatch
 
 name = "cpu"
 fused = True
+shares_sums = False
 
 
 def unavailable(device: torch.device) -> str | None:

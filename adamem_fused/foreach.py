@@ -24,6 +24,7 @@ from adamem_fused.batch import (
 
 name = "foreach"
 fused = False
+shares_sums = False
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -122,7 +122,7 @@ def as_real(tensor: Tensor) -> Tensor:
 
 @dataclass
 class Work:
-    """A batch, the backend that is to do it, and the parameters and groups it came from.
+    """A batch, the backend that is to do it, and the parameters that it came from.
 
     A tensor of the batch is its parameter's shard on this rank, or the parameter itself.
     """
@@ -130,11 +130,6 @@ class Work:
     backend: Backend
     batch: Any
     params: list[Tensor] = field(default_factory=list)
-    groups: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def scopes(self) -> list[str]:
-        return [group["beta_scope"] for group in self.groups]
 
     def here(self, tensor: Tensor | None) -> Tensor | None:
         """A scalar of another device (GradScaler's may be on one) on this batch's."""
@@ -159,8 +154,8 @@ def share_sums(works: list[Work], rows: list[Tensor]) -> None:
     places = [
         (work_rows, place)
         for work, work_rows in zip(works, rows, strict=True)
-        for scope, place in zip(work.scopes, group_slices(work.batch), strict=True)
-        if scope == "global"
+        for shared, place in zip(work.batch.shared, group_slices(work.batch), strict=True)
+        if shared
     ]
     if not places:
         return
@@ -185,6 +180,13 @@ class AdaptiveMemoryOptimizer(Optimizer):
     # Set by torch.amp.GradScaler for the time of a step.
     grad_scale: Tensor | None
     found_inf: Tensor | None
+
+    # What a backend keeps from step to step, by its name and the device.
+    _caches: dict[tuple[str, torch.device], dict[str, Any]]
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self._caches = {}
+        super().__init__(params, defaults)
 
     # ---- what a subclass gives ----------------------------------------------------
 
@@ -356,6 +358,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 work = works.get((backend.name, device))
                 if work is None:
                     work = works[backend.name, device] = Work(backend, self._new_batch())
+                    work.batch.cache = self._caches.setdefault((backend.name, device), {})
                 size = len(work.batch.params)
                 targets = (*work.batch.lists(), work.params)
                 for values, target in zip((*lists, params), targets, strict=True):
@@ -367,7 +370,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
                         )
                 work.batch.hypers.append(self._hyper(group))
                 work.batch.group_sizes.append(len(work.batch.params) - size)
-                work.groups.append(group)
+                work.batch.shared.append(group["beta_scope"] == "global")
         return list(works.values())
 
     def _run(self, works: list[Work], loss: Tensor | None) -> None:
@@ -382,7 +385,12 @@ class AdaptiveMemoryOptimizer(Optimizer):
         # raises, before any batch has been changed.
         rows: list[Tensor] | None = None
         shards = sharding.find_shards(work.params for work in works)
-        if len(works) > 1 or shards or any("global" in work.scopes for work in works):
+        if (
+            len(works) > 1
+            or shards
+            or any(hyper.loss_gap for work in works for hyper in work.batch.hypers)
+            or any(any(work.batch.shared) and not work.backend.shares_sums for work in works)
+        ):
             rows = [self._stats(w.backend, w.batch, w.here(grad_scale)) for w in works]
             sharding.add_over_ranks(shards, rows)
             if loss is not None:
@@ -512,6 +520,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._caches = {}  # which is neither copied nor pickled
         # Optimizer gives every optimizer this option of its own, which a step of this class
         # does not have.
         self.defaults.pop("differentiable", None)

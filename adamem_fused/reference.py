@@ -1,11 +1,10 @@
 """The reference backend: a plain loop, one tensor at a time, in float64.
 
-Slow and meant to be read: the formulas stand in the order of the algorithm's
-description (Topollai & Choromanska, "Adaptive Memory Momentum via a Model-Based
-Framework for Deep Learning Optimization", arXiv 2510.04988), in its letters. Every other
-backend is checked against this file, so it shares no arithmetic with any of them.
-Whatever the dtype of a tensor, the arithmetic is float64 and each result is rounded
-once, when it is stored.
+Slow and meant to be read: the formulas stand in the order and in the letters of
+docs/algorithm.md (Topollai & Choromanska, "Adaptive Memory Momentum via a Model-Based
+Framework for Deep Learning Optimization", arXiv 2510.04988). Every other backend is checked
+against this file, so it shares no arithmetic with any of them. Whatever the dtype of a
+tensor, the arithmetic is float64 and each result is rounded once, when it is stored.
 
 Letters: x parameter, g gradient, d memory (`exp_avg`, `momentum_buffer`), v `exp_avg_sq`,
 t step, P Adam's denominator, eta lr, mu weight decay, lam memory_lambda, kappa 1 for the
@@ -27,6 +26,7 @@ from adamem_fused.batch import (
 
 name = "reference"
 fused = False
+shares_sums = False
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             interrupted = True
 
-    print(format_table(results))
+    print(format_table(results) if results else "\nInterrupted before the first row was measured.")
     settings = {
         "threads": args.threads,
         "pairs": args.pairs,

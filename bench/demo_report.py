@@ -126,7 +126,6 @@ def steps_to_reach(run: Run, target: float | None) -> int | None:
 def format_table(comparison: Comparison) -> str:
     """The comparison as text: a line of settings, the table, and what was left undone."""
     c = comparison.config
-    baseline = comparison.baseline
     lines = [
         "",
         f"{sum(comparison.sizes) / 1e6:.2f} M parameters in {len(comparison.sizes)} tensors; "
@@ -135,24 +134,28 @@ def format_table(comparison: Comparison) -> str:
         f"weight decay {c['weight_decay']:g}; seed {c['seed']}; threads {c['threads']}; "
         f"{comparison.seconds:.0f} s in all. Held-out loss every {c['eval_every']} steps.",
         "",
-        tabulate(
-            [_row(run, comparison.target) for run in comparison.runs],
-            headers=[
-                "",
-                "held-out loss\n(nats a byte)",
-                f"steps to {baseline}'s\nfinal loss",
-                "\nmean beta",
-                "optimizer.step() alone\nms, median (quartiles)",
-                "whole run\nseconds",
-            ],
-            colalign=["left"] + ["right"] * 5,
-            disable_numparse=True,
-        ),
-        "",
     ]
+    if comparison.runs:
+        lines += [_runs_table(comparison), ""]
     if comparison.unfinished:
         lines.append(f"Interrupted. Not finished: {', '.join(comparison.unfinished)}.")
     return "\n".join(lines)
+
+
+def _runs_table(comparison: Comparison) -> str:
+    return tabulate(
+        [_row(run, comparison.target) for run in comparison.runs],
+        headers=[
+            "",
+            "held-out loss\n(nats a byte)",
+            f"steps to {comparison.baseline}'s\nfinal loss",
+            "\nmean beta",
+            "optimizer.step() alone\nms, median (quartiles)",
+            "whole run\nseconds",
+        ],
+        colalign=["left"] + ["right"] * 5,
+        disable_numparse=True,
+    )
 
 
 def _row(run: Run, target: float | None) -> list[str]:

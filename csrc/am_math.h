@@ -3,7 +3,7 @@
 // kernels (V = a pack of lanes) and a CUDA kernel (V = float or double, one
 // element a thread) compile the same text.
 //
-// Notation, as in Topollai & Choromanska (arXiv 2510.04988) and the README:
+// Notation, as in docs/algorithm.md:
 //   g gradient, d memory (exp_avg or momentum_buffer), v exp_avg_sq, x parameter,
 //   P Adam's denominator, M = 1 / (P (1 + lambda P)), e = d - g,
 //   eta learning rate, mu weight decay, kappa = 1 for the "anchored" plane.

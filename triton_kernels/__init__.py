@@ -1,1 +1,4 @@
-"""Triton kernels of the Adaptive Memory optimizers: none yet."""
+"""Triton kernels of the Adaptive Memory optimizers.
+
+`elements` holds the formulas, `kernels` the walk over memory, `config` the block sizes.
+"""

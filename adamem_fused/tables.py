@@ -1,0 +1,340 @@
+"""The tables through which the Triton kernels find a step's tensors.
+
+What depends on the tensors' shapes and dtypes (`Layout`) is made once; the addresses are
+looked at every step and uploaded when one has changed. Nothing that was uploaded is ever
+written to again, so a step that a CUDA graph has captured keeps its own.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from itertools import chain
+from operator import attrgetter, is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adamem_fused.batch import AdamWBatch, AdamWHyper, Batch, SGDHyper
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+# The place of the gradients in a batch's lists.
+GRADS = 1
+
+
+class Bucket(NamedTuple):
+    """Tensors of one combination of dtypes, and their chunks, which lie side by side."""
+
+    dtypes: tuple[torch.dtype, ...]  # of param, grad and memories
+    first_chunk: int
+    chunks: int
+
+
+class Structure(NamedTuple):
+    """All that a layout depends on, comparable."""
+
+    group_sizes: list[int]
+    shapes: list[torch.Size]
+    strides: list[list[tuple[int, ...]]]  # of params, grads and memories
+    dtypes: list[list[torch.dtype]]  # of all lists
+
+
+def _data_lists(batch: Batch) -> tuple[list[Tensor], ...]:
+    """params, grads and the memories, without the scalars."""
+    return batch.lists()[: 2 + len(batch.memories)]
+
+
+def structure_of(batch: Batch) -> Structure:
+    dtype = attrgetter("dtype")
+    return Structure(
+        group_sizes=batch.group_sizes,
+        shapes=list(map(attrgetter("shape"), batch.params)),
+        strides=[list(map(Tensor.stride, tensors)) for tensors in _data_lists(batch)],
+        dtypes=[list(map(dtype, tensors)) for tensors in batch.lists()],
+    )
+
+
+def _check(batch: Batch) -> None:
+    """Raises on what the kernels cannot take."""
+    batch.check()
+    names = ["param", "grad", *batch.memories]
+    for name, tensors in zip(names, _data_lists(batch), strict=True):
+        for i, tensor in enumerate(tensors):
+            if tensor.layout != torch.strided or tensor.dtype not in _FLOATING:
+                raise TypeError(
+                    f"{name} of tensor {i} is {tensor.layout} {tensor.dtype}; it has to be a "
+                    "dense real floating-point tensor"
+                )
+    for i, param in enumerate(batch.params):
+        if any(s == 0 and size > 1 for s, size in zip(param.stride(), param.shape, strict=True)):
+            raise RuntimeError(
+                f"param {i} of shape {list(param.shape)} and strides {list(param.stride())} has "
+                "elements that share memory, which cannot be updated in place"
+            )
+    for scalars in batch.lists()[len(names) :]:
+        for i, scalar in enumerate(scalars):
+            if scalar.dtype not in (torch.float32, torch.float64):
+                raise TypeError(
+                    f"scalar state of tensor {i} has dtype {scalar.dtype}; it has to be float32 "
+                    "or float64"
+                )
+            if scalar.numel() != 1 or scalar.device != batch.params[i].device:
+                raise ValueError(
+                    f"scalar state of tensor {i} has shape {list(scalar.shape)} on "
+                    f"{scalar.device}; it has to be a 0-dim tensor on {batch.params[i].device}"
+                )
+
+
+def _same_layout(tensor: Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether the strides are these. Those of dimensions of size 1 say nothing."""
+    return tensor.numel() < 2 or all(
+        size == 1 or a == b
+        for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True)
+    )
+
+
+def upload(words: Tensor, device: torch.device, pinned: Tensor | None = None) -> Tensor:
+    """A copy on the device, made in stream order and without a sync.
+
+    torch does not hand a pinned block out again before the copies from it have run. A copy
+    that is captured in a graph runs at every replay: its block has to be given, and kept.
+    """
+    if device.type == "cpu":
+        return words
+    if pinned is None:
+        return words.pin_memory().to(device, non_blocking=True)
+    return pinned.copy_(words).to(device, non_blocking=True)
+
+
+class Layout:
+    """Chunks, buckets and scratch memory for tensors of one structure."""
+
+    def __init__(self, batch: Batch, chunk: int, coefficients: int) -> None:
+        _check(batch)
+        params = batch.params
+        device = params[0].device
+        n = len(params)
+        self.structure = structure_of(batch)
+        data = _data_lists(batch)
+        dense = [torch.empty_like(param, device="meta").stride() for param in params]
+        # Tensors that do not lie as their dense parameter would, (list, place in it).
+        self.strided = [
+            (k, i)
+            for k, tensors in enumerate(data)
+            for i, tensor in enumerate(tensors)
+            if not _same_layout(tensor, dense[i])
+        ]
+        by_dtypes: dict[tuple[torch.dtype, ...], list[int]] = {}
+        for i, dtypes in enumerate(zip(*self.structure.dtypes[: len(data)], strict=True)):
+            by_dtypes.setdefault(dtypes, []).append(i)
+        numels = [param.numel() for param in params]
+        first_chunk = [0] * n
+        chunk_tensors: list[Tensor] = []
+        self.buckets: list[Bucket] = []
+        self.chunks = 0
+        for dtypes, places in by_dtypes.items():
+            counts = [-(-numels[i] // chunk) for i in places]
+            begin = self.chunks
+            for i, count in zip(places, counts, strict=True):
+                first_chunk[i] = self.chunks
+                self.chunks += count
+            chunk_tensors.append(
+                torch.tensor(places, dtype=torch.int32).repeat_interleave(torch.tensor(counts))
+            )
+            if self.chunks > begin:
+                self.buckets.append(Bucket(dtypes, begin, self.chunks - begin))
+        groups = [g for g, size in enumerate(batch.group_sizes) for _ in range(size)]
+        doubles = [
+            sum(1 << k for k, dtype in enumerate(dtypes) if dtype == torch.float64)
+            for dtypes in zip(*self.structure.dtypes[len(data) :], strict=True)
+        ]
+        table = torch.tensor([numels, groups, first_chunk, doubles], dtype=torch.int64)
+        self.table = upload(table, device)
+        self.chunk_tensors = upload(torch.cat(chunk_tensors), device)
+        self.partials = torch.empty(2, self.chunks, dtype=torch.float64, device=device)
+        self.totals = torch.empty(2, dtype=torch.float64, device=device)
+        self.coefficients = torch.empty(n, coefficients, dtype=torch.float64, device=device)
+        # Pinned words for the upload of a step that a graph captures, see `_upload`.
+        self.spare: Tensor | None = None
+
+
+def hyper_columns(batch: Batch) -> int:
+    # `shared` is one more, and so is log(beta2).
+    adamw = isinstance(batch, AdamWBatch)
+    return len(AdamWHyper._fields) + 2 if adamw else len(SGDHyper._fields) + 1
+
+
+def _hyper_values(h: AdamWHyper | SGDHyper, shared: bool) -> list[float]:
+    """A group's line of the table of hyperparameters, as triton_kernels/elements.py has it."""
+    lr = 0.0 if isinstance(h.lr, Tensor) else h.lr
+    if isinstance(h, SGDHyper):
+        return [lr, *map(float, h[1:]), float(shared)]
+    log_beta2 = math.log(h.beta2) if h.beta2 > 0 else -math.inf
+    return [lr, h.beta_max, h.beta2, log_beta2, *map(float, h[3:]), float(shared)]
+
+
+def _lr_word(lr: float | Tensor) -> int:
+    """The address of a learning rate on the device, tagged; 0 for a number."""
+    if not isinstance(lr, Tensor):
+        return 0
+    return 2 * lr.data_ptr() + (lr.dtype == torch.float64)
+
+
+def _place_lr(h: Any, device: torch.device) -> Any:
+    """The hyperparameters with a tensor lr as the kernels read it: on the device, of floats."""
+    lr = h.lr
+    if not isinstance(lr, Tensor):
+        return h
+    if lr.device.type == "cpu" and device.type != "cpu":
+        return h._replace(lr=lr.item())  # on the host already: no sync
+    dtype = torch.float64 if lr.dtype == torch.float64 else torch.float32
+    return h._replace(lr=lr.to(device=device, dtype=dtype, non_blocking=True))
+
+
+class Tables(NamedTuple):
+    """The uploaded tables of one step's tensors, and what they were made of."""
+
+    layout: Layout
+    objects: tuple[list[Tensor], ...]
+    own: list[list[int]]  # the addresses of the objects
+    uploaded: list[list[int]]  # those of copies, where a tensor is strided
+    words: list[array[int]]  # the same numbers as bytes
+    hyper_values: tuple[list[int], list[float]]
+    addresses: Tensor  # [lists, tensors] int64; copies stand in for strided tensors
+    lrs: Tensor  # [groups] int64
+    hypers: Tensor  # [groups, columns] float64
+
+
+class Opened(NamedTuple):
+    """A step's tables, and the tensors that the kernels find through them."""
+
+    tables: Tables
+    lists: tuple[list[Tensor], ...]
+    hypers: list[Any]  # a lr that was moved to the device has to live until the launches
+
+    def store(self, batch: Batch) -> None:
+        """Writes what was updated in copies back to the batch's tensors."""
+        for k, i in self.tables.layout.strided:
+            if k != GRADS:
+                batch.lists()[k][i].copy_(self.lists[k][i])
+
+
+def _is_unchanged(batch: Batch, own: list[list[int]], last: Tables) -> bool:
+    """Whether every tensor's dtype, shape and strides are surely those of the last step.
+
+    The same object at the same address has them. Gradients are new objects at every step,
+    so they are asked for theirs; their shape is their parameter's, as torch sees to.
+    """
+    structure = last.layout.structure
+    return (
+        structure.group_sizes == batch.group_sizes
+        and all(
+            own[k] == last.own[k] and all(map(is_, tensors, last.objects[k]))
+            for k, tensors in enumerate(batch.lists())
+            if k != GRADS
+        )
+        and structure.strides[GRADS] == list(map(Tensor.stride, batch.grads))
+        and structure.dtypes[GRADS] == list(map(attrgetter("dtype"), batch.grads))
+    )
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type != "cpu" and torch.cuda.is_current_stream_capturing()
+
+
+_NOT_PREPARED = (
+    "a step is being captured in a CUDA graph, and its tables are not prepared: take a step with "
+    "the same parameters outside of the graph first"
+)
+
+
+def _addresses(lists: tuple[list[Tensor], ...]) -> list[list[int]]:
+    return [list(map(Tensor.data_ptr, tensors)) for tensors in lists]
+
+
+def open_tables(batch: Batch, chunk: int, coefficients: int) -> Opened:
+    """The tables of this step's tensors, uploaded if anything in them has changed."""
+    device = batch.params[0].device
+    lists = batch.lists()
+    own = _addresses(lists)
+    last: Tables | None = batch.cache.get("tables")
+    if last is not None and (
+        _is_unchanged(batch, own, last) or structure_of(batch) == last.layout.structure
+    ):
+        layout = last.layout
+    elif _is_capturing(device):
+        raise RuntimeError(_NOT_PREPARED)
+    else:
+        layout = Layout(batch, chunk, coefficients)
+    addresses = own
+    if layout.strided:
+        lists = tuple(map(list, lists))
+        for k, i in layout.strided:
+            copy = torch.empty_like(batch.params[i], dtype=lists[k][i].dtype)
+            lists[k][i] = copy.copy_(lists[k][i])
+        addresses = _addresses(lists)
+    hypers = [_place_lr(h, device) for h in batch.hypers]
+
+    hyper_values = (
+        [_lr_word(h.lr) for h in hypers],
+        list(chain.from_iterable(map(_hyper_values, hypers, batch.shared))),
+    )
+    known = last if last is not None and last.layout is layout else None
+    if known and known.uploaded == addresses and known.hyper_values == hyper_values:
+        tables = known._replace(objects=batch.lists(), own=own)
+    else:
+        # Most often the gradients are all that has changed.
+        words = [
+            known.words[k] if known and known.uploaded[k] == column else array("q", column)
+            for k, column in enumerate(addresses)
+        ]
+        on_device = _upload(words, hyper_values, layout, batch)
+        n, groups = len(batch.params), len(hypers)
+        sizes = [len(lists) * n, groups, groups * hyper_columns(batch)]
+        at, lrs, table = torch.split(on_device, sizes)
+        tables = Tables(
+            layout=layout,
+            objects=batch.lists(),
+            own=own,
+            uploaded=addresses,
+            words=words,
+            hyper_values=hyper_values,
+            addresses=at,
+            lrs=lrs,
+            hypers=table.view(torch.float64),
+        )
+    batch.cache["tables"] = tables
+    if _is_capturing(device):
+        # The graph reads them whenever it is replayed, whatever later steps bring.
+        batch.cache.setdefault("captured", []).append(tables)
+    elif device.type != "cpu" and layout.spare is None:
+        count = tables.addresses.numel() + tables.lrs.numel() + tables.hypers.numel()
+        layout.spare = torch.empty(count, dtype=torch.int64, pin_memory=True)
+    return Opened(tables, lists, hypers)
+
+
+def _upload(
+    words: list[array[int]],
+    hyper_values: tuple[list[int], list[float]],
+    layout: Layout,
+    batch: Batch,
+) -> Tensor:
+    """One copy of all that changes from step to step.
+
+    Pinning memory is not allowed while a graph is captured, so a step that is not captured
+    puts some aside. The graph copies from it at every replay.
+    """
+    device = batch.params[0].device
+    lr_words, values = hyper_values
+    parts: tuple[array[Any], ...] = (*words, array("q", lr_words), array("d", values))
+    host = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.int64)
+    if not _is_capturing(device):
+        return upload(host, device)
+    pinned, layout.spare = layout.spare, None
+    if pinned is None:
+        raise RuntimeError(_NOT_PREPARED)
+    batch.cache.setdefault("captured", []).append(pinned)
+    return upload(host, device, pinned)

@@ -1,0 +1,354 @@
+"""The triton backend without a GPU: its kernels under the interpreter, tables, launches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from adamem_fused import AMSGD, AMAdamW, tables, triton
+
+OPTIMIZERS = [AMAdamW, AMSGD]
+HERE = Path(__file__).parent
+
+
+def test_kernels_under_the_interpreter():
+    """test_triton_cases.py, in a process that imports triton with its interpreter on."""
+    cases = str(HERE / "test_triton_cases.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+# ---- tables and launches, with no kernel run --------------------------------------------
+
+
+class Launches:
+    """Stands in for the launches; looks at what a kernel would have read."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.addresses: torch.Tensor | None = None
+        self.uploads = 0
+
+    def launch(self, kernel, programs, *args, **options) -> None:
+        assert programs > 0
+        name = kernel.fn.__name__
+        self.names.append(name)
+        if name.endswith("_beta"):
+            self.addresses = args[0]
+
+    def step(self, optimizer) -> list[list[int]]:
+        """Steps; returns the addresses that the kernels were given, a list for each list."""
+        self.names, self.uploads = [], 0
+        optimizer.step()
+        count = 2 + len(optimizer.memories) + len(optimizer.scalars)
+        return self.addresses.view(count, -1).tolist()
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    launches = Launches()
+    upload = tables.upload
+
+    def counted(*args):
+        launches.uploads += 1
+        return upload(*args)
+
+    monkeypatch.setattr(triton, "unavailable", lambda device: None)
+    monkeypatch.setattr(triton, "_launch", launches.launch)
+    monkeypatch.setattr(tables, "upload", counted)
+    return launches
+
+
+def make_params(n: int, shape=(4, 6)) -> list[torch.Tensor]:
+    params = [torch.zeros(shape, requires_grad=True) for _ in range(n)]
+    set_grads(params)
+    return params
+
+
+def set_grads(params) -> None:
+    for param in params:
+        param.grad = torch.ones_like(param)
+
+
+def own_addresses(optimizer) -> list[list[int]]:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    names = (*optimizer.memories, *optimizer.scalars)
+    return [
+        [p.data_ptr() for p in params],
+        [p.grad.data_ptr() for p in params],
+        *([optimizer.state[p][name].data_ptr() for p in params] for name in names),
+    ]
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("n", [1, 20_000])
+def test_at_most_four_launches_whatever_the_tensors(launches, cls, scope, n):
+    shapes = [(3,), (4, 6), (), (0,)]
+    params = [torch.zeros(shapes[i % 4], requires_grad=True) for i in range(n)]
+    set_grads(params)
+    half = len(params) // 2
+    groups = [{"params": params[half:], "lr": 0.1}, {"params": params[:half], "lr": 0.2}]
+    optimizer = cls(groups, backend="triton", beta_scope=scope)
+    launches.step(optimizer)
+    prefix = "adamw" if cls is AMAdamW else "sgd"
+    middle = ["sum_shared"] if scope == "global" else []
+    assert launches.names == [f"{prefix}_stats", *middle, f"{prefix}_beta", f"{prefix}_apply"]
+
+
+def test_one_launch_of_stats_and_apply_for_each_combination_of_dtypes(launches):
+    params = [
+        torch.zeros(5, dtype=dtype, requires_grad=True)
+        for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.float64)
+    ]
+    set_grads(params)
+    launches.step(AMAdamW(params, backend="triton"))
+    assert sorted(launches.names) == ["adamw_apply"] * 3 + ["adamw_beta"] + ["adamw_stats"] * 3
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_nothing_is_uploaded_while_nothing_changes(launches, cls):
+    params = make_params(3)
+    optimizer = cls(params, backend="triton")
+    launches.step(optimizer)
+    assert launches.uploads > 0
+    for _ in range(3):
+        assert launches.step(optimizer) == own_addresses(optimizer)
+        assert launches.uploads == 0
+
+
+def change_grads(optimizer, params):
+    # The old ones are kept, so that the new ones lie elsewhere.
+    optimizer.old = [param.grad for param in params]
+    set_grads(params)
+
+
+def change_one_grad(optimizer, params):
+    optimizer.old = params[1].grad
+    params[1].grad = torch.ones_like(params[1])
+
+
+def change_param_data(optimizer, params):
+    params[0].data = params[0].data.clone()
+
+
+def change_memory(optimizer, params):
+    name = optimizer.memories[0]
+    optimizer.state[params[2]][name] = optimizer.state[params[2]][name].clone()
+
+
+def change_memory_data(optimizer, params):
+    memory = optimizer.state[params[2]][optimizer.memories[0]]
+    memory.data = memory.data.clone()
+
+
+def change_scalar(optimizer, params):
+    optimizer.state[params[1]]["prev_lr"] = optimizer.state[params[1]]["prev_lr"].clone()
+
+
+def load_own_state(optimizer, params):
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def use_fewer_tensors(optimizer, params):
+    optimizer.param_groups[0]["params"].pop()
+
+
+def use_other_tensors(optimizer, params):
+    optimizer.add_param_group({"params": make_params(2, (9,))})
+
+
+CHANGES = [
+    change_grads,
+    change_one_grad,
+    change_param_data,
+    change_memory,
+    change_memory_data,
+    change_scalar,
+    load_own_state,
+    use_fewer_tensors,
+    use_other_tensors,
+]
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_no_stale_address_is_ever_used(launches, cls, change):
+    params = make_params(3)
+    optimizer = cls(params, backend="triton")
+    launches.step(optimizer)
+    launches.step(optimizer)
+    change(optimizer, params)
+    assert launches.step(optimizer) == own_addresses(optimizer)
+    assert launches.uploads > 0
+    assert launches.step(optimizer) == own_addresses(optimizer)
+    assert launches.uploads == 0
+
+
+def change_lr(optimizer, params):
+    optimizer.param_groups[0]["lr"] = 0.5
+
+
+def change_lr_to_a_tensor(optimizer, params):
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
+
+
+def change_weight_decay(optimizer, params):
+    optimizer.param_groups[0]["weight_decay"] = 0.3
+
+
+@pytest.mark.parametrize("change", [change_lr, change_lr_to_a_tensor, change_weight_decay])
+def test_hyperparameters_are_uploaded_when_they_change(launches, change):
+    params = make_params(3)
+    optimizer = AMAdamW(params, backend="triton")
+    launches.step(optimizer)
+    change(optimizer, params)
+    launches.step(optimizer)
+    assert launches.uploads == 1
+    launches.step(optimizer)
+    assert launches.uploads == 0
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_what_the_kernels_read_lives_until_they_are_launched(launches, monkeypatch, scope):
+    """A bfloat16 lr is converted, and the copy belongs to nobody else."""
+    copies = []
+    place = tables._place_lr
+
+    def recorded(hyper, device):
+        placed = place(hyper, device)
+        copies.append(weakref.ref(placed.lr))
+        return placed
+
+    def launch(kernel, *args, **options):
+        assert copies[-1]() is not None
+
+    monkeypatch.setattr(tables, "_place_lr", recorded)
+    monkeypatch.setattr(triton, "_launch", launch)
+    lr = torch.tensor(0.1, dtype=torch.bfloat16)
+    AMAdamW(make_params(1), lr=lr, backend="triton", beta_scope=scope).step()
+    assert copies
+
+
+def test_tables_of_a_captured_step_are_kept_and_a_new_layout_is_refused(launches, monkeypatch):
+    params = make_params(2)
+    optimizer = AMAdamW(params, backend="triton")
+    launches.step(optimizer)
+    monkeypatch.setattr(tables, "_is_capturing", lambda device: True)
+    launches.step(optimizer)
+    captured = launches.addresses
+    (cache,) = optimizer._caches.values()
+    (kept,) = cache["captured"]
+    assert kept.addresses is captured
+    params.pop().grad = None
+    with pytest.raises(RuntimeError, match="take a step with the same parameters"):
+        optimizer.step()
+    monkeypatch.setattr(tables, "_is_capturing", lambda device: False)
+    launches.step(optimizer)
+    assert cache["captured"] == [kept]
+    assert launches.addresses.data_ptr() != captured.data_ptr()
+
+
+def test_a_captured_upload_takes_the_block_that_was_put_aside(launches, monkeypatch):
+    (param,) = make_params(1)
+    optimizer = AMAdamW([param], backend="triton")
+    launches.step(optimizer)
+    layout, old = layout_of(optimizer), param.grad
+    monkeypatch.setattr(tables, "_is_capturing", lambda device: True)
+    param.grad = old.clone()
+    with pytest.raises(RuntimeError, match="take a step with the same parameters"):
+        optimizer.step()
+    layout.spare = spare = torch.empty(2 + 2 + 4 + 1 + 11, dtype=torch.int64)
+    launches.step(optimizer)
+    (cache,) = optimizer._caches.values()
+    assert layout.spare is None
+    assert cache["captured"][0] is spare
+
+
+def layout_of(optimizer) -> tables.Layout:
+    (cache,) = optimizer._caches.values()
+    return cache["tables"].layout
+
+
+def test_a_shape_that_changes_at_the_same_address_is_seen(launches):
+    (param,) = make_params(1, (12, 2))
+    optimizer = AMAdamW([param], backend="triton")
+    launches.step(optimizer)
+    assert layout_of(optimizer).table[0].item() == 24
+    rows = slice(0, 6)
+    state = optimizer.state[param]
+    memories = {name: state[name][rows] for name in optimizer.memories}
+    grad, param.grad = param.grad, None
+    param.data = param.data[rows]
+    param.grad = grad[rows]
+    state.update(memories)
+    launches.step(optimizer)
+    assert layout_of(optimizer).table[0].item() == 12
+
+
+def test_strides_of_a_gradient_that_change_at_the_same_address_are_seen(launches):
+    (param,) = make_params(1, (4, 4))
+    optimizer = AMAdamW([param], backend="triton")
+    launches.step(optimizer)
+    param.grad = param.grad.t()
+    assert launches.step(optimizer)[1] != own_addresses(optimizer)[1], "a copy has to stand in"
+
+
+def test_elements_that_share_memory_are_refused_and_nothing_changes(launches):
+    param = torch.zeros(1, 3).expand(2, 3).requires_grad_()
+    param.grad = torch.ones(2, 3)
+    optimizer = AMAdamW([param], backend="triton")
+    with pytest.raises(RuntimeError, match="share memory"):
+        optimizer.step()
+    assert launches.names == []
+
+
+def test_a_memory_of_another_shape_is_refused(launches):
+    (param,) = make_params(1)
+    optimizer = AMAdamW([param], backend="triton")
+    launches.step(optimizer)
+    optimizer.state[param]["exp_avg"] = torch.zeros(6, 4)
+    launches.names = []
+    with pytest.raises(ValueError, match=r"exp_avg of tensor 0 has shape \[6, 4\]"):
+        optimizer.step()
+    assert launches.names == []
+
+
+def test_rows_of_another_shape_are_refused(launches):
+    from adamem_fused.batch import SGDBatch, SGDHyper
+
+    scalars = [[torch.zeros(())] for _ in range(3)]
+    hyper = SGDHyper(0.1, 0.9, 0.0, 0.1, False, False, False)
+    batch = SGDBatch([torch.zeros(3)], [torch.zeros(3)], [torch.zeros(3)], *scalars, [hyper], [1])
+    with pytest.raises(ValueError, match=r"rows has to be a float64 tensor of shape \[1, 2\]"):
+        triton.sgd_apply(batch, torch.zeros(1, 2), None, None)
+    assert launches.names == []
+
+
+def test_cpu_tensors_need_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "on a GPU" in triton.unavailable(torch.device("cpu"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton.unavailable(torch.device("cpu")) is None
+    assert "interpreter" in triton.unavailable(torch.device("cuda"))
+
+
+def test_the_kernels_are_one_module_under_one_name():
+    from adamem_fused.triton_kernels import kernels
+
+    assert kernels.__name__ == "adamem_fused.triton_kernels.kernels"
+    assert triton._adamw().stats is kernels.adamw_stats

@@ -1,0 +1,391 @@
+"""The triton backend against the reference: on a GPU, or on the CPU under the interpreter.
+
+The interpreter is chosen when triton is imported, so test_triton.py runs this file in a
+process of its own. By hand: TRITON_INTERPRET=1 pytest tests/test_triton_cases.py
+A program takes the interpreter some 50 ms, so tensors and steps are few.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from adamem_fused import AMSGD, AMAdamW, triton
+from adamem_fused.triton_kernels.config import Config
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+if not INTERPRETED:
+    pytestmark = [
+        pytest.mark.gpu,
+        pytest.mark.skipif(
+            not torch.cuda.is_available(),
+            reason="needs a GPU; test_triton.py runs it under Triton's interpreter",
+        ),
+    ]
+
+OPTIMIZERS = [AMAdamW, AMSGD]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+# One whole block, whole blocks and a rest, several chunks, 0-dim, no elements.
+SHAPES = [(256,), (24, 40), (5, 7, 11), (), (0, 3)]
+if not INTERPRETED:
+    SHAPES += [(1024,), (16384,), (211, 223)]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Under the interpreter: a tensor of a thousand elements has several blocks and chunks."""
+    if INTERPRETED:
+        config = Config(
+            chunk=512, block=256, num_warps=1, num_stages=1, partials=2, shared_partials=4
+        )
+        monkeypatch.setattr(triton, "_config", lambda device: config)
+
+
+@pytest.fixture(autouse=True)
+def rounding_cast(monkeypatch):
+    """The interpreter cuts float32 off to bfloat16; a GPU rounds to the nearest even."""
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def to_nearest(value, from_dtype, to_dtype, rounding_mode):
+        if from_dtype.is_fp32() and to_dtype.is_bf16():
+            # torch views a dtype of another size only where there is a dimension.
+            rounded = torch.from_numpy(value.copy().reshape(-1)).to(torch.bfloat16)
+            return rounded.view(torch.int16).numpy().reshape(value.shape)
+        return convert(value, from_dtype, to_dtype, rounding_mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", to_nearest)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    """The same numbers on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def make_params(shapes=SHAPES, dtype=torch.float32, seed=0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def set_grads(params: list[Tensor], step: int, dtype=None) -> None:
+    """Noisy gradients that turn around at every step, so that beta is inside of its range."""
+    slope = -0.6 if step % 2 else 1.0
+    for i, param in enumerate(params):
+        grad = slope * param.detach().float() + 0.5 * random(*param.shape, seed=1000 * step + i)
+        if dtype is not None:
+            param.grad_dtype = dtype
+        param.grad = grad.to(dtype or param.dtype)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Within the tolerance, and for the small dtypes within the rounding of one result."""
+    if actual.dtype in (torch.bfloat16, torch.float16):
+        tolerance = torch.finfo(actual.dtype).eps
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def compare(
+    cls, params: list[Tensor], steps=3, prepare=set_grads, lrs=None, **options
+) -> list[float]:
+    """Steps with the triton backend and the reference; returns all betas.
+
+    The state is compared after each step and then made the same, so that one rounding in
+    float32 that falls the other way is not carried on.
+    """
+    others = [param.detach().clone().requires_grad_() for param in params]
+    ours = cls(params, backend="triton", **options)
+    reference = cls(others, backend="reference", **options)
+    betas = []
+    for step in range(steps):
+        prepare(params, step)
+        for param, other in zip(params, others, strict=True):
+            if param.grad is not None and param.grad.dtype != param.dtype:
+                other.grad_dtype = param.grad.dtype
+            other.grad = None if param.grad is None else param.grad.clone()
+        if lrs is not None:
+            for optimizer in (ours, reference):
+                optimizer.param_groups[0]["lr"] = lrs[step]
+        ours.step()
+        reference.step()
+        for param, other in zip(params, others, strict=True):
+            tolerance = TOLERANCE[param.dtype if not param.is_complex() else torch.float32]
+            close(param.detach(), other.detach(), tolerance)
+            state, expected = ours.state[param], reference.state[other]
+            assert state.keys() == expected.keys()
+            for name in state:
+                close(state[name], expected[name], tolerance)
+            if expected:
+                betas.append(expected["beta"].item())
+            with torch.no_grad():
+                param.copy_(other)
+                for name in state:
+                    state[name].copy_(expected[name])
+    return betas
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_matches_the_reference(cls, dtype):
+    betas = compare(cls, make_params(dtype=dtype), lr=0.05, weight_decay=0.1)
+    inside = [beta for beta in betas if 0.001 < beta < 0.88]
+    assert len(inside) > len(SHAPES) - 2, f"betas that are not cut off are few: {betas}"
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("plane", ["level", "anchored"])
+def test_matches_the_reference_for_both_planes_and_scopes(cls, scope, plane):
+    params = make_params([(600,), (3,)])
+    options = {"beta_scope": scope, "memory_plane": plane, "weight_decay": 0.0}
+    betas = compare(cls, params, lr=0.05, **options)
+    assert any(0.001 < beta < 0.88 for beta in betas), betas
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_several_groups_with_their_own_values_and_maximize(cls):
+    params = make_params([(300,), (7,), (5,)])
+    cap = {"betas": (0.7, 0.9)} if cls is AMAdamW else {"beta_max": 0.5}
+    groups = [
+        {"params": params[:1], "lr": 0.1, "weight_decay": 0.0, "memory_lambda": 0.0},
+        {"params": params[1:2], "maximize": True, "memory_plane": "anchored", **cap},
+        {"params": params[2:], "lr": torch.tensor(0.02, dtype=torch.float64, device=DEVICE)},
+    ]
+    others = [param.detach().clone().requires_grad_() for param in params]
+    twins = [{**group, "params": [others[i]]} for i, group in enumerate(groups)]
+    ours, reference = cls(groups, backend="triton"), cls(twins, backend="reference")
+    for step in range(3):
+        set_grads(params, step)
+        for param, other in zip(params, others, strict=True):
+            other.grad = param.grad.clone()
+        ours.step()
+        reference.step()
+    for param, other in zip(params, others, strict=True):
+        close(param.detach(), other.detach(), 1e-5)
+        close(ours.state[param]["beta"], reference.state[other]["beta"], 1e-5)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("backends", [("triton",) * 3, ("triton", "triton", "reference")])
+def test_groups_with_a_shared_beta_beside_one_without(cls, backends):
+    """With a second backend the sums are shared between stats and apply, outside of both."""
+    scopes = ("global", "tensor", "global")
+    params = make_params([(700,), (30,), (40,)])
+    others = [param.detach().clone().requires_grad_() for param in params]
+    ours = cls(
+        [
+            {"params": [param], "beta_scope": scope, "backend": backend}
+            for param, scope, backend in zip(params, scopes, backends, strict=True)
+        ]
+    )
+    reference = cls(
+        [
+            {"params": [param], "beta_scope": scope}
+            for param, scope in zip(others, scopes, strict=True)
+        ],
+        backend="reference",
+    )
+    for step in range(2):
+        set_grads(params, step)
+        for param, other in zip(params, others, strict=True):
+            other.grad = param.grad.clone()
+        ours.step()
+        reference.step()
+    betas = [ours.state[param]["beta"].item() for param in params]
+    assert betas[0] == betas[2] != betas[1]
+    for param, other in zip(params, others, strict=True):
+        close(param.detach(), other.detach(), 1e-5)
+        close(ours.state[param]["beta"], reference.state[other]["beta"], 1e-5)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_learning_rates_that_touch_zero(cls):
+    compare(cls, make_params([(300,)]), steps=4, lrs=[0.0, 0.1, 0.0, 0.05])
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_tensor_lr_is_read_at_its_address(cls, dtype):
+    lr = torch.tensor(0.1, dtype=dtype, device=DEVICE)
+    params = make_params([(300,)])
+
+    def prepare(params, step):
+        lr.fill_([0.1, 0.0, 0.05][step])
+        set_grads(params, step)
+
+    compare(cls, params, prepare=prepare, lr=lr)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("plane", ["level", "anchored"])
+def test_the_gap_from_losses(cls, plane):
+    params = make_params([(300,), (4,)])
+    others = [param.detach().clone().requires_grad_() for param in params]
+    options = {"gap": "loss", "beta_scope": "global", "memory_plane": plane, "lr": 0.05}
+    ours = cls(params, backend="triton", **options)
+    reference = cls(others, backend="reference", **options)
+    for step in range(3):
+        set_grads(params, step)
+        for param, other in zip(params, others, strict=True):
+            other.grad = param.grad.clone()
+        loss = torch.tensor(3.0 - 0.1 * step, device=DEVICE)
+        ours.step(lambda loss=loss: loss)
+        reference.step(lambda loss=loss: loss)
+    for param, other in zip(params, others, strict=True):
+        close(param.detach(), other.detach(), 1e-5)
+        close(ours.state[param]["beta"], reference.state[other]["beta"], 1e-5)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_mixed_dtypes_in_one_step(cls):
+    params = [
+        param
+        for dtype in (torch.float32, torch.bfloat16, torch.float64)
+        for param in make_params([(300,)], dtype)
+    ]
+    # A beta of its own each: one over float32 sums would not be good to float64's tolerance.
+    compare(cls, params, steps=2, lr=0.05, beta_scope="tensor")
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_gradient_of_another_dtype(cls):
+    params = make_params([(700,)], torch.bfloat16)
+    compare(cls, params, prepare=lambda ps, step: set_grads(ps, step, torch.float32), lr=0.05)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_float64_state_of_float32_parameters(cls):
+    (param,) = make_params([(300,)])
+    optimizer = cls([param], backend="triton", lr=0.05)
+    set_grads([param], 0)
+    optimizer.step()
+    for name in (*cls.memories, *cls.scalars):
+        optimizer.state[param][name] = optimizer.state[param][name].double()
+    other = param.detach().clone().requires_grad_()
+    reference = cls([other], backend="reference", lr=0.05)
+    reference.state[other] = {k: v.clone() for k, v in optimizer.state[param].items()}
+    set_grads([param], 1)
+    other.grad = param.grad.clone()
+    optimizer.step()
+    reference.step()
+    for name, expected in reference.state[other].items():
+        close(optimizer.state[param][name], expected, 1e-12)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_unaligned_tensors(cls, offset, monkeypatch):
+    """One element past an aligned address no 16-byte access is possible: a GPU would fault."""
+    hinted = []
+    if INTERPRETED:
+        from triton.runtime import interpreter
+
+        def set_attr(handle, key, value):
+            hinted.append(handle.data.reshape(-1)[0])
+
+        monkeypatch.setattr(interpreter.TensorHandle, "set_attr", set_attr)
+    param = random(1024 + offset)[offset:].requires_grad_()
+    assert (param.data_ptr() % 16 != 0) == bool(offset)
+    compare(cls, [param], steps=2, lr=0.05)
+    assert all(address % 16 == 0 for address in hinted)
+    if INTERPRETED:
+        assert bool(hinted) != bool(offset)
+
+
+def test_an_eps_of_zero():
+    """Beyond a tensor's end everything is 0, and so is the denominator."""
+    compare(AMAdamW, make_params([(300,)]), lr=0.05, eps=0.0)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_strided_parameters_and_gradients(cls):
+    base = random(20, 30)
+    rest = base[:, 1::2].clone()
+    params = [
+        base[:, ::2].requires_grad_(),  # not dense
+        random(6, 7).t().requires_grad_(),  # dense, gradient contiguous
+        random(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_(),
+    ]
+    compare(cls, params, lr=0.05)
+    assert torch.equal(base[:, 1::2], rest), "elements between those of a view were written to"
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_complex_parameters(cls):
+    def numbers(seed):
+        return torch.view_as_complex(random(30, 2, seed=seed))
+
+    def prepare(params, step):
+        params[0].grad = params[0].detach() + numbers(seed=1 + step)
+
+    compare(cls, [numbers(seed=0).requires_grad_()], prepare=prepare, lr=0.05)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_parameters_that_get_a_gradient_now_and_then(cls):
+    def prepare(params, step):
+        set_grads(params, step)
+        params[step % 2].grad = None
+
+    compare(cls, make_params([(40,), (300,), (8,)]), prepare=prepare, lr=0.05)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_found_inf_leaves_everything_as_it_was(cls, scope):
+    params = make_params([(300,), ()])
+    optimizer = cls(params, backend="triton", lr=0.05, beta_scope=scope)
+    set_grads(params, 0)
+    optimizer.step()
+    before = [
+        {"param": param.detach().clone()}
+        | {k: v.clone() for k, v in optimizer.state[param].items()}
+        for param in params
+    ]
+    for param in params:
+        param.grad = torch.full_like(param, torch.inf)
+    optimizer.grad_scale = torch.tensor(1024.0, device=DEVICE)
+    optimizer.found_inf = torch.tensor(1.0, device=DEVICE)
+    optimizer.step()
+    for param, saved in zip(params, before, strict=True):
+        after = {"param": param.detach(), **optimizer.state[param]}
+        for name, value in saved.items():
+            assert torch.equal(after[name], value), name
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_grad_scale_is_divided_out(cls):
+    params, others = make_params([(300,)]), make_params([(300,)])
+    ours, reference = cls(params, backend="triton"), cls(others, backend="reference")
+    ours.grad_scale = torch.tensor(1024.0, device=DEVICE)
+    ours.found_inf = torch.tensor(0.0, device=DEVICE)
+    for step in range(2):
+        set_grads(others, step)
+        params[0].grad = others[0].grad * 1024
+        ours.step()
+        reference.step()
+    close(params[0].detach(), others[0].detach(), 1e-5)
+    close(ours.state[params[0]]["beta"], reference.state[others[0]]["beta"], 1e-5)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_two_runs_give_the_same_bits(cls):
+    def run():
+        params = make_params([(1300,), (40,)])
+        optimizer = cls(params, backend="triton", lr=0.05)
+        for step in range(2):
+            set_grads(params, step)
+            optimizer.step()
+        return params
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)

@@ -1,0 +1,153 @@
+"""The update of one element, and the scalars that go into it, for the Triton kernels.
+
+Notation, as in Topollai & Choromanska (arXiv 2510.04988): g gradient, d memory (exp_avg or
+momentum_buffer), v exp_avg_sq, x parameter, P Adam's denominator, M = 1 / (P (1 + lambda P)),
+e = d - g, eta learning rate, mu weight decay, kappa = 1 for the "anchored" plane.
+
+Scalars of a tensor are float64; the elements' arithmetic is in the type T of the memory.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class AdamWHyper(NamedTuple):
+    """One group's line in the table of hyperparameters, in the table's order."""
+
+    lr: tl.tensor
+    beta_max: tl.tensor
+    beta2: tl.tensor
+    log_beta2: tl.tensor
+    eps: tl.tensor
+    weight_decay: tl.tensor
+    memory_lambda: tl.tensor
+    anchored: tl.tensor
+    loss_gap: tl.tensor
+    maximize: tl.tensor
+    shared: tl.tensor  # the group's tensors have one beta, with those of other such groups
+
+
+class SGDHyper(NamedTuple):
+    """One group's line in the table of hyperparameters, in the table's order."""
+
+    lr: tl.tensor
+    beta_max: tl.tensor
+    weight_decay: tl.tensor
+    memory_lambda: tl.tensor
+    anchored: tl.tensor
+    loss_gap: tl.tensor
+    maximize: tl.tensor
+    shared: tl.tensor  # the group's tensors have one beta, with those of other such groups
+
+
+class AdamWModel(NamedTuple):
+    """What gives the gradient, the new v and P."""
+
+    grad_factor: tl.tensor  # -1 for maximize, over grad_scale
+    beta2: tl.tensor
+    one_minus_beta2: tl.tensor
+    v_scale: tl.tensor  # bias_correction1^2 / bias_correction2
+    eps: tl.tensor  # times bias_correction1
+    memory_lambda: tl.tensor
+
+
+class Gap(NamedTuple):
+    """c_g and -c_d over eta, times the gap's factor; zeros at eta = 0."""
+
+    grad: tl.tensor
+    minus_memory: tl.tensor
+
+
+@triton.jit
+def grad_factor(maximize, grad_scale):
+    factor = tl.where(maximize != 0, -1.0, 1.0).to(tl.float64)
+    if grad_scale is not None:
+        factor = factor / tl.load(grad_scale).to(tl.float64)
+    return factor
+
+
+@triton.jit
+def gap_factors(prev_lr, lr, scale, anchored, loss_gap, T: tl.constexpr):
+    # At eta = 0 the gap term is left out; the 1 keeps 0 / 0 away.
+    ratio = tl.where(lr == 0, 0.0, scale * prev_lr / tl.where(lr == 0, 1.0, lr))
+    return Gap(
+        grad=tl.where(loss_gap != 0, 0.0, ratio).to(T),
+        minus_memory=tl.where(anchored != 0, -ratio, 0.0).to(T),
+    )
+
+
+@triton.jit
+def adamw_model(h, step, beta_prod, grad_scale, T: tl.constexpr):
+    """step: the number of steps before this one."""
+    bias_correction1 = 1.0 - h.beta_max * beta_prod
+    # beta2^t through its logarithm, which the host takes: Triton has no float64 power.
+    bias_correction2 = 1.0 - tl.exp((step + 1.0) * h.log_beta2)
+    return AdamWModel(
+        grad_factor=grad_factor(h.maximize, grad_scale).to(T),
+        beta2=h.beta2.to(T),
+        one_minus_beta2=(1.0 - h.beta2).to(T),
+        v_scale=(bias_correction1 * bias_correction1 / bias_correction2).to(T),
+        eps=(bias_correction1 * h.eps).to(T),
+        memory_lambda=h.memory_lambda.to(T),
+    )
+
+
+@triton.jit
+def clipped_beta(num, den, beta_max):
+    """clip(num / den, 0, beta_max); 0 where den = 0 (d equals g). NaN stays NaN."""
+    beta = num / tl.where(den == 0, 1.0, den)
+    beta = tl.where(beta < 0, 0.0, tl.where(beta > beta_max, beta_max, beta))
+    return tl.where(den == 0, 0.0, beta)
+
+
+@triton.jit
+def _adamw_terms(g, v, c):
+    """The new v, P and M."""
+    v = c.beta2 * v + c.one_minus_beta2 * (g * g)
+    P = tl.sqrt(v * c.v_scale) + c.eps
+    M = 1.0 / (P * (1.0 + c.memory_lambda * P))
+    return v, P, M
+
+
+@triton.jit
+def adamw_sums(x, g, d, v, c, gap, weight_decay):
+    """One element's part of num, the gap included, and of den.
+
+    num = (c_g g - c_d d) (d / P + mu x) - e (g + lambda P d) M - mu x e, where
+    1 / P = M (1 + lambda P) and g + lambda P d = (1 + lambda P) d - e.
+    """
+    g = g * c.grad_factor
+    _, P, M = _adamw_terms(g, v, c)
+    e = d - g
+    damped = d + c.memory_lambda * P * d
+    slope = gap.grad * g + gap.minus_memory * d
+    num = (slope * damped - e * (damped - e)) * M + (slope - e) * (weight_decay * x)
+    return num, e * e * M
+
+
+@triton.jit
+def adamw_update(x, g, d, v, c, beta, lr, decay):
+    """The new x, d and v. With n the new d before its division by 1 + lambda P: d / P = n M."""
+    g = g * c.grad_factor
+    v, P, M = _adamw_terms(g, v, c)
+    n = (1.0 - beta) * g + (beta + c.memory_lambda * P) * d
+    return decay * x - lr * (n * M), n * (M * P), v
+
+
+@triton.jit
+def sgd_sums(x, g, d, factor, gap, weight_decay, memory_lambda):
+    """One element's part of num = (c_g g - c_d d) d - e (g + lambda d), and of den."""
+    g = g * factor + weight_decay * x
+    e = d - g
+    slope = gap.grad * g + gap.minus_memory * d
+    return slope * d - e * (g + memory_lambda * d), e * e
+
+
+@triton.jit
+def sgd_update(x, g, d, factor, weight_decay, keep, take, lr):
+    """The new x and d."""
+    g = g * factor + weight_decay * x
+    d = keep * d + take * g
+    return x - lr * d, d
