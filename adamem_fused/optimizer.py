@@ -122,7 +122,7 @@ def as_real(tensor: Tensor) -> Tensor:
 
 @dataclass
 class Work:
-    """A batch, the backend that is to do it, and the parameters it came from.
+    """A batch, the backend that is to do it, and the parameters that it came from.
 
     A tensor of the batch is its parameter's shard on this rank, or the parameter itself.
     """
