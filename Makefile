@@ -1,4 +1,4 @@
-# make test, make demo and make bench-cpu need a Linux machine with Python 3.10 or newer (with
+# make test, make demo, make bench-cpu and make check need a Linux machine with Python 3.10 or newer (with
 # venv) and g++; each sets up .venv by itself first.
 
 PYTHON ?= python3

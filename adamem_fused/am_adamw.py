@@ -157,13 +157,18 @@ class AMAdamW(AdaptiveMemoryOptimizer):
             raise ValueError(
                 "loaded state has max_exp_avg_sq (amsgrad=True), which AMAdamW does not have"
             )
+        if group.get("decoupled_weight_decay") is False and group["weight_decay"] != 0:
+            raise ValueError(
+                f"loaded weight_decay {group['weight_decay']} is Adam's, coupled to the gradient; "
+                "AMAdamW's is decoupled"
+            )
         if "step" not in state:
             raise ValueError("loaded state has no step")
         dtype = scalar_dtype(param)
         step = torch.as_tensor(state["step"], dtype=dtype)
         beta1 = torch.tensor(group["betas"][0], dtype=dtype)
         return {
-            **state,
+            **{name: state[name] for name in self.memories if name in state},
             "step": step,
             "beta_prod": beta1**step,
             "prev_lr": torch.as_tensor(group["lr"], dtype=dtype),

@@ -1,7 +1,7 @@
 """The foreach backend: torch._foreach operations, for tensors on any device.
 
 Pure Python, nothing to compile. Reads nothing back from the device. Every operation is
-a pass over memory of its own, so it is some ten times slower than a fused backend.
+a pass over memory of its own, so it is many times slower than a fused backend.
 """
 
 from __future__ import annotations
@@ -155,7 +155,8 @@ def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
         slope = _slope(g, d, h)
         if slope is not None:
             gap = _column(_pick(batch.prev_lrs, indices)) * _sums(torch._foreach_mul(slope, step))
-            num = num + (1 + h.weight_decay * h.lr) * _over_lr(h.lr, gap)
+            lr = h.lr.to(num) if isinstance(h.lr, Tensor) else h.lr
+            num = num + (1 + h.weight_decay * lr) * _over_lr(lr, gap)
         torch._foreach_mul_(e, e)
         den = _sums(torch._foreach_mul(e, weight))
         rows[indices] = torch.stack([num, den], dim=1)

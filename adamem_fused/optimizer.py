@@ -116,8 +116,8 @@ class _Kept:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """A complex tensor as pairs of reals, a real one as it is."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    """A complex tensor as pairs of reals, a view; a real one as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 @dataclass
@@ -135,7 +135,9 @@ class Work:
         """A scalar of another device (GradScaler's may be on one) on this batch's."""
         if tensor is None or not self.batch.params:
             return tensor
-        return tensor.to(self.batch.params[0].device, non_blocking=True)
+        device = self.batch.params[0].device
+        # A copy to the CPU is read at once, so it is waited for.
+        return tensor.to(device, non_blocking=device.type != "cpu")
 
     def numels(self, place: slice) -> list[int]:
         """Elements of the whole tensors, complex ones as pairs of reals."""
@@ -329,12 +331,18 @@ class AdaptiveMemoryOptimizer(Optimizer):
             values.extend([state[name] for state in states])
 
     def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
-        for name in self.memories:
-            state[name] = torch.zeros_like(
+        memories = {
+            name: torch.zeros_like(
                 param, dtype=memory_dtype(param), memory_format=torch.preserve_format
             )
-        for name, value in self.scalars.items():
-            state[name] = torch.full((), value, dtype=scalar_dtype(param), device=param.device)
+            for name in self.memories
+        }
+        scalars = {
+            name: torch.full((), value, dtype=scalar_dtype(param), device=param.device)
+            for name, value in self.scalars.items()
+        }
+        # All at once: whole or, where memory runs out, not at all.
+        state.update(memories | scalars)
 
     def _collect(self) -> list[Work]:
         """This step's tensors, a batch for each backend and device."""
@@ -350,6 +358,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             if sharding.any_dtensor(params):
                 lists = (*sharding.local_shards(*lists[:tensors]), *lists[tensors:])
             if True in map(Tensor.is_complex, params):
+                lists[1][:] = [grad.resolve_conj() for grad in lists[1]]
                 lists = (*([as_real(t) for t in ts] for ts in lists[:tensors]), *lists[tensors:])
             # In the order of the parameters: the same on every rank, as collectives need it.
             devices = dict.fromkeys(map(attrgetter("device"), params))
@@ -433,6 +442,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
                     share = torch.tensor(numels, dtype=torch.float64, device=work_rows.device)
                     sign = -1.0 if hyper.maximize else 1.0
                     factor = self._loss_factor(hyper) * (sign / total)
+                    if isinstance(factor, Tensor):
+                        factor = factor.to(work_rows.device)
                     work_rows[place, 0] += share * factor * here
 
     def _keep_loss(self, loss: Tensor, found_inf: Tensor | None) -> None:

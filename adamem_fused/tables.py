@@ -198,7 +198,7 @@ class Tables(NamedTuple):
     """The uploaded tables of one step's tensors, and what they were made of."""
 
     layout: Layout
-    objects: tuple[list[Tensor], ...]
+    objects: tuple[list[Tensor], ...]  # without the gradients, which are the user's to free
     own: list[list[int]]  # the addresses of the objects
     uploaded: list[list[int]]  # those of copies, where a tensor is strided
     words: list[array[int]]  # the same numbers as bytes
@@ -260,10 +260,12 @@ def open_tables(batch: Batch, chunk: int, coefficients: int) -> Opened:
     device = batch.params[0].device
     lists = batch.lists()
     own = _addresses(lists)
+    objects = (*lists[:GRADS], [], *lists[GRADS + 1 :])
     last: Tables | None = batch.cache.get("tables")
-    if last is not None and (
-        _is_unchanged(batch, own, last) or structure_of(batch) == last.layout.structure
-    ):
+    if last is not None and _is_unchanged(batch, own, last):
+        layout = last.layout
+    elif last is not None and structure_of(batch) == last.layout.structure:
+        _check(batch)
         layout = last.layout
     elif _is_capturing(device):
         raise RuntimeError(_NOT_PREPARED)
@@ -284,7 +286,7 @@ def open_tables(batch: Batch, chunk: int, coefficients: int) -> Opened:
     )
     known = last if last is not None and last.layout is layout else None
     if known and known.uploaded == addresses and known.hyper_values == hyper_values:
-        tables = known._replace(objects=batch.lists(), own=own)
+        tables = known._replace(objects=objects, own=own)
     else:
         # Most often the gradients are all that has changed.
         words = [
@@ -297,7 +299,7 @@ def open_tables(batch: Batch, chunk: int, coefficients: int) -> Opened:
         at, lrs, table = torch.split(on_device, sizes)
         tables = Tables(
             layout=layout,
-            objects=batch.lists(),
+            objects=objects,
             own=own,
             uploaded=addresses,
             words=words,
@@ -309,7 +311,7 @@ def open_tables(batch: Batch, chunk: int, coefficients: int) -> Opened:
     batch.cache["tables"] = tables
     if _is_capturing(device):
         # The graph reads them whenever it is replayed, whatever later steps bring.
-        batch.cache.setdefault("captured", []).append(tables)
+        batch.cache.setdefault("captured", []).append((tables, lists))
     elif device.type != "cpu" and layout.spare is None:
         count = tables.addresses.numel() + tables.lrs.numel() + tables.hypers.numel()
         layout.spare = torch.empty(count, dtype=torch.int64, pin_memory=True)

@@ -380,6 +380,29 @@ def test_adamw_checkpoint_with_amsgrad_is_refused(steps):
     assert snapshot(ours) == before
 
 
+def test_adam_checkpoint_with_coupled_weight_decay_is_refused():
+    param = Parameter(torch.ones(3))
+    theirs = torch.optim.Adam([param], weight_decay=0.1)
+    param.grad = torch.ones(3)
+    theirs.step()
+    ours = AMAdamW([Parameter(torch.ones(3))])
+    before = snapshot(ours)
+    with pytest.raises(ValueError, match=r"weight_decay 0\.1 is Adam's, coupled"):
+        ours.load_state_dict(theirs.state_dict())
+    assert snapshot(ours) == before
+
+
+def test_state_that_amadamw_does_not_have_is_left_out():
+    param = Parameter(torch.ones(3))
+    theirs = torch.optim.NAdam([param])
+    param.grad = torch.ones(3)
+    theirs.step()
+    ours = AMAdamW([Parameter(torch.ones(3))])
+    ours.load_state_dict(theirs.state_dict())
+    names = {*AMAdamW.memories, *AMAdamW.scalars}
+    assert set(ours.state_dict()["state"][0]) == names
+
+
 @pytest.mark.parametrize(
     ("torch_cls", "cls", "torch_options"),
     [(torch.optim.AdamW, AMAdamW, {}), (torch.optim.SGD, AMSGD, {"momentum": 0.9})],

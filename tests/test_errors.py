@@ -552,3 +552,35 @@ def test_operators_refuse_lists_of_different_lengths(cls, operation):
             for xs, ys in zip(before, after, strict=True)
             for a, b in zip(xs, ys, strict=True)
         )
+
+
+@both
+def test_state_that_could_not_be_made_whole_is_not_there(cls, monkeypatch):
+    param = parameter(3)
+    optimizer = cls([param])
+    full = torch.full
+
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory today")
+
+    monkeypatch.setattr(torch, "full", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    assert not optimizer.state.get(param)
+    monkeypatch.setattr(torch, "full", full)
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 1
+
+
+@both
+def test_a_conjugated_parameter_is_refused(cls):
+    """Its elements cannot be written as pairs of reals: the step would be lost."""
+    param = Parameter(torch.randn(3, dtype=torch.complex64).conj())
+    param.grad = torch.randn(3, dtype=torch.complex64)
+    assert param.is_conj()
+    optimizer = cls([param])
+    before = param.detach().resolve_conj().clone()
+    with pytest.raises(RuntimeError, match="conj"):
+        optimizer.step()
+    assert torch.equal(param, before)
+    assert not optimizer.state.get(param)

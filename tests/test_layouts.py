@@ -183,3 +183,23 @@ def test_a_parameter_that_overlaps_itself_raises_and_nothing_changes(backend, cl
         optimizer.step()
     assert torch.equal(bits(good), before[0]) and torch.equal(bits(row), before[1])
     assert not optimizer.state.get(good) and not optimizer.state.get(overlapping)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_strided_parameters_among_hundreds_of_tensors(cls, backend):
+    """Enough of them that the cpu backend's other threads open and store copies too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    strided = [torch.nn.Parameter(random_tensor((4, 4), seed=i)[:, ::2]) for i in range(600)]
+    dense = [torch.nn.Parameter(param.detach().clone().contiguous()) for param in strided]
+    for params in (strided, dense):
+        optimizer = cls(params, backend=backend)
+        for step in range(2):
+            for i, param in enumerate(params):
+                param.grad = gradient(param.detach().contiguous(), step, index=i)
+            optimizer.step()
+    torch.set_num_threads(threads)
+    for ours, theirs in zip(strided, dense, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert not ours.grad_fn

@@ -7,7 +7,9 @@ A program takes the interpreter some 50 ms, so tensors and steps are few.
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 
 import pytest
 import torch
@@ -389,3 +391,29 @@ def test_two_runs_give_the_same_bits(cls):
 
     for first, second in zip(run(), run(), strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_state_that_was_set_to_a_wrong_shape_is_refused(cls):
+    params = make_params([(8,), (40,)])
+    optimizer = cls(params, backend="triton")
+    set_grads(params, 0)
+    optimizer.step()
+    before = [param.detach().clone() for param in params]
+    memory = cls.memories[0]
+    optimizer.state[params[0]][memory] = torch.zeros(3, device=DEVICE)
+    with pytest.raises(ValueError, match=rf"{memory} of tensor 0 has shape \[3\]"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_gradients_are_not_kept_alive(cls):
+    params = make_params([(8,)])
+    optimizer = cls(params, backend="triton")
+    set_grads(params, 0)
+    optimizer.step()
+    kept = weakref.ref(params[0].grad.untyped_storage())
+    optimizer.zero_grad()
+    gc.collect()
+    assert kept() is None

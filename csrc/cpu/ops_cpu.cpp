@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
@@ -290,6 +291,7 @@ struct SGDJob {
 template <class F>
 void for_each_tensor(size_t tensors, F f) {
   at::parallel_for(0, static_cast<int64_t>(tensors), 256, [&](int64_t begin, int64_t end) {
+    const at::NoGradGuard no_grad;  // the other threads do not have the caller's
     for (int64_t i = begin; i < end; ++i) f(static_cast<size_t>(i));
   });
 }
