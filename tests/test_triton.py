@@ -253,7 +253,9 @@ def test_tables_of_a_captured_step_are_kept_and_a_new_layout_is_refused(launches
     captured = launches.addresses
     (cache,) = optimizer._caches.values()
     (kept,) = cache["captured"]
-    assert kept.addresses is captured
+    kept_tables, kept_lists = kept
+    assert kept_tables.addresses is captured
+    assert kept_lists[tables.GRADS][0] is params[0].grad
     params.pop().grad = None
     with pytest.raises(RuntimeError, match="take a step with the same parameters"):
         optimizer.step()
