@@ -34,7 +34,7 @@ CXX_FLAGS = [
 # The kernels are C++17; torch's headers are C++20 from 2.14 on.
 KERNEL_STANDARD, TORCH_STANDARD = "-std=c++17", "-std=c++20"
 
-TORCH_SOURCES = ["csrc/ops.cpp", "csrc/cpu/ops_cpu.cpp"]
+TORCH_SOURCES = ["csrc/ops.cpp", "csrc/python.cpp", "csrc/cpu/ops_cpu.cpp", "csrc/cpu/step.cpp"]
 
 # The kernels, once for each instruction set that torch tells apart.
 KERNEL_SOURCES = {"csrc/cpu/kernels_default.cpp": []}
@@ -52,10 +52,12 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 HEADERS = [
     "csrc/am_math.h",
+    "csrc/tensor_refs.h",
     "csrc/cpu/kernels.h",
     "csrc/cpu/kernels_impl.h",
     "csrc/cpu/pack.h",
     "csrc/cpu/schedule.h",
+    "csrc/cpu/step.h",
 ]
 
 
@@ -119,7 +121,7 @@ def extensions():
             "adamem_fused._C",
             TORCH_SOURCES,
             depends=HEADERS,
-            libraries=["c10", "torch_cpu", "torch"],
+            libraries=["c10", "torch_cpu", "torch", "torch_python"],
             extra_link_args=["-fopenmp"],
             language="c++",
         )

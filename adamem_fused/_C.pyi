@@ -1,1 +1,13 @@
+from typing import Any
+
+from torch import Tensor
+
 torch_version: str
+
+def gather(
+    groups: list[list[Tensor]],
+    state: dict[Tensor, Any],
+    names: tuple[str, ...],
+    lists: tuple[list[Tensor], ...],
+) -> list[int] | None: ...
+def describe(lists: tuple[list[Tensor], ...], data: int) -> tuple[bytes, bytes]: ...

@@ -17,6 +17,9 @@ from torch import Tensor
 
 Lr: TypeAlias = "float | Tensor"
 
+# The place of the gradients in a batch's lists.
+GRADS = 1
+
 
 class AdamWHyper(NamedTuple):
     """Hyperparameters of one parameter group of AM-AdamW."""

@@ -16,7 +16,7 @@ from adamem_fused.batch import AdamWBatch, Batch, SGDBatch
 
 name = "cpu"
 fused = True
-shares_sums = False
+shares_sums = True
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -38,12 +38,17 @@ def _lrs(batch: Batch) -> Tensor:
 
 def _hypers(batch: Batch) -> list[float]:
     """The groups' other hyperparameters, flat, in the order that csrc/ops.cpp gives."""
-    return [float(value) for h in batch.hypers for value in h[1:]]
+    return [
+        float(value)
+        for h, shared in zip(batch.hypers, batch.shared, strict=True)
+        for value in (*h[1:], shared)
+    ]
 
 
 def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
-    rows: Tensor = torch.ops.adamem_fused.adamw_stats(
+    rows: Tensor = ops.call(
+        "adamw_stats",
         batch.params,
         batch.grads,
         batch.exp_avgs,
@@ -63,7 +68,8 @@ def adamw_apply(
     batch: AdamWBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
-    torch.ops.adamem_fused.adamw_apply_(
+    ops.call(
+        "adamw_apply_",
         batch.params,
         batch.grads,
         batch.exp_avgs,
@@ -83,7 +89,8 @@ def adamw_apply(
 
 def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
-    rows: Tensor = torch.ops.adamem_fused.sgd_stats(
+    rows: Tensor = ops.call(
+        "sgd_stats",
         batch.params,
         batch.grads,
         batch.momentum_buffers,
@@ -101,7 +108,8 @@ def sgd_apply(
     batch: SGDBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
-    torch.ops.adamem_fused.sgd_apply_(
+    ops.call(
+        "sgd_apply_",
         batch.params,
         batch.grads,
         batch.momentum_buffers,

@@ -1,4 +1,4 @@
-"""The compiled operators: loads them, and gives them their fake kernels.
+"""The compiled operators: loads them, calls them, and gives them their fake kernels.
 
 `torch.ops.adamem_fused.*`, declared in csrc/ops.cpp. With the fake kernels torch.compile
 and torch.export can trace through a step.
@@ -14,29 +14,41 @@ from torch import Tensor
 from adamem_fused.batch import check
 
 
-def _load() -> str | None:
-    """Loads the extension; returns None, or why it is not there."""
+def _load() -> tuple[Any, str | None]:
+    """Loads the extension; returns it, or None and why it is not there."""
     try:
         from adamem_fused import _C
     except ImportError as error:
         if "_C" in str(error) and "cannot import name" in str(error):
-            return (
+            return None, (
                 "the C++ extension was not compiled; reinstall with a C++ compiler at hand "
                 "and without ADAMEM_NO_EXTENSION"
             )
-        return (
+        return None, (
             f"the C++ extension does not load with torch {torch.__version__} ({error}); reinstall"
         )
     running = torch.__version__.split("+")[0].split(".")[:2]
     if _C.torch_version.split(".")[:2] != running:
-        return (
+        return None, (
             f"the C++ extension was compiled against torch {_C.torch_version}, and this is torch "
             f"{torch.__version__}; reinstall"
         )
-    return None
+    return _C, None
 
 
-unavailable = _load()
+extension, unavailable = _load()
+
+
+def call(name: str, *args: Any) -> Any:
+    """torch.ops.adamem_fused.<name>, without torch's dispatcher where that has nothing to do.
+
+    It takes 0.35 us for each tensor in a list: with thousands of small tensors most of a step.
+    """
+    if not torch.compiler.is_compiling():
+        result = getattr(extension, name)(*args)
+        if result is not NotImplemented:
+            return result
+    return getattr(torch.ops.adamem_fused, name)(*args)
 
 
 # A real tensor list with one meta tensor in it comes here too: hence the checks.

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adamem_fused import backends, sharding
+from adamem_fused import backends, ops, sharding
 from adamem_fused.backends import Backend
-from adamem_fused.batch import Batch, Lr, group_slices
+from adamem_fused.batch import GRADS, Batch, Lr, group_slices
 
 ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
 
@@ -346,28 +346,56 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     def _collect(self) -> list[Work]:
         """This step's tensors, a batch for each backend and device."""
-        works: dict[tuple[str, torch.device], Work] = {}
         for group in self.param_groups:
             self._check_group(group)
+        return self._collect_ordinary() or self._collect_any()
+
+    def _collect_ordinary(self) -> list[Work]:
+        """All in C++: with thousands of tensors it takes Python longer than the update.
+
+        Nothing where the extension is not there, or where a closer look is needed: at tensors
+        that are new, sparse, complex, of a subclass or on several devices, and at groups that
+        ask for different backends.
+        """
+        if ops.extension is None or torch.compiler.is_compiling():
+            return []
+        batch = self._new_batch()
+        sizes = ops.extension.gather(
+            [group["params"] for group in self.param_groups],
+            self.state,
+            (*self.memories, *self.scalars),
+            batch.lists(),
+        )
+        if sizes is None or not batch.params:
+            return []
+        device = batch.params[0].device
+        groups = [g for g, size in zip(self.param_groups, sizes, strict=True) if size > 0]
+        first, *others = [backends.choose(group, device) for group in groups]
+        if any(other is not first for other in others):
+            return []
+        work = self._new_work(first, device, batch)
+        for group, size in zip(groups, filter(None, sizes), strict=True):
+            self._add_group(work, group, size)
+        work.params = batch.params
+        return [work]
+
+    def _collect_any(self) -> list[Work]:
+        works: dict[tuple[str, torch.device], Work] = {}
+        for group in self.param_groups:
             lists: tuple[list[Tensor], ...] = tuple(
                 [] for _ in range(2 + len(self.memories) + len(self.scalars))
             )
             self._init_group(group, *lists)
             params = lists[0]
-            tensors = 2 + len(self.memories)
-            if sharding.any_dtensor(params):
-                lists = (*sharding.local_shards(*lists[:tensors]), *lists[tensors:])
-            if True in map(Tensor.is_complex, params):
-                lists[1][:] = [grad.resolve_conj() for grad in lists[1]]
-                lists = (*([as_real(t) for t in ts] for ts in lists[:tensors]), *lists[tensors:])
+            lists = self._as_plain(lists)
             # In the order of the parameters: the same on every rank, as collectives need it.
             devices = dict.fromkeys(map(attrgetter("device"), params))
             for device in devices:
                 backend = backends.choose(group, device)
                 work = works.get((backend.name, device))
                 if work is None:
-                    work = works[backend.name, device] = Work(backend, self._new_batch())
-                    work.batch.cache = self._caches.setdefault((backend.name, device), {})
+                    work = self._new_work(backend, device, self._new_batch())
+                    works[backend.name, device] = work
                 size = len(work.batch.params)
                 targets = (*work.batch.lists(), work.params)
                 for values, target in zip((*lists, params), targets, strict=True):
@@ -377,10 +405,29 @@ class AdaptiveMemoryOptimizer(Optimizer):
                         target.extend(
                             v for v, p in zip(values, params, strict=True) if p.device == device
                         )
-                work.batch.hypers.append(self._hyper(group))
-                work.batch.group_sizes.append(len(work.batch.params) - size)
-                work.batch.shared.append(group["beta_scope"] == "global")
+                self._add_group(work, group, len(work.batch.params) - size)
         return list(works.values())
+
+    def _as_plain(self, lists: tuple[list[Tensor], ...]) -> tuple[list[Tensor], ...]:
+        """The lists with this rank's shards for DTensors, and complex tensors as pairs of reals."""
+        tensors = 2 + len(self.memories)
+        if sharding.any_dtensor(lists[0]):
+            lists = (*sharding.local_shards(*lists[:tensors]), *lists[tensors:])
+        if not torch.compiler.is_compiling() and True in map(Tensor.is_neg, lists[GRADS]):
+            lists[GRADS][:] = [grad.resolve_neg() for grad in lists[GRADS]]
+        if True in map(Tensor.is_complex, lists[0]):
+            lists[GRADS][:] = [grad.resolve_conj() for grad in lists[GRADS]]
+            lists = (*([as_real(t) for t in ts] for ts in lists[:tensors]), *lists[tensors:])
+        return lists
+
+    def _new_work(self, backend: Backend, device: torch.device, batch: Batch) -> Work:
+        batch.cache = self._caches.setdefault((backend.name, device), {})
+        return Work(backend, batch)
+
+    def _add_group(self, work: Work, group: dict[str, Any], size: int) -> None:
+        work.batch.hypers.append(self._hyper(group))
+        work.batch.group_sizes.append(size)
+        work.batch.shared.append(group["beta_scope"] == "global")
 
     def _run(self, works: list[Work], loss: Tensor | None) -> None:
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)

@@ -23,15 +23,20 @@ if TYPE_CHECKING:
 Shards: TypeAlias = "dict[tuple[ProcessGroup, torch.device], list[tuple[int, int]]]"
 
 
-def _is_dtensor(tensor: Tensor) -> TypeIs[DTensor]:
+def _dtensor_class() -> type[DTensor] | None:
     # Importing torch does not import this module, which takes long; making a DTensor does.
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return None if module is None else module.DTensor
+
+
+def _is_dtensor(tensor: Tensor) -> TypeIs[DTensor]:
+    dtensor = _dtensor_class()
+    return dtensor is not None and isinstance(tensor, dtensor)
 
 
 def any_dtensor(tensors: Iterable[Tensor]) -> bool:
-    one_of_each = {type(tensor): tensor for tensor in tensors}
-    return any(map(_is_dtensor, one_of_each.values()))
+    dtensor = _dtensor_class()
+    return dtensor is not None and any(issubclass(c, dtensor) for c in set(map(type, tensors)))
 
 
 def check_param(param: Tensor) -> None:

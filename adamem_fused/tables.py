@@ -10,19 +10,16 @@ from __future__ import annotations
 import math
 from array import array
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from adamem_fused.batch import AdamWBatch, AdamWHyper, Batch, SGDHyper
+from adamem_fused import ops
+from adamem_fused.batch import GRADS, AdamWHyper, Batch, SGDHyper
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-# The place of the gradients in a batch's lists.
-GRADS = 1
 
 
 class Bucket(NamedTuple):
@@ -33,28 +30,26 @@ class Bucket(NamedTuple):
     chunks: int
 
 
-class Structure(NamedTuple):
-    """All that a layout depends on, comparable."""
-
-    group_sizes: list[int]
-    shapes: list[torch.Size]
-    strides: list[list[tuple[int, ...]]]  # of params, grads and memories
-    dtypes: list[list[torch.dtype]]  # of all lists
-
-
 def _data_lists(batch: Batch) -> tuple[list[Tensor], ...]:
     """params, grads and the memories, without the scalars."""
     return batch.lists()[: 2 + len(batch.memories)]
 
 
-def structure_of(batch: Batch) -> Structure:
-    dtype = attrgetter("dtype")
-    return Structure(
-        group_sizes=batch.group_sizes,
-        shapes=list(map(attrgetter("shape"), batch.params)),
-        strides=[list(map(Tensor.stride, tensors)) for tensors in _data_lists(batch)],
-        dtypes=[list(map(dtype, tensors)) for tensors in batch.lists()],
-    )
+def describe(batch: Batch) -> tuple[bytes, Any]:
+    """The addresses of the batch's tensors, list by list, and all else that tables depend on.
+
+    The latter is comparable: dtypes, devices, shapes, strides and group sizes. In C++, where
+    the extension is there, it takes a tenth of the time.
+    """
+    lists, data = batch.lists(), 2 + len(batch.memories)
+    if ops.extension is not None:
+        addresses, structure = ops.extension.describe(lists, data)
+        return addresses, (batch.group_sizes, structure)
+    addresses = b"".join(array("q", map(Tensor.data_ptr, tensors)) for tensors in lists)
+    attributes = attrgetter("dtype", "device", "layout", "shape")
+    structure = [list(map(attributes, tensors)) for tensors in lists]
+    strides = [list(map(Tensor.stride, tensors)) for tensors in lists[:data]]
+    return addresses, (batch.group_sizes, structure, strides)
 
 
 def _check(batch: Batch) -> None:
@@ -112,13 +107,14 @@ def upload(words: Tensor, device: torch.device, pinned: Tensor | None = None) ->
 class Layout:
     """Chunks, buckets and scratch memory for tensors of one structure."""
 
-    def __init__(self, batch: Batch, chunk: int, coefficients: int) -> None:
+    def __init__(self, batch: Batch, structure: Any, chunk: int, coefficients: int) -> None:
         _check(batch)
         params = batch.params
         device = params[0].device
         n = len(params)
-        self.structure = structure_of(batch)
+        self.structure = structure
         data = _data_lists(batch)
+        scalars = batch.lists()[len(data) :]
         dense = [torch.empty_like(param, device="meta").stride() for param in params]
         # Tensors that do not lie as their dense parameter would, (list, place in it).
         self.strided = [
@@ -128,8 +124,8 @@ class Layout:
             if not _same_layout(tensor, dense[i])
         ]
         by_dtypes: dict[tuple[torch.dtype, ...], list[int]] = {}
-        for i, dtypes in enumerate(zip(*self.structure.dtypes[: len(data)], strict=True)):
-            by_dtypes.setdefault(dtypes, []).append(i)
+        for i, tensors in enumerate(zip(*data, strict=True)):
+            by_dtypes.setdefault(tuple(t.dtype for t in tensors), []).append(i)
         numels = [param.numel() for param in params]
         first_chunk = [0] * n
         chunk_tensors: list[Tensor] = []
@@ -148,8 +144,8 @@ class Layout:
                 self.buckets.append(Bucket(dtypes, begin, self.chunks - begin))
         groups = [g for g, size in enumerate(batch.group_sizes) for _ in range(size)]
         doubles = [
-            sum(1 << k for k, dtype in enumerate(dtypes) if dtype == torch.float64)
-            for dtypes in zip(*self.structure.dtypes[len(data) :], strict=True)
+            sum(1 << k for k, scalar in enumerate(own) if scalar.dtype == torch.float64)
+            for own in zip(*scalars, strict=True)
         ]
         table = torch.tensor([numels, groups, first_chunk, doubles], dtype=torch.int64)
         self.table = upload(table, device)
@@ -159,12 +155,6 @@ class Layout:
         self.coefficients = torch.empty(n, coefficients, dtype=torch.float64, device=device)
         # Pinned words for the upload of a step that a graph captures, see `_upload`.
         self.spare: Tensor | None = None
-
-
-def hyper_columns(batch: Batch) -> int:
-    # `shared` is one more, and so is log(beta2).
-    adamw = isinstance(batch, AdamWBatch)
-    return len(AdamWHyper._fields) + 2 if adamw else len(SGDHyper._fields) + 1
 
 
 def _hyper_values(h: AdamWHyper | SGDHyper, shared: bool) -> list[float]:
@@ -195,14 +185,10 @@ def _place_lr(h: Any, device: torch.device) -> Any:
 
 
 class Tables(NamedTuple):
-    """The uploaded tables of one step's tensors, and what they were made of."""
+    """The uploaded tables of one step's tensors."""
 
     layout: Layout
-    objects: tuple[list[Tensor], ...]  # without the gradients, which are the user's to free
-    own: list[list[int]]  # the addresses of the objects
-    uploaded: list[list[int]]  # those of copies, where a tensor is strided
-    words: list[array[int]]  # the same numbers as bytes
-    hyper_values: tuple[list[int], list[float]]
+    content: bytes  # of what was uploaded, to see whether it has changed
     addresses: Tensor  # [lists, tensors] int64; copies stand in for strided tensors
     lrs: Tensor  # [groups] int64
     hypers: Tensor  # [groups, columns] float64
@@ -222,25 +208,6 @@ class Opened(NamedTuple):
                 batch.lists()[k][i].copy_(self.lists[k][i])
 
 
-def _is_unchanged(batch: Batch, own: list[list[int]], last: Tables) -> bool:
-    """Whether every tensor's dtype, shape and strides are surely those of the last step.
-
-    The same object at the same address has them. Gradients are new objects at every step,
-    so they are asked for theirs; their shape is their parameter's, as torch sees to.
-    """
-    structure = last.layout.structure
-    return (
-        structure.group_sizes == batch.group_sizes
-        and all(
-            own[k] == last.own[k] and all(map(is_, tensors, last.objects[k]))
-            for k, tensors in enumerate(batch.lists())
-            if k != GRADS
-        )
-        and structure.strides[GRADS] == list(map(Tensor.stride, batch.grads))
-        and structure.dtypes[GRADS] == list(map(attrgetter("dtype"), batch.grads))
-    )
-
-
 def _is_capturing(device: torch.device) -> bool:
     return device.type != "cpu" and torch.cuda.is_current_stream_capturing()
 
@@ -251,63 +218,41 @@ _NOT_PREPARED = (
 )
 
 
-def _addresses(lists: tuple[list[Tensor], ...]) -> list[list[int]]:
-    return [list(map(Tensor.data_ptr, tensors)) for tensors in lists]
-
-
 def open_tables(batch: Batch, chunk: int, coefficients: int) -> Opened:
-    """The tables of this step's tensors, uploaded if anything in them has changed."""
+    """The tables of this step's tensors, uploaded if anything in them has changed.
+
+    Every tensor is looked at: gradients are new ones at every step, and a parameter or its
+    state may have been given other memory.
+    """
     device = batch.params[0].device
-    lists = batch.lists()
-    own = _addresses(lists)
-    objects = (*lists[:GRADS], [], *lists[GRADS + 1 :])
+    addresses, structure = describe(batch)
     last: Tables | None = batch.cache.get("tables")
-    if last is not None and _is_unchanged(batch, own, last):
-        layout = last.layout
-    elif last is not None and structure_of(batch) == last.layout.structure:
-        _check(batch)
+    if last is not None and structure == last.layout.structure:
         layout = last.layout
     elif _is_capturing(device):
         raise RuntimeError(_NOT_PREPARED)
     else:
-        layout = Layout(batch, chunk, coefficients)
-    addresses = own
+        layout = Layout(batch, structure, chunk, coefficients)
+    lists = batch.lists()
     if layout.strided:
         lists = tuple(map(list, lists))
+        own = memoryview(bytearray(addresses)).cast("q")
         for k, i in layout.strided:
             copy = torch.empty_like(batch.params[i], dtype=lists[k][i].dtype)
             lists[k][i] = copy.copy_(lists[k][i])
-        addresses = _addresses(lists)
+            own[k * len(batch.params) + i] = copy.data_ptr()
+        addresses = own.tobytes()
     hypers = [_place_lr(h, device) for h in batch.hypers]
-
-    hyper_values = (
-        [_lr_word(h.lr) for h in hypers],
-        list(chain.from_iterable(map(_hyper_values, hypers, batch.shared))),
-    )
-    known = last if last is not None and last.layout is layout else None
-    if known and known.uploaded == addresses and known.hyper_values == hyper_values:
-        tables = known._replace(objects=objects, own=own)
+    lrs = array("q", [_lr_word(h.lr) for h in hypers])
+    values = array("d", chain.from_iterable(map(_hyper_values, hypers, batch.shared)))
+    content = addresses + lrs.tobytes() + values.tobytes()
+    if last is not None and last.layout is layout and last.content == content:
+        tables = last
     else:
-        # Most often the gradients are all that has changed.
-        words = [
-            known.words[k] if known and known.uploaded[k] == column else array("q", column)
-            for k, column in enumerate(addresses)
-        ]
-        on_device = _upload(words, hyper_values, layout, batch)
-        n, groups = len(batch.params), len(hypers)
-        sizes = [len(lists) * n, groups, groups * hyper_columns(batch)]
-        at, lrs, table = torch.split(on_device, sizes)
-        tables = Tables(
-            layout=layout,
-            objects=objects,
-            own=own,
-            uploaded=addresses,
-            words=words,
-            hyper_values=hyper_values,
-            addresses=at,
-            lrs=lrs,
-            hypers=table.view(torch.float64),
-        )
+        words = _upload(content, layout, batch)
+        sizes = [len(lists) * len(batch.params), len(lrs), len(values)]
+        on_device, lr_words, table = torch.split(words, sizes)
+        tables = Tables(layout, content, on_device, lr_words, table.view(torch.float64))
     batch.cache["tables"] = tables
     if _is_capturing(device):
         # The graph reads them whenever it is replayed, whatever later steps bring.
@@ -318,21 +263,14 @@ def open_tables(batch: Batch, chunk: int, coefficients: int) -> Opened:
     return Opened(tables, lists, hypers)
 
 
-def _upload(
-    words: list[array[int]],
-    hyper_values: tuple[list[int], list[float]],
-    layout: Layout,
-    batch: Batch,
-) -> Tensor:
-    """One copy of all that changes from step to step.
+def _upload(content: bytes, layout: Layout, batch: Batch) -> Tensor:
+    """One copy of all that changes from step to step, as words of 64 bits.
 
     Pinning memory is not allowed while a graph is captured, so a step that is not captured
     puts some aside. The graph copies from it at every replay.
     """
     device = batch.params[0].device
-    lr_words, values = hyper_values
-    parts: tuple[array[Any], ...] = (*words, array("q", lr_words), array("d", values))
-    host = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.int64)
+    host = torch.frombuffer(bytearray(content), dtype=torch.int64)
     if not _is_capturing(device):
         return upload(host, device)
     pinned, layout.spare = layout.spare, None

@@ -4,14 +4,14 @@
 // Lists of tensors hold one entry a tensor, over all parameter groups in order.
 // group_sizes: how many of them belong to each group. lrs: [groups] float64, a tensor
 // so that a learning rate on the device is never read back. hypers: for each group
-//   AM-AdamW  beta_max, beta2, eps, weight_decay, memory_lambda, anchored, loss_gap, maximize
-//   AM-SGD    beta_max, weight_decay, memory_lambda, anchored, loss_gap, maximize
+//   AM-AdamW  beta_max, beta2, eps, weight_decay, memory_lambda, anchored, loss_gap, maximize,
+//             shared
+//   AM-SGD    beta_max, weight_decay, memory_lambda, anchored, loss_gap, maximize, shared
 // rows: [tensors, 2] float64, num and den. What stats gives is what apply_ takes; in
 // between, rows may be summed over tensors or over ranks. Where nothing is to happen in
-// between, apply_ without rows does both.
-#include <Python.h>
+// between, apply_ without rows does both; tensors of groups that are `shared` then take the
+// sums over all such tensors.
 #include <torch/library.h>
-#include <torch/version.h>
 
 TORCH_LIBRARY(adamem_fused, m) {
   m.def(
@@ -31,14 +31,4 @@ TORCH_LIBRARY(adamem_fused, m) {
       "sgd_apply_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
       "Tensor(c!)[] steps, Tensor(d!)[] prev_lrs, Tensor(e!)[] betas, Tensor? rows, Tensor lrs, "
       "int[] group_sizes, float[] hypers, Tensor? grad_scale, Tensor? found_inf) -> ()");
-}
-
-// Lets `import adamem_fused._C` load this library; loading it registers the operators.
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  PyObject* object = PyModule_Create(&module);
-  // What the library is tied to; adamem_fused/ops.py compares.
-  if (object != nullptr) PyModule_AddStringConstant(object, "torch_version", TORCH_VERSION);
-  return object;
 }

@@ -498,11 +498,11 @@ def make_batch(cls, shapes=((3,), (2, 2))):
     scalars = [[torch.ones(()) for _ in shapes] for _ in cls.scalars]
     if cls is AMAdamW:
         hyper = AdamWHyper(0.1, 0.89, 0.999, 1e-8, 0.01, 0.1, False, False, False)
-        batch = AdamWBatch(*tensors, *scalars, hypers=[hyper], group_sizes=[len(shapes)])
+        batch = AdamWBatch(*tensors, *scalars, [hyper], [len(shapes)], [False])
         batch.exp_avg_sqs = [t.abs() for t in batch.exp_avg_sqs]
         return batch
     hyper = SGDHyper(0.1, 0.9, 0.01, 0.1, False, False, False)
-    return SGDBatch(*tensors, *scalars, hypers=[hyper], group_sizes=[len(shapes)])
+    return SGDBatch(*tensors, *scalars, [hyper], [len(shapes)], [False])
 
 
 @both

@@ -1,472 +1,61 @@
-// The operators for CPU tensors: checks what it is given, hands pointers to the
-// schedule, writes the scalars. Everything is checked before anything is written.
-#include <ATen/MemoryOverlap.h>
-#include <ATen/Parallel.h>
-#include <ATen/Version.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty.h>
-#include <c10/util/Exception.h>
+// The operators' kernels for CPU tensors.
 #include <torch/library.h>
 
-#include <memory>
-#include <optional>
-#include <string>
-#include <vector>
-
-#include "kernels.h"
-#include "schedule.h"
+#include "step.h"
 
 namespace am::cpu {
 namespace {
 
 using at::Tensor;
 using at::TensorList;
-using OptionalTensor = std::optional<Tensor>;
 
-// torch's own choice, so that ATEN_CPU_CAPABILITY rules this package too.
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  static const Kernels& chosen = [&]() -> const Kernels& {
-    const std::string capability = at::get_cpu_capability();
-    const auto starts_with = [&](const char* name) { return capability.rfind(name, 0) == 0; };
-    if (starts_with("AVX512") || starts_with("AVX10")) return kernels_avx512;
-    if (starts_with("AVX2")) return kernels_avx2;
-    return kernels_default;
-  }();
-  return chosen;
-#else
-  return kernels_default;
-#endif
+Tensor adamw_stats_op(TensorList params, TensorList grads, TensorList exp_avgs,
+                      TensorList exp_avg_sqs, TensorList steps, TensorList beta_prods,
+                      TensorList prev_lrs, const Tensor& lrs, at::IntArrayRef group_sizes,
+                      at::ArrayRef<double> hypers, const OptionalTensor& grad_scale) {
+  return adamw_stats(
+      {TensorRefs(params), TensorRefs(grads), TensorRefs(exp_avgs), TensorRefs(exp_avg_sqs),
+       TensorRefs(steps), TensorRefs(beta_prods), TensorRefs(prev_lrs), TensorRefs()},
+      {lrs, group_sizes, hypers}, grad_scale);
 }
 
-// ---- reading what was given -----------------------------------------------------
-
-template <class F>
-void visit_scalar(const Tensor& t, F f) {
-  if (t.scalar_type() == at::kFloat) {
-    f(static_cast<float*>(t.data_ptr()));
-  } else {
-    f(static_cast<double*>(t.data_ptr()));
-  }
+void adamw_apply_op(TensorList params, TensorList grads, TensorList exp_avgs,
+                    TensorList exp_avg_sqs, TensorList steps, TensorList beta_prods,
+                    TensorList prev_lrs, TensorList betas, const OptionalTensor& rows,
+                    const Tensor& lrs, at::IntArrayRef group_sizes, at::ArrayRef<double> hypers,
+                    const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
+  adamw_apply_(
+      {TensorRefs(params), TensorRefs(grads), TensorRefs(exp_avgs), TensorRefs(exp_avg_sqs),
+       TensorRefs(steps), TensorRefs(beta_prods), TensorRefs(prev_lrs), TensorRefs(betas)},
+      rows, {lrs, group_sizes, hypers}, grad_scale, found_inf);
 }
 
-void check_scalar(const Tensor& t, const char* name, size_t i) {
-  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, name,
-                   " of tensor ", i, " has dtype ", t.scalar_type(),
-                   "; it has to be float32 or float64");
-  TORCH_CHECK_VALUE(t.numel() == 1 && t.is_cpu(), name, " of tensor ", i, " has shape ", t.sizes(),
-                    " on ", t.device(), "; it has to be a 0-dim tensor on the CPU");
+Tensor sgd_stats_op(TensorList params, TensorList grads, TensorList momentum_buffers,
+                    TensorList steps, TensorList prev_lrs, const Tensor& lrs,
+                    at::IntArrayRef group_sizes, at::ArrayRef<double> hypers,
+                    const OptionalTensor& grad_scale) {
+  return sgd_stats({TensorRefs(params), TensorRefs(grads), TensorRefs(momentum_buffers),
+                    TensorRefs(steps), TensorRefs(prev_lrs), TensorRefs()},
+                   {lrs, group_sizes, hypers}, grad_scale);
 }
 
-double read(const Tensor& t, const char* name, size_t i) {
-  check_scalar(t, name, i);
-  double value = 0.0;
-  visit_scalar(t, [&](auto* p) { value = *p; });
-  return value;
-}
-
-void write(const Tensor& t, double value) {
-  visit_scalar(t, [&](auto* p) { *p = static_cast<std::decay_t<decltype(*p)>>(value); });
-}
-
-double read_optional(const OptionalTensor& t, double otherwise) {
-  return t.has_value() ? t->item<double>() : otherwise;
-}
-
-void check_length(TensorList list, const char* name, size_t tensors) {
-  TORCH_CHECK_VALUE(list.size() == tensors, name, " holds ", list.size(), " tensors, params ",
-                    tensors);
-}
-
-void check_like(const Tensor& t, const Tensor& param, const char* name, size_t i) {
-  TORCH_CHECK_TYPE(at::isFloatingType(t.scalar_type()) && t.layout() == at::kStrided, name,
-                   " of tensor ", i, " is ", t.layout(), " ", t.scalar_type(),
-                   "; it has to be a dense real floating-point tensor");
-  TORCH_CHECK_VALUE(t.sizes() == param.sizes(), name, " of tensor ", i, " has shape ", t.sizes(),
-                    ", its parameter ", param.sizes());
-  TORCH_CHECK_VALUE(t.is_cpu(), name, " of tensor ", i, " is on ", t.device(),
-                    ", its parameter on the CPU");
-}
-
-DType dtype_of(const Tensor& param, size_t i) {
-  switch (param.scalar_type()) {
-    case at::kFloat:
-      return kFloat32;
-    case at::kDouble:
-      return kFloat64;
-    case at::kBFloat16:
-      return kBFloat16;
-    case at::kHalf:
-      return kFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, "param ", i, " has dtype ", param.scalar_type(),
-                       "; the cpu backend takes float32, float64, bfloat16 and float16");
-  }
-}
-
-constexpr int64_t kParamBytes[kNumDTypes] = {4, 8, 2, 2};
-constexpr int64_t kMemoryBytes[kNumDTypes] = {4, 8, 4, 4};
-
-at::ScalarType memory_type(DType dtype) { return dtype == kFloat64 ? at::kDouble : at::kFloat; }
-
-// Whether element i of one lies where element i of the other does. Strides of
-// dimensions of size 1 say nothing (convolution weights differ in them).
-bool same_layout(const Tensor& a, const Tensor& b) {
-  if (a.strides() == b.strides()) return true;
-  for (int64_t dim = 0; dim < a.dim(); ++dim)
-    if (a.size(dim) != 1 && a.stride(dim) != b.stride(dim)) return false;
-  return true;
-}
-
-// One tensor's data as the kernels take it: dense, in one layout, the memory in
-// float32 or float64. Whatever is not so (a strided view, a gradient of another
-// dtype or other strides, float64 state of a float32 parameter) goes through copies
-// in the type of the memory, and store() writes the results back.
-template <size_t kMemories>
-struct Views {
-  struct Copies {
-    Tensor param, grad, memories[kMemories];
-  };
-
-  DType dtype = kFloat32;
-  int64_t numel = 0;
-  char* param = nullptr;
-  char* grad = nullptr;
-  char* memories[kMemories] = {};
-  std::unique_ptr<Copies> copies;
-
-  void open(const Tensor& p, const Tensor& g, const Tensor* const (&m)[kMemories],
-            const char* const (&names)[kMemories], size_t i) {
-    dtype = dtype_of(p, i);
-    numel = p.numel();
-    check_like(g, p, "grad", i);
-    bool direct =
-        g.scalar_type() == p.scalar_type() && p.is_non_overlapping_and_dense() && same_layout(g, p);
-    at::ScalarType type = memory_type(dtype);
-    for (size_t k = 0; k < kMemories; ++k) {
-      check_like(*m[k], p, names[k], i);
-      direct = direct && m[k]->scalar_type() == memory_type(dtype) && same_layout(*m[k], p);
-      type = at::promoteTypes(type, m[k]->scalar_type());
-    }
-    if (direct) {
-      point(p, g, [&](size_t k) -> const Tensor& { return *m[k]; });
-      return;
-    }
-    at::assert_no_internal_overlap(p);
-    copies = std::make_unique<Copies>();
-    const auto copy = [&](const Tensor& t) { return t.to(type).contiguous(); };
-    copies->param = copy(p);
-    copies->grad = copy(g);
-    for (size_t k = 0; k < kMemories; ++k) copies->memories[k] = copy(*m[k]);
-    dtype = type == at::kDouble ? kFloat64 : kFloat32;
-    point(copies->param, copies->grad,
-          [&](size_t k) -> const Tensor& { return copies->memories[k]; });
-  }
-
-  void store(const Tensor& p, const Tensor* const (&m)[kMemories]) const {
-    if (copies == nullptr) return;
-    if (!p.is_same(copies->param)) p.copy_(copies->param);
-    for (size_t k = 0; k < kMemories; ++k)
-      if (!m[k]->is_same(copies->memories[k])) m[k]->copy_(copies->memories[k]);
-  }
-
-  // A chunk's pointers. The sums only read through them.
-  char* param_at(int64_t begin) const { return param + begin * kParamBytes[dtype]; }
-  char* grad_at(int64_t begin) const { return grad + begin * kParamBytes[dtype]; }
-  char* memory_at(size_t k, int64_t begin) const {
-    return memories[k] + begin * kMemoryBytes[dtype];
-  }
-
- private:
-  template <class Memory>
-  void point(const Tensor& p, const Tensor& g, Memory memory) {
-    param = static_cast<char*>(p.data_ptr());
-    grad = static_cast<char*>(const_cast<void*>(g.const_data_ptr()));
-    for (size_t k = 0; k < kMemories; ++k) memories[k] = static_cast<char*>(memory(k).data_ptr());
-  }
-};
-
-// ---- hyperparameters --------------------------------------------------------------
-
-// A row of hypers a group, its columns as in ops.cpp; lrs and hypers of a group become
-// what am_math.h takes.
-struct Groups {
-  const Tensor& lrs;
-  at::IntArrayRef sizes;
-  at::ArrayRef<double> hypers;
-
-  // The group of each tensor.
-  std::vector<size_t> check(size_t tensors, size_t columns) const {
-    TORCH_CHECK_VALUE(lrs.is_cpu() && lrs.scalar_type() == at::kDouble && lrs.is_contiguous() &&
-                          lrs.numel() == static_cast<int64_t>(sizes.size()),
-                      "lrs has to be a float64 CPU tensor of ", sizes.size(), " values");
-    TORCH_CHECK_VALUE(hypers.size() == sizes.size() * columns, "hypers holds ", hypers.size(),
-                      " values; it has to hold ", columns, " for each of ", sizes.size(),
-                      " groups");
-    std::vector<size_t> group_of;
-    group_of.reserve(tensors);
-    for (size_t group = 0; group < sizes.size(); ++group) {
-      TORCH_CHECK_VALUE(sizes[group] >= 0, "group_sizes holds ", sizes[group]);
-      group_of.insert(group_of.end(), sizes[group], group);
-    }
-    TORCH_CHECK_VALUE(group_of.size() == tensors, "group_sizes add up to ", group_of.size(),
-                      ", params holds ", tensors);
-    return group_of;
-  }
-
-  double lr(size_t group) const { return lrs.const_data_ptr<double>()[group]; }
-
-  AdamWHyper adamw(size_t group) const {
-    const double* h = &hypers[group * kAdamWColumns];
-    return {lr(group), h[0], h[1], h[2], h[3], h[4], h[5] != 0.0, h[6] != 0.0, h[7] != 0.0};
-  }
-
-  SGDHyper sgd(size_t group) const {
-    const double* h = &hypers[group * kSGDColumns];
-    return {lr(group), h[0], h[1], h[2], h[3] != 0.0, h[4] != 0.0, h[5] != 0.0};
-  }
-
-  static constexpr size_t kAdamWColumns = 8, kSGDColumns = 6;
-};
-
-// ---- jobs: one tensor of a step ---------------------------------------------------
-
-// Scalars are kept as they were read; the coefficients are made where a chunk is worked
-// on, by the thread that does it.
-
-struct AdamWJob {
-  Views<2> views;
-  AdamWHyper hyper;
-  double grad_scale, step, beta_prod, prev_lr;
-  int64_t numel;
-  Sums sums{0.0, 0.0};
-  double beta = 0.0;
-
-  AdamWChunk chunk(int64_t begin, int64_t n) const {
-    return {views.param_at(begin), views.grad_at(begin), views.memory_at(0, begin),
-            views.memory_at(1, begin), n};
-  }
-  AdamWCoefficients<double> coefficients() const {
-    return adamw_coefficients<double>(hyper, step, beta_prod, prev_lr, grad_scale);
-  }
-  Sums sum_chunk(int64_t begin, int64_t n) const {
-    return kernels().adamw_sums[views.dtype](chunk(begin, n), coefficients());
-  }
-  void set_beta() { beta = adamw_beta(sums.num, sums.den, hyper.beta_max, step); }
-  void update_chunk(int64_t begin, int64_t n) const {
-    kernels().adamw_update[views.dtype](chunk(begin, n), coefficients(), beta);
-  }
-};
-
-struct SGDJob {
-  Views<1> views;
-  SGDHyper hyper;
-  double grad_scale, step, prev_lr;
-  int64_t numel;
-  Sums sums{0.0, 0.0};
-  double beta = 0.0;
-
-  SGDChunk chunk(int64_t begin, int64_t n) const {
-    return {views.param_at(begin), views.grad_at(begin), views.memory_at(0, begin), n};
-  }
-  SGDCoefficients<double> coefficients() const {
-    return sgd_coefficients<double>(hyper, prev_lr, grad_scale);
-  }
-  // A first step has no memory: d = g, and both sums are zero.
-  Sums sum_chunk(int64_t begin, int64_t n) const {
-    return step == 0.0 ? Sums{0.0, 0.0}
-                       : kernels().sgd_sums[views.dtype](chunk(begin, n), coefficients());
-  }
-  void set_beta() { beta = sgd_beta(sums.num, sums.den, hyper.beta_max, step); }
-  void update_chunk(int64_t begin, int64_t n) const {
-    double keep, take;
-    sgd_mixture(beta, hyper.memory_lambda, step, &keep, &take);
-    kernels().sgd_update[views.dtype](chunk(begin, n), coefficients(), keep, take);
-  }
-};
-
-// Calls f(i) for every tensor. With thousands of them, looking each one up in memory is
-// most of a step's time, so that is shared among the threads too.
-template <class F>
-void for_each_tensor(size_t tensors, F f) {
-  at::parallel_for(0, static_cast<int64_t>(tensors), 256, [&](int64_t begin, int64_t end) {
-    const at::NoGradGuard no_grad;  // the other threads do not have the caller's
-    for (int64_t i = begin; i < end; ++i) f(static_cast<size_t>(i));
-  });
-}
-
-void check_betas(TensorList betas, size_t tensors) {
-  check_length(betas, "betas", tensors);
-  for_each_tensor(tensors, [&](size_t i) { check_scalar(betas[i], "beta", i); });
-}
-
-template <class Job>
-auto schedule(std::vector<Job>& jobs) {
-  const auto parallel_for = [](int64_t parts, const auto& f) {
-    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) f(part);
-    });
-  };
-  return Schedule<Job, decltype(parallel_for)>(jobs, at::get_num_threads(), parallel_for);
-}
-
-template <class Job>
-Tensor rows_of(std::vector<Job>& jobs) {
-  schedule(jobs).sums();
-  const Tensor rows = at::empty({static_cast<int64_t>(jobs.size()), 2}, at::kDouble);
-  double* p = rows.mutable_data_ptr<double>();
-  for (const Job& job : jobs) {
-    *p++ = job.sums.num;
-    *p++ = job.sums.den;
-  }
-  return rows;
-}
-
-// With rows: the far side of the seam. Without: both sides in one walk.
-template <class Job>
-void update(std::vector<Job>& jobs, const OptionalTensor& rows) {
-  if (!rows.has_value()) {
-    schedule(jobs).step();
-    return;
-  }
-  const auto n = static_cast<int64_t>(jobs.size());
-  TORCH_CHECK_VALUE(rows->is_cpu() && rows->scalar_type() == at::kDouble && rows->dim() == 2 &&
-                        rows->size(0) == n && rows->size(1) == 2,
-                    "rows has to be a float64 CPU tensor of shape [", n, ", 2], not ",
-                    rows->scalar_type(), " ", rows->sizes());
-  const auto access = rows->accessor<double, 2>();
-  for (int64_t i = 0; i < n; ++i) jobs[i].sums = {access[i][0], access[i][1]};
-  schedule(jobs).update();
-}
-
-// ---- AM-AdamW ---------------------------------------------------------------------
-
-struct AdamWLists {
-  TensorList params, grads, exp_avgs, exp_avg_sqs, steps, beta_prods, prev_lrs;
-};
-
-std::vector<AdamWJob> adamw_jobs(const AdamWLists& t, const Groups& groups,
-                                 const OptionalTensor& grad_scale) {
-  const size_t n = t.params.size();
-  TORCH_CHECK_VALUE(t.grads.size() == n && t.exp_avgs.size() == n && t.exp_avg_sqs.size() == n,
-                    "params, grads, exp_avgs and exp_avg_sqs differ in length: ", n, ", ",
-                    t.grads.size(), ", ", t.exp_avgs.size(), ", ", t.exp_avg_sqs.size());
-  check_length(t.steps, "steps", n);
-  check_length(t.beta_prods, "beta_prods", n);
-  check_length(t.prev_lrs, "prev_lrs", n);
-  const std::vector<size_t> group_of = groups.check(n, Groups::kAdamWColumns);
-  const double scale = read_optional(grad_scale, 1.0);
-
-  std::vector<AdamWJob> jobs(n);
-  for_each_tensor(n, [&](size_t i) {
-    AdamWJob& job = jobs[i];
-    job.views.open(t.params[i], t.grads[i], {&t.exp_avgs[i], &t.exp_avg_sqs[i]},
-                   {"exp_avg", "exp_avg_sq"}, i);
-    job.numel = job.views.numel;
-    job.hyper = groups.adamw(group_of[i]);
-    job.grad_scale = scale;
-    job.step = read(t.steps[i], "step", i);
-    job.beta_prod = read(t.beta_prods[i], "beta_prod", i);
-    job.prev_lr = read(t.prev_lrs[i], "prev_lr", i);
-  });
-  return jobs;
-}
-
-Tensor adamw_stats(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
-                   TensorList steps, TensorList beta_prods, TensorList prev_lrs, const Tensor& lrs,
-                   at::IntArrayRef group_sizes, at::ArrayRef<double> hypers,
-                   const OptionalTensor& grad_scale) {
-  std::vector<AdamWJob> jobs =
-      adamw_jobs({params, grads, exp_avgs, exp_avg_sqs, steps, beta_prods, prev_lrs},
-                 {lrs, group_sizes, hypers}, grad_scale);
-  return rows_of(jobs);
-}
-
-void adamw_apply_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
-                  TensorList steps, TensorList beta_prods, TensorList prev_lrs, TensorList betas,
+void sgd_apply_op(TensorList params, TensorList grads, TensorList momentum_buffers,
+                  TensorList steps, TensorList prev_lrs, TensorList betas,
                   const OptionalTensor& rows, const Tensor& lrs, at::IntArrayRef group_sizes,
                   at::ArrayRef<double> hypers, const OptionalTensor& grad_scale,
                   const OptionalTensor& found_inf) {
-  if (read_optional(found_inf, 0.0) != 0.0) return;
-  std::vector<AdamWJob> jobs =
-      adamw_jobs({params, grads, exp_avgs, exp_avg_sqs, steps, beta_prods, prev_lrs},
-                 {lrs, group_sizes, hypers}, grad_scale);
-  check_betas(betas, jobs.size());
-  update(jobs, rows);
-  for_each_tensor(jobs.size(), [&](size_t i) {
-    const AdamWJob& job = jobs[i];
-    job.views.store(params[i], {&exp_avgs[i], &exp_avg_sqs[i]});
-    write(steps[i], job.step + 1.0);
-    write(beta_prods[i], job.beta_prod * job.beta);
-    write(prev_lrs[i], job.hyper.lr);
-    write(betas[i], job.beta);
-  });
-}
-
-// ---- AM-SGD -----------------------------------------------------------------------
-
-struct SGDLists {
-  TensorList params, grads, momentum_buffers, steps, prev_lrs;
-};
-
-std::vector<SGDJob> sgd_jobs(const SGDLists& t, const Groups& groups,
-                             const OptionalTensor& grad_scale) {
-  const size_t n = t.params.size();
-  TORCH_CHECK_VALUE(t.grads.size() == n && t.momentum_buffers.size() == n,
-                    "params, grads and momentum_buffers differ in length: ", n, ", ",
-                    t.grads.size(), ", ", t.momentum_buffers.size());
-  check_length(t.steps, "steps", n);
-  check_length(t.prev_lrs, "prev_lrs", n);
-  const std::vector<size_t> group_of = groups.check(n, Groups::kSGDColumns);
-  const double scale = read_optional(grad_scale, 1.0);
-
-  std::vector<SGDJob> jobs(n);
-  for_each_tensor(n, [&](size_t i) {
-    SGDJob& job = jobs[i];
-    job.views.open(t.params[i], t.grads[i], {&t.momentum_buffers[i]}, {"momentum_buffer"}, i);
-    job.numel = job.views.numel;
-    job.hyper = groups.sgd(group_of[i]);
-    job.grad_scale = scale;
-    job.step = read(t.steps[i], "step", i);
-    job.prev_lr = read(t.prev_lrs[i], "prev_lr", i);
-  });
-  return jobs;
-}
-
-Tensor sgd_stats(TensorList params, TensorList grads, TensorList momentum_buffers, TensorList steps,
-                 TensorList prev_lrs, const Tensor& lrs, at::IntArrayRef group_sizes,
-                 at::ArrayRef<double> hypers, const OptionalTensor& grad_scale) {
-  std::vector<SGDJob> jobs = sgd_jobs({params, grads, momentum_buffers, steps, prev_lrs},
-                                      {lrs, group_sizes, hypers}, grad_scale);
-  return rows_of(jobs);
-}
-
-void sgd_apply_(TensorList params, TensorList grads, TensorList momentum_buffers, TensorList steps,
-                TensorList prev_lrs, TensorList betas, const OptionalTensor& rows,
-                const Tensor& lrs, at::IntArrayRef group_sizes, at::ArrayRef<double> hypers,
-                const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
-  if (read_optional(found_inf, 0.0) != 0.0) return;
-  std::vector<SGDJob> jobs = sgd_jobs({params, grads, momentum_buffers, steps, prev_lrs},
-                                      {lrs, group_sizes, hypers}, grad_scale);
-  check_betas(betas, jobs.size());
-  update(jobs, rows);
-  for_each_tensor(jobs.size(), [&](size_t i) {
-    const SGDJob& job = jobs[i];
-    job.views.store(params[i], {&momentum_buffers[i]});
-    write(steps[i], job.step + 1.0);
-    write(prev_lrs[i], job.hyper.lr);
-    write(betas[i], job.beta);
-  });
+  sgd_apply_({TensorRefs(params), TensorRefs(grads), TensorRefs(momentum_buffers),
+              TensorRefs(steps), TensorRefs(prev_lrs), TensorRefs(betas)},
+             rows, {lrs, group_sizes, hypers}, grad_scale, found_inf);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(adamem_fused, CPU, m) {
-  m.impl("adamw_stats", adamw_stats);
-  m.impl("adamw_apply_", adamw_apply_);
-  m.impl("sgd_stats", sgd_stats);
-  m.impl("sgd_apply_", sgd_apply_);
+  m.impl("adamw_stats", adamw_stats_op);
+  m.impl("adamw_apply_", adamw_apply_op);
+  m.impl("sgd_stats", sgd_stats_op);
+  m.impl("sgd_apply_", sgd_apply_op);
 }
 
 }  // namespace am::cpu

@@ -1,0 +1,54 @@
+// A step's tensors by reference. Thousands of them are read at every step, and counting
+// references to each would take longer than updating it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+namespace am {
+
+// Refers to tensors that somebody else keeps alive.
+class TensorRefs {
+ public:
+  TensorRefs() = default;
+  explicit TensorRefs(at::TensorList list) {
+    reserve(list.size());
+    for (const at::Tensor& tensor : list) push_back(tensor);
+  }
+
+  void reserve(size_t size) { refs_.reserve(size); }
+  void push_back(const at::Tensor& tensor) { refs_.push_back(&tensor); }
+  size_t size() const { return refs_.size(); }
+  const at::Tensor& operator[](size_t i) const { return *refs_[i]; }
+
+ private:
+  std::vector<const at::Tensor*> refs_;
+};
+
+// Asks for a TensorImpl ahead of its use, all cache lines of it. Tensors lie all over memory,
+// and thousands of them do not fit in the fast caches.
+inline void prefetch_impl(const at::Tensor& tensor) {
+  const char* impl = reinterpret_cast<const char*>(tensor.unsafeGetTensorImpl());
+  for (size_t offset = 0; offset < sizeof(c10::TensorImpl); offset += 64)
+    __builtin_prefetch(impl + offset);
+}
+
+// Its StorageImpl, where the address of its data is; once the TensorImpl is there.
+inline void prefetch_storage(const at::Tensor& tensor) {
+  __builtin_prefetch(tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
+}
+
+// Calls f(i) for the tensors of a list in order, each one asked for in time.
+template <class F>
+void for_each_ahead(const TensorRefs& refs, F f) {
+  const size_t n = refs.size();
+  for (size_t i = 0; i < n; ++i) {
+    if (i + 32 < n) __builtin_prefetch(&refs[i + 32]);
+    if (i + 16 < n) prefetch_impl(refs[i + 16]);
+    if (i + 8 < n) prefetch_storage(refs[i + 8]);
+    f(i);
+  }
+}
+
+}  // namespace am
