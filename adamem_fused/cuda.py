@@ -114,8 +114,14 @@ def _kernels(optimizer: str) -> _Kernels:
     def function(kind: str) -> Any:
         return getattr(_library(), f"adamem_{optimizer}_{kind}")
 
-    launches = (function(kind) for kind in ("stats", "beta", "apply", "step", "chunks_ahead"))
-    return _Kernels(*launches, coefficients=function("columns")())
+    return _Kernels(
+        stats=function("stats"),
+        beta=function("beta"),
+        apply=function("apply"),
+        step=function("step"),
+        chunks_ahead=function("chunks_ahead"),
+        coefficients=function("columns")(),
+    )
 
 
 def _call(function: Any, *args: Any) -> None:
@@ -153,9 +159,10 @@ def _chunk_counts(batch: Batch, layout: Layout) -> list[dict[int, int]]:
     places = {bucket.dtypes: i for i, bucket in enumerate(layout.buckets)}
     counts: list[dict[int, int]] = [{} for _ in layout.buckets]
     chunk = _library().adamem_chunk()
-    for i, tensors in enumerate(zip(batch.params, batch.grads, *batch.memories.values())):
+    lists = (batch.params, batch.grads, *batch.memories.values())
+    for i, tensors in enumerate(zip(*lists, strict=True)):
         numel = tensors[0].numel()
-        bucket = places[tuple(t.dtype for t in tensors)] if numel else 0
+        bucket = places[tuple(tensor.dtype for tensor in tensors)] if numel else 0
         counts[bucket][i] = -(-numel // chunk)
     return counts
 
