@@ -44,7 +44,7 @@ struct AdamWTensor {
   }
 
   // The beta of a tensor, the next values of its scalars, and what the update reads.
-  static __device__ void set_beta(const Step& s, int64_t tensor, Sums sums) {
+  static __device__ __noinline__ void set_beta(const Step& s, int64_t tensor, Sums sums) {
     const AdamWHyper h = hyper(s, tensor);
     const double step = read_scalar(s, kLists, kStep, tensor);
     const double beta = adamw_beta(sums.num, sums.den, h.beta_max, step);
@@ -65,8 +65,7 @@ struct AdamW : AdamWTensor {
   using Compute = T;
   using Model = AdamWCoefficients<T>;
   using Update = AdamWUpdate<T>;
-  static constexpr bool kIsWide = sizeof(T) == 8 || !Column<T, Param>::kIsVector;
-  static constexpr int kBlocks = kIsWide ? kBlocksWide : kBlocksFloat;
+  using BlocksOf = Blocks<T, Column<T, Param>>;
   static constexpr int kVector = vector_of<Column<T, Param>, Column<T, Grad>, Column<T, Memory>>();
   static_assert(sizeof(Update) == kColumns * sizeof(T));
 
@@ -86,8 +85,8 @@ struct AdamW : AdamWTensor {
     }
   };
 
-  static __device__ Model model(const Step& s, int64_t tensor) {
-    return coefficients<T>(s, tensor);
+  static __device__ __noinline__ void set_model(const Step& s, int64_t tensor, Model& model) {
+    model = coefficients<T>(s, tensor);
   }
 
   template <bool Decay>

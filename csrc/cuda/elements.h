@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "config.h"
 #include "tables.h"
 
 namespace am::cuda {
@@ -167,5 +168,17 @@ constexpr int vector_of() {
   ((bytes = Columns::kBytes < bytes ? Columns::kBytes : bytes), ...);
   return 16 / bytes;
 }
+
+// The blocks that a multiprocessor is to hold, for kernels of this type of arithmetic; and of
+// the kernel that does a whole step.
+template <class T, class Column>
+struct Blocks {
+  static constexpr bool kIsWide = sizeof(T) == 8 || !Column::kIsVector;
+  static constexpr bool kIs16Bit = Column::kBytes == 2;
+  static constexpr int kOf = kIsWide ? kBlocksWide : kIs16Bit ? kBlocks16Bit : kBlocksFloat;
+  static constexpr int kOfStep = kIsWide    ? kStepBlocksWide
+                                 : kIs16Bit ? kStepBlocks16Bit
+                                            : kStepBlocksFloat;
+};
 
 }  // namespace am::cuda

@@ -73,20 +73,27 @@ template <class O>
 class Worker {
  public:
   struct Shared {
-    typename O::Model model;    // for sums
-    typename O::Update update;  // for updates
+    typename O::Model model;  // for sums, and the tensor that it is of
+    int64_t summed;
+    typename O::Update update;  // for updates, likewise
+    int64_t updated;
     Sums warps[kThreads / 32];
   };
 
   __device__ Worker(const Step& step, const Bucket& bucket, Shared& shared)
-      : step_(step), bucket_(bucket), shared_(shared) {}
+      : step_(step), bucket_(bucket), shared_(shared) {
+    if (threadIdx.x == 0) shared_.summed = shared_.updated = -1;
+    __syncthreads();
+  }
 
   __device__ void sum(int64_t tensor, int64_t chunk) {
-    if (tensor != summed_) {
+    if (tensor != shared_.summed) {
       __syncthreads();
-      if (threadIdx.x == 0) shared_.model = O::model(step_, tensor);
+      if (threadIdx.x == 0) {
+        O::set_model(step_, tensor, shared_.model);
+        shared_.summed = tensor;
+      }
       __syncthreads();
-      summed_ = tensor;
     }
     typename O::Compute num = 0, den = 0;
     O::add_sums(typename O::Chunk(step_, bucket_, tensor, chunk * kChunk), length_of(tensor, chunk),
@@ -98,15 +105,15 @@ class Worker {
   }
 
   __device__ void update(int64_t tensor, int64_t chunk) {
-    if (tensor != updated_) {
+    if (tensor != shared_.updated) {
       // The update's numbers are all of one type, as a row of the table is of doubles.
       __syncthreads();
       if (threadIdx.x < O::kColumns)
         reinterpret_cast<typename O::Compute*>(&shared_.update)[threadIdx.x] =
             static_cast<typename O::Compute>(
                 step_.coefficients[tensor * O::kColumns + threadIdx.x]);
+      if (threadIdx.x == 0) shared_.updated = tensor;
       __syncthreads();
-      updated_ = tensor;
     }
     O::update(typename O::Chunk(step_, bucket_, tensor, chunk * kChunk), length_of(tensor, chunk),
               shared_.update);
@@ -121,7 +128,6 @@ class Worker {
   const Step& step_;
   const Bucket& bucket_;
   Shared& shared_;
-  int64_t summed_ = -1, updated_ = -1;
 };
 
 // A block of the one launch that does a whole step, see `walk`.
@@ -198,7 +204,8 @@ class StepBlock {
 // ---- kernels ----------------------------------------------------------------------
 
 template <class O>
-__global__ void __launch_bounds__(kThreads, O::kBlocks) stats_kernel(Step step, Bucket bucket) {
+__global__ void __launch_bounds__(kThreads, O::BlocksOf::kOf)
+    stats_kernel(const __grid_constant__ Step step, const __grid_constant__ Bucket bucket) {
   __shared__ typename Worker<O>::Shared shared;
   Worker<O> worker(step, bucket, shared);
   for (int64_t k = blockIdx.x; k < bucket.chunks; k += gridDim.x) {
@@ -209,7 +216,8 @@ __global__ void __launch_bounds__(kThreads, O::kBlocks) stats_kernel(Step step, 
 
 // Backwards, as the last chunks that stats has read are those that L2 still holds.
 template <class O>
-__global__ void __launch_bounds__(kThreads, O::kBlocks) apply_kernel(Step step, Bucket bucket) {
+__global__ void __launch_bounds__(kThreads, O::BlocksOf::kOf)
+    apply_kernel(const __grid_constant__ Step step, const __grid_constant__ Bucket bucket) {
   __shared__ typename Worker<O>::Shared shared;
   if (is_skipped(step)) return;
   Worker<O> worker(step, bucket, shared);
@@ -220,8 +228,9 @@ __global__ void __launch_bounds__(kThreads, O::kBlocks) apply_kernel(Step step, 
 }
 
 template <class O>
-__global__ void __launch_bounds__(kThreads, O::kBlocks)
-    step_kernel(Step step, Bucket bucket, Schedule schedule) {
+__global__ void __launch_bounds__(kThreads, O::BlocksOf::kOfStep)
+    step_kernel(const __grid_constant__ Step step, const __grid_constant__ Bucket bucket,
+                const __grid_constant__ Schedule schedule) {
   __shared__ typename StepBlock<O>::Shared shared;
   if (is_skipped(step)) return;
   StepBlock<O> block(step, bucket, schedule, shared);
@@ -231,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, O::kBlocks)
 
 // One block a tensor, of all dtypes.
 template <class Tensor>
-__global__ void __launch_bounds__(kThreads) beta_kernel(Step step) {
+__global__ void __launch_bounds__(kThreads) beta_kernel(const __grid_constant__ Step step) {
   __shared__ Sums warps[kThreads / 32];
   if (is_skipped(step)) return;
   const int64_t tensor = blockIdx.x;
@@ -292,7 +301,6 @@ auto dispatch(const Bucket& bucket, F f) {
   if (is(kBFloat16, kBFloat16, kFloat32)) return f(O<float, __nv_bfloat16, __nv_bfloat16, float>());
   if (is(kFloat16, kFloat16, kFloat32)) return f(O<float, __half, __half, float>());
   if (is(kBFloat16, kFloat32, kFloat32)) return f(O<float, __nv_bfloat16, float, float>());
-  if (is(kFloat16, kFloat32, kFloat32)) return f(O<float, __half, float, float>());
   // Arithmetic in double where the parameter or its memory is.
   if (dtypes[0] == kFloat64 || dtypes[2] == kFloat64 || dtypes[3] == kFloat64)
     return f(O<double, AnyType, AnyType, AnyType>());

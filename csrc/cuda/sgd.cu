@@ -34,7 +34,7 @@ struct SGDTensor {
   }
 
   // The beta of a tensor, the next values of its scalars, and what the update reads.
-  static __device__ void set_beta(const Step& s, int64_t tensor, Sums sums) {
+  static __device__ __noinline__ void set_beta(const Step& s, int64_t tensor, Sums sums) {
     const SGDHyper h = hyper(s, tensor);
     const double step = read_scalar(s, kLists, kStep, tensor);
     const double beta = sgd_beta(sums.num, sums.den, h.beta_max, step);
@@ -57,8 +57,7 @@ struct SGD : SGDTensor {
     bool is_first;
   };
   using Update = SGDUpdate<T>;
-  static constexpr bool kIsWide = sizeof(T) == 8 || !Column<T, Param>::kIsVector;
-  static constexpr int kBlocks = kIsWide ? kBlocksWide : kBlocksFloat;
+  using BlocksOf = Blocks<T, Column<T, Param>>;
   static constexpr int kVector = vector_of<Column<T, Param>, Column<T, Grad>, Column<T, Memory>>();
   static_assert(sizeof(Update) == kColumns * sizeof(T));
 
@@ -77,8 +76,8 @@ struct SGD : SGDTensor {
     }
   };
 
-  static __device__ Model model(const Step& s, int64_t tensor) {
-    return {coefficients<T>(s, tensor), read_scalar(s, kLists, kStep, tensor) == 0.0};
+  static __device__ __noinline__ void set_model(const Step& s, int64_t tensor, Model& model) {
+    model = {coefficients<T>(s, tensor), read_scalar(s, kLists, kStep, tensor) == 0.0};
   }
 
   template <bool Decay>

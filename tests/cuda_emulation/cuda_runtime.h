@@ -26,6 +26,8 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __shared__ static thread_local
 #define __launch_bounds__(...)
+#define __grid_constant__
+#define __noinline__ __attribute__((noinline))
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
