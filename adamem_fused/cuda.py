@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adamem_fused import cuda_library
-from adamem_fused.batch import AdamWBatch, Batch, SGDBatch
+from adamem_fused import cpu, cuda_library
+from adamem_fused.batch import AdamWBatch, Batch, SGDBatch, group_slices
 from adamem_fused.tables import Layout, Opened, Tables, open_tables, upload
 
 name = "cuda"
@@ -316,8 +316,26 @@ def _apply(
         opened.store(batch)
 
 
+# ---- torch.compile: through the operators, which it can trace ---------------------------
+
+
+def _share_sums(batch: Batch, rows: Tensor) -> Tensor:
+    """Rows with their total in place of those of tensors that share one beta."""
+    shared = [place for place, own in zip(group_slices(batch), batch.shared, strict=True) if own]
+    total = torch.cat([rows[place] for place in shared]).sum(0)
+    rows = rows.clone()
+    for place in shared:
+        rows[place] = total
+    return rows
+
+
+# ---- the backend ----------------------------------------------------------------------
+
+
 def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
+    if torch.compiler.is_compiling():
+        return cpu.adamw_stats(batch, grad_scale)
     return _stats(batch, _kernels("adamw"), grad_scale)
 
 
@@ -325,11 +343,18 @@ def adamw_apply(
     batch: AdamWBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
-    _apply(batch, _kernels("adamw"), rows, grad_scale, found_inf)
+    if torch.compiler.is_compiling():
+        if rows is None and any(batch.shared):
+            rows = _share_sums(batch, cpu.adamw_stats(batch, grad_scale))
+        cpu.adamw_apply(batch, rows, grad_scale, found_inf)
+    else:
+        _apply(batch, _kernels("adamw"), rows, grad_scale, found_inf)
 
 
 def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
+    if torch.compiler.is_compiling():
+        return cpu.sgd_stats(batch, grad_scale)
     return _stats(batch, _kernels("sgd"), grad_scale)
 
 
@@ -337,4 +362,9 @@ def sgd_apply(
     batch: SGDBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
-    _apply(batch, _kernels("sgd"), rows, grad_scale, found_inf)
+    if torch.compiler.is_compiling():
+        if rows is None and any(batch.shared):
+            rows = _share_sums(batch, cpu.sgd_stats(batch, grad_scale))
+        cpu.sgd_apply(batch, rows, grad_scale, found_inf)
+    else:
+        _apply(batch, _kernels("sgd"), rows, grad_scale, found_inf)

@@ -25,6 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 LIBRARY = Path(__file__).parent / "_cuda.so"
+# Looked at once: torch.compile cannot trace a look at a file.
+_IS_INSTALLED = LIBRARY.exists()
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 FLAGS = [
     "-std=c++17",
@@ -136,19 +138,13 @@ def _cached(nvcc: str, numbers: Sequence[int]) -> Path:
 
 
 @functools.cache
-def _find() -> tuple[Path | None, str]:
-    """The library, compiled if that was asked for; or None, and why it is not there."""
-    if LIBRARY.exists() and not _is_asked_for():
-        return LIBRARY, ""
-    if not _is_asked_for():
-        return None, (
-            "its kernels were not compiled; reinstall where nvcc is found, with a CUDA build of "
-            "torch or ADAMEM_CUDA=1, or set ADAMEM_CUDA_JIT=1 in a source checkout"
-        )
+def _compile_if_new() -> Path | str:
+    """The library of the sources beside this package; or why it does not come about."""
     nvcc = find_nvcc()
-    if nvcc is None or not sources():
-        missing = "no nvcc was found" if nvcc is None else f"{SOURCES} is not there"
-        return None, f"ADAMEM_CUDA_JIT=1 is set, and {missing}"
+    if nvcc is None:
+        return "ADAMEM_CUDA_JIT=1 is set, and no nvcc was found"
+    if not sources():
+        return f"ADAMEM_CUDA_JIT=1 is set, and there are no sources in {SOURCES}"
     try:
         numbers = architectures(nvcc)
         path = _cached(nvcc, numbers)
@@ -157,19 +153,31 @@ def _find() -> tuple[Path | None, str]:
             print(f"adamem_fused: compiling the CUDA kernels into {path}", file=sys.stderr)
             compile_library(nvcc, path, numbers)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        return None, f"ADAMEM_CUDA_JIT=1 is set, and its kernels do not compile: {error}"
-    return path, ""
+        return f"ADAMEM_CUDA_JIT=1 is set, and the kernels do not compile: {error}"
+    return path
+
+
+def _find() -> Path | str:
+    """The library, or why it is not there."""
+    if _is_asked_for():
+        return _compile_if_new()
+    if _IS_INSTALLED:
+        return LIBRARY
+    return (
+        "its kernels were not compiled; reinstall where nvcc is found, with a CUDA build of torch "
+        "or ADAMEM_CUDA=1, or set ADAMEM_CUDA_JIT=1 in a source checkout"
+    )
 
 
 def unavailable() -> str | None:
     """Why the library is not there, or None."""
-    path, reason = _find()
-    return reason if path is None else None
+    found = _find()
+    return found if isinstance(found, str) else None
 
 
 def load() -> ctypes.CDLL:
     """The library. Raises RuntimeError where it is not there, OSError where it does not load."""
-    path, reason = _find()
-    if path is None:
-        raise RuntimeError(reason)
-    return ctypes.CDLL(str(path))
+    found = _find()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return ctypes.CDLL(str(found))

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cuda_emulator
 import pytest
@@ -20,7 +21,7 @@ from cases import (
     set_gradients,
 )
 
-from adamem_fused import cuda, cuda_library
+from adamem_fused import cpu, cuda, cuda_library, cuda_ops, ops
 
 HERE = Path(__file__).parent
 CHUNK = 2048
@@ -219,21 +220,25 @@ def wrong_device(step):
     return step
 
 
-def test_without_the_library_it_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(cuda_library, "LIBRARY", HERE / "nowhere.so")
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+    monkeypatch.setattr(cuda_library, "_IS_INSTALLED", False)
+    cuda_library._compile_if_new.cache_clear()
+    yield
+    cuda_library._compile_if_new.cache_clear()
+
+
+def test_without_the_library_it_says_how_to_get_it(monkeypatch, nothing_compiled):
     monkeypatch.delenv("ADAMEM_CUDA_JIT", raising=False)
-    cuda_library._find.cache_clear()
-    try:
-        assert "ADAMEM_CUDA=1" in cuda_library.unavailable()
-        monkeypatch.setenv("ADAMEM_CUDA_JIT", "1")
-        monkeypatch.setattr(cuda_library, "find_nvcc", lambda: None)
-        cuda_library._find.cache_clear()
-        assert cuda_library.unavailable() == "ADAMEM_CUDA_JIT=1 is set, and no nvcc was found"
-    finally:
-        cuda_library._find.cache_clear()
+    assert "ADAMEM_CUDA=1" in cuda_library.unavailable()
+    monkeypatch.setenv("ADAMEM_CUDA_JIT", "1")
+    monkeypatch.setattr(cuda_library, "find_nvcc", lambda: None)
+    assert cuda_library.unavailable() == "ADAMEM_CUDA_JIT=1 is set, and no nvcc was found"
+    with pytest.raises(RuntimeError, match="no nvcc was found"):
+        cuda_library.load()
 
 
-def test_a_source_checkout_compiles_the_library_once(monkeypatch, tmp_path):
+def test_a_source_checkout_compiles_the_library_once(monkeypatch, tmp_path, nothing_compiled):
     compiled = []
 
     def compile_library(nvcc, path, numbers):
@@ -245,11 +250,65 @@ def test_a_source_checkout_compiles_the_library_once(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_library, "find_nvcc", lambda: "nvcc")
     monkeypatch.setattr(cuda_library, "architectures", lambda nvcc: [90])
     monkeypatch.setattr(cuda_library, "compile_library", compile_library)
-    try:
-        for _ in range(2):
-            cuda_library._find.cache_clear()
-            assert cuda_library.unavailable() is None
-        (path,) = compiled
-        assert path.is_relative_to(tmp_path)
-    finally:
-        cuda_library._find.cache_clear()
+    for _ in range(2):
+        cuda_library._compile_if_new.cache_clear()
+        assert cuda_library.unavailable() is None
+    (path,) = compiled
+    assert path.is_relative_to(tmp_path)
+
+
+# ---- operators --------------------------------------------------------------------------
+
+OPERATORS = ("adamw_stats", "adamw_apply_", "sgd_stats", "sgd_apply_")
+needs_operators = pytest.mark.skipif(ops.unavailable is not None, reason=str(ops.unavailable))
+
+
+@needs_operators
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_operators_have_cuda_kernels(name):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"adamem_fused::{name}", "CUDA")
+
+
+@needs_operators
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01, dtype=torch.float64)])
+def test_the_operators_kernels_do_what_the_backend_does(monkeypatch, cls, lr):
+    """The operators' own CPU kernels give way to those for CUDA, which the emulation runs."""
+    groups = [Group([(5,), ()], options={"lr": lr}), Group([(3000,)], options={"maximize": True})]
+    plain, through = (make_optimizer(cls, groups, "cuda", beta_scope="tensor") for _ in range(2))
+    kind = "adamw" if cls is OPTIMIZERS[0] else "sgd"
+    stats, apply = f"{kind}_stats", f"{kind}_apply_"
+    for step in range(3):
+        set_gradients(plain, through, step=step)
+        plain.step()
+        with monkeypatch.context() as patch:
+            fake = SimpleNamespace(**{name: getattr(cuda_ops, name) for name in (stats, apply)})
+            patch.setattr(torch.ops, "adamem_fused", fake)
+            (work,) = through._collect()
+            rows = getattr(cpu, stats)(work.batch, None)
+            getattr(cpu, apply.rstrip("_"))(work.batch, rows if step == 1 else None, None, None)
+        assert_same_bits(through, plain)
+
+
+@needs_operators
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_a_compiled_step_goes_through_the_operators(cls, scope):
+    """On the CPU these are the cpu backend's."""
+    torch._dynamo.reset()
+    compiled, plain = (
+        make_optimizer(cls, [Group([(4, 5), (3,)])], backend, beta_scope=scope)
+        for backend in ("cuda", "cpu")
+    )
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step():
+        compiled.step()
+
+    for i in range(3):
+        set_gradients(compiled, plain, step=i)
+        step()
+        plain.step()
+        for ours, theirs in zip(parameters(compiled), parameters(plain), strict=True):
+            torch.testing.assert_close(ours, theirs)
+            torch.testing.assert_close(compiled.state[ours]["beta"], plain.state[theirs]["beta"])

@@ -199,9 +199,7 @@ def test_groups_with_a_shared_beta_beside_one_without(backend, cls, last):
     ours = cls(
         [
             {"params": [param], "beta_scope": scope, "backend": own}
-            for param, scope, own in zip(
-                params, scopes, backends, strict=True
-            )
+            for param, scope, own in zip(params, scopes, backends, strict=True)
         ]
     )
     reference = cls(
