@@ -131,7 +131,7 @@ class BuildExtension(build_ext):
     def get_ext_filename(self, fullname):
         # Not a Python module: tied to no version of Python.
         if fullname.split(".")[-1] == CUDA_NAME.split(".")[-1]:
-            return str(Path(*CUDA_NAME.split(".")).with_suffix(".so"))
+            return str(Path(*fullname.split("."))) + ".so"
         return super().get_ext_filename(fullname)
 
     def build_extension(self, ext):

@@ -279,7 +279,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(
             f"gpu_check: no GPU: torch {torch.__version__} sees none. It takes a machine with an "
-            "NVIDIA GPU, a torch that was built for it (2.11 or newer, Triton 3.6 or newer) and nvcc.",
+            "NVIDIA GPU, nvcc, and a torch that was built for it (2.11 or newer, Triton 3.6 or "
+            "newer).",
             file=sys.stderr,
         )
         return 2
