@@ -77,8 +77,7 @@ struct Block {
   void update(Item item) {
     Tensor& tensor = run.tensors[item.tensor];
     if (tensor.beta != run.launch) fail("updated before its beta", item.tensor, item.chunk);
-    if (++tensor.updates[item.chunk] != run.launch)
-      fail("updated twice", item.tensor, item.chunk);
+    if (++tensor.updates[item.chunk] != run.launch) fail("updated twice", item.tensor, item.chunk);
   }
 };
 
