@@ -42,7 +42,7 @@ def emulated(monkeypatch):
     [
         ["test_gpu_cases.py"],
         # Without what takes the emulation longest.
-        ["test_layouts.py", "test_determinism.py", "-k", "cuda and not hundreds"],
+        ["test_amp.py", "test_layouts.py", "test_determinism.py", "-k", "cuda and not hundreds"],
         [
             "test_backends.py",
             "-k",
