@@ -10,7 +10,7 @@ help:
 	@echo "make test       the tests"
 	@echo "make demo       a small GPT trained with AdamW and with AMAdamW: table and picture"
 	@echo "make bench-cpu  the cpu backend's time against torch's fused AdamW"
-	@echo "make gpu-check  the GPU backends tested and timed, with PYTHON's own torch and triton"
+	@echo "make gpu-check  the GPU backends tested and timed, with PYTHON's own torch"
 	@echo "make check      linters, formatters and type checker"
 	@echo "make clean      removes what was built, .venv included"
 
@@ -23,14 +23,14 @@ demo: .venv/installed
 bench-cpu: .venv/installed
 	$(BIN)/python -m bench.cpu
 
-# Takes the machine's own torch, which knows its GPU.
+# Takes the machine's own torch, which knows its GPU, and its nvcc.
 gpu-check:
 	$(PYTHON) -m bench.gpu_check
 
 check: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.* tests/*.cpp tests/cuda_emulation/*.h)
 	$(BIN)/mypy
 
 .venv/requirements: requirements.txt

@@ -1,15 +1,20 @@
-"""The build: the C++ extension, compiled against the torch that is installed.
+"""The build: the C++ extension, compiled against the torch that is installed, and the CUDA
+kernels, which are tied to no torch, where there is nvcc and torch is a CUDA build.
 
-ADAMEM_NO_EXTENSION=1 installs the pure-Python backends alone.
+ADAMEM_NO_EXTENSION=1 installs the pure-Python backends alone. ADAMEM_CUDA=0 leaves out the
+CUDA kernels, ADAMEM_CUDA=1 insists on them, with any torch. TORCH_CUDA_ARCH_LIST says what to
+compile them for; else it is the devices at hand, or 8.0, 9.0 and 10.0.
 """
 
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import site
 import sys
 import sysconfig
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -50,6 +55,8 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mf16c",
     ]
 
+CUDA_NAME = "adamem_fused._cuda"
+
 HEADERS = [
     "csrc/am_math.h",
     "csrc/tensor_refs.h",
@@ -78,10 +85,71 @@ def find_torch():
     return None
 
 
+def load_cuda_library():
+    """adamem_fused/cuda_library.py, without the package, which would import torch."""
+    path = Path(__file__).parent / "adamem_fused" / "cuda_library.py"
+    spec = importlib.util.spec_from_file_location("cuda_library", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cuda_library = load_cuda_library()
+
+
+def why_no_cuda():
+    """Why the CUDA kernels are not compiled, or None if they are."""
+    asked = os.environ.get("ADAMEM_CUDA")
+    if asked not in (None, "0", "1"):
+        sys.exit(f"adamem_fused: Invalid ADAMEM_CUDA: {asked!r} (0 or 1)")
+    if asked == "0":
+        return "ADAMEM_CUDA=0"
+    if cuda_library.find_nvcc() is None:
+        if asked == "1":
+            sys.exit(
+                "adamem_fused: ADAMEM_CUDA=1 asks for the CUDA kernels, and no nvcc was found. "
+                "Install the CUDA toolkit, or say where it is with CUDA_HOME."
+            )
+        return "no nvcc was found"
+    if asked is None:
+        torch_root = find_torch()
+        version = torch_root / "version.py" if torch_root else None
+        text = version.read_text() if version and version.exists() else ""
+        if not re.search(r"^cuda\b[^=]*= *['\"]", text, re.MULTILINE):
+            return "torch is not a CUDA build (ADAMEM_CUDA=1 compiles them all the same)"
+    return None
+
+
 class BuildExtension(build_ext):
-    """build_ext that compiles each kernel source with its own instruction set."""
+    """build_ext that compiles each kernel source with its own instruction set, and CUDA."""
+
+    def run(self):
+        reason = why_no_cuda() if self.extensions else None
+        if reason is not None:
+            print(f"adamem_fused: without the CUDA kernels: {reason}")
+            self.extensions = [ext for ext in self.extensions if ext.name != CUDA_NAME]
+        super().run()
+
+    def get_ext_filename(self, fullname):
+        # Not a Python module: tied to no version of Python.
+        if fullname.split(".")[-1] == CUDA_NAME.split(".")[-1]:
+            return str(Path(*fullname.split("."))) + ".so"
+        return super().get_ext_filename(fullname)
 
     def build_extension(self, ext):
+        if ext.name == CUDA_NAME:
+            self.build_cuda(Path(self.get_ext_fullpath(ext.name)))
+        else:
+            self.build_cpp(ext)
+
+    def build_cuda(self, path):
+        nvcc = cuda_library.find_nvcc()
+        numbers = cuda_library.architectures(nvcc)
+        print(f"adamem_fused: compiling the CUDA kernels for {numbers} with {nvcc}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cuda_library.compile_library(nvcc, path, numbers)
+
+    def build_cpp(self, ext):
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler.split()[0]) is None:
             sys.exit(
@@ -124,7 +192,8 @@ def extensions():
             libraries=["c10", "torch_cpu", "torch", "torch_python"],
             extra_link_args=["-fopenmp"],
             language="c++",
-        )
+        ),
+        Extension(CUDA_NAME, sorted(glob("csrc/cuda/*.cu")), depends=sorted(glob("csrc/cuda/*.h"))),
     ]
 
 

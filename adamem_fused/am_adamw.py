@@ -54,7 +54,7 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         fused: True for a fused backend, or an error; False for none.
         capturable: as in torch.optim. State is on the device and is not read back with
             either value.
-        backend: "cpu", "triton", "foreach" or "reference"; None takes the fastest that is
+        backend: "cpu", "cuda", "triton", "foreach" or "reference"; None takes the fastest that is
             there.
 
     Raises:

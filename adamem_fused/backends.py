@@ -7,8 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from adamem_fused import cpu, foreach, reference, triton
+from adamem_fused import cpu, cuda, cuda_ops, foreach, reference, triton
 from adamem_fused.batch import AdamWBatch, SGDBatch
+
+cuda_ops.register()
 
 
 class Backend(Protocol):
@@ -52,7 +54,7 @@ class Backend(Protocol):
 
 # From the fastest to the slowest, as backend=None tries them.
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (cpu, triton, foreach, reference)
+    backend.name: backend for backend in (cpu, cuda, triton, foreach, reference)
 }
 
 

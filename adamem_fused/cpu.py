@@ -27,11 +27,12 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def _lrs(batch: Batch) -> Tensor:
-    """The groups' learning rates, [groups] float64."""
+    """The groups' learning rates, [groups] float64; on the tensors' device if one is a tensor."""
     lrs = [h.lr for h in batch.hypers]
     if any(isinstance(lr, Tensor) for lr in lrs):
+        device = batch.params[0].device
         return torch.stack(
-            [torch.as_tensor(lr, dtype=torch.float64, device="cpu").reshape(()) for lr in lrs]
+            [torch.as_tensor(lr, dtype=torch.float64, device=device).reshape(()) for lr in lrs]
         )
     return torch.tensor(lrs, dtype=torch.float64)
 

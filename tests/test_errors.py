@@ -219,7 +219,7 @@ def no_extension(monkeypatch):
     ("options", "message"),
     [
         ({"backend": "cpu"}, f"backend='cpu' is not available: {ABSENT}"),
-        ({"fused": True}, f"fused=True: no fused backend is available (cpu: {ABSENT}; triton: "),
+        ({"fused": True}, f"fused=True: no fused backend is available (cpu: {ABSENT}; cuda: "),
     ],
 )
 def test_absent_backend_is_an_error_never_a_fallback(cls, options, message, monkeypatch):

@@ -36,7 +36,7 @@ SHAPES = [(6, 3), (5, 3), (1, 4), (16,)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.complex64: 1e-5}
 
 both = pytest.mark.parametrize("cls", OPTIMIZERS)
-each_backend = pytest.mark.parametrize("backend", backends("reference", "triton"))
+each_backend = pytest.mark.parametrize("backend", backends("reference", "cuda", "triton"))
 scopes = pytest.mark.parametrize("scope", ["tensor", "global"])
 
 

@@ -20,8 +20,8 @@ HERE = Path(__file__).parent
 
 
 def test_kernels_under_the_interpreter():
-    """test_triton_cases.py, in a process that imports triton with its interpreter on."""
-    cases = str(HERE / "test_triton_cases.py")
+    """test_gpu_cases.py, in a process that imports triton with its interpreter on."""
+    cases = str(HERE / "test_gpu_cases.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases],
         env={**os.environ, "TRITON_INTERPRET": "1"},

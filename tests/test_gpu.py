@@ -1,13 +1,12 @@
-"""The triton backend where only a GPU shows it: graphs, syncs, sizes. Not yet run on one."""
+"""The GPU backends where only a GPU shows it: graphs, syncs, sizes. Not yet run on one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="triton is not installed")
-
 from adamem_fused import AMSGD, AMAdamW
+from adamem_fused.backends import BACKENDS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,13 +16,21 @@ pytestmark = [
 OPTIMIZERS = [AMAdamW, AMSGD]
 
 
-def make(cls, shapes=((300, 70), (5,), ()), **options):
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request) -> str:
+    reason = BACKENDS[request.param].unavailable(torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+def make(backend, cls, shapes=((300, 70), (5,), ()), **options):
     generator = torch.Generator().manual_seed(0)
     params = [torch.randn(shape, generator=generator).cuda().requires_grad_() for shape in shapes]
     for param in params:
         param.grad = torch.zeros_like(param)
     options.setdefault("lr", torch.tensor(0.05, device="cuda"))
-    return params, cls(params, backend="triton", capturable=True, **options)
+    return params, cls(params, backend=backend, capturable=True, **options)
 
 
 def set_grads(params, step: int) -> None:
@@ -50,11 +57,11 @@ def capture(optimizer) -> torch.cuda.CUDAGraph:
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("scope", ["tensor", "global"])
-def test_a_captured_step_follows_lr_scale_and_found_inf(cls, scope):
+def test_a_captured_step_follows_lr_scale_and_found_inf(backend, cls, scope):
     """Replays give the same bits as steps that were not captured."""
     sides = []
     for captured in (True, False):
-        params, optimizer = make(cls, beta_scope=scope)
+        params, optimizer = make(backend, cls, beta_scope=scope)
         optimizer.grad_scale = torch.tensor(1.0, device="cuda")
         optimizer.found_inf = torch.tensor(0.0, device="cuda")
         set_grads(params, 0)
@@ -71,9 +78,9 @@ def test_a_captured_step_follows_lr_scale_and_found_inf(cls, scope):
         assert torch.equal(replayed, stepped)
 
 
-def test_steps_between_replays_leave_the_graph_its_addresses():
-    params, optimizer = make(AMAdamW)
-    twins, twin = make(AMAdamW)
+def test_steps_between_replays_leave_the_graph_its_addresses(backend):
+    params, optimizer = make(backend, AMAdamW)
+    twins, twin = make(backend, AMAdamW)
     for side, steps in ((params, optimizer), (twins, twin)):
         set_grads(side, 0)
         steps.step()
@@ -96,10 +103,10 @@ def test_steps_between_replays_leave_the_graph_its_addresses():
         assert torch.equal(ours, expected)
 
 
-def test_a_graph_that_uploads_its_own_tables_can_be_replayed():
+def test_a_graph_that_uploads_its_own_tables_can_be_replayed(backend):
     """As when the backward pass is captured too: the gradients are the graph's."""
-    params, optimizer = make(AMAdamW)
-    twins, twin = make(AMAdamW)
+    params, optimizer = make(backend, AMAdamW)
+    twins, twin = make(backend, AMAdamW)
     for side, steps in ((params, optimizer), (twins, twin)):
         set_grads(side, 0)
         steps.step()
@@ -119,16 +126,16 @@ def test_a_graph_that_uploads_its_own_tables_can_be_replayed():
         assert torch.equal(ours, expected)
 
 
-def test_capturing_without_a_step_before_says_what_to_do():
-    _, optimizer = make(AMAdamW)
+def test_capturing_without_a_step_before_says_what_to_do(backend):
+    _, optimizer = make(backend, AMAdamW)
     with pytest.raises(RuntimeError, match="take a step with the same parameters"):
         capture(optimizer)
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("scope", ["tensor", "global"])
-def test_a_step_never_waits_for_the_device(cls, scope):
-    params, optimizer = make(cls, beta_scope=scope)
+def test_a_step_never_waits_for_the_device(backend, cls, scope):
+    params, optimizer = make(backend, cls, beta_scope=scope)
     set_grads(params, 0)
     optimizer.step()
     torch.cuda.set_sync_debug_mode("error")
@@ -143,14 +150,14 @@ def test_a_step_never_waits_for_the_device(cls, scope):
 
 
 @pytest.mark.slow
-def test_tensors_beyond_two_to_the_31_elements_are_updated_to_their_end():
+def test_tensors_beyond_two_to_the_31_elements_are_updated_to_their_end(backend):
     n = 2**31 + 4096
     if torch.cuda.mem_get_info()[0] < 14 * n:
         pytest.skip(f"needs {14 * n / 2**30:.0f} GiB of free GPU memory")
     param = torch.ones(n, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     param.grad = torch.ones_like(param)
     # Without lambda the first step is AdamW's: lr times the sign of the gradient.
-    optimizer = AMAdamW([param], lr=0.5, weight_decay=0.0, memory_lambda=0.0, backend="triton")
+    optimizer = AMAdamW([param], lr=0.5, weight_decay=0.0, memory_lambda=0.0, backend=backend)
     optimizer.step()
     for part in (param[:4096], param[2**31 - 4096 :]):
         assert torch.equal(part, torch.full_like(part, 0.5))

@@ -1,7 +1,9 @@
-"""The triton backend against the reference: on a GPU, or on the CPU under the interpreter.
+"""The GPU backends against the reference: on a GPU, or on the CPU in place of one.
 
-The interpreter is chosen when triton is imported, so test_triton.py runs this file in a
-process of its own. By hand: TRITON_INTERPRET=1 pytest tests/test_triton_cases.py
+Triton's interpreter is chosen when triton is imported, and the cuda backend's emulation is a
+plugin, so test_triton.py and test_cuda.py run this file in processes of their own. By hand:
+TRITON_INTERPRET=1 pytest tests/test_gpu_cases.py
+PYTHONPATH=tests pytest -p cuda_emulator tests/test_gpu_cases.py
 A program takes the interpreter some 50 ms, so tensors and steps are few.
 """
 
@@ -9,40 +11,51 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import weakref
 
 import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="triton is not installed")
-
 from adamem_fused import AMSGD, AMAdamW, triton
-from adamem_fused.triton_kernels.config import Config
+from adamem_fused.backends import BACKENDS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-if not INTERPRETED:
+EMULATED = "cuda_emulator" in sys.modules
+DEVICE = torch.device("cpu" if INTERPRETED or EMULATED else "cuda")
+if DEVICE.type == "cuda":
     pytestmark = [
         pytest.mark.gpu,
         pytest.mark.skipif(
             not torch.cuda.is_available(),
-            reason="needs a GPU; test_triton.py runs it under Triton's interpreter",
+            reason="needs a GPU; test_triton.py and test_cuda.py run it without one",
         ),
     ]
+
+
+@pytest.fixture(params=["triton"] if INTERPRETED else ["cuda"] if EMULATED else ["triton", "cuda"])
+def backend(request) -> str:
+    reason = BACKENDS[request.param].unavailable(DEVICE)
+    if reason is not None and DEVICE.type == "cuda":
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
 
 OPTIMIZERS = [AMAdamW, AMSGD]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 # One whole block, whole blocks and a rest, several chunks, 0-dim, no elements.
 SHAPES = [(256,), (24, 40), (5, 7, 11), (), (0, 3)]
 if not INTERPRETED:
-    SHAPES += [(1024,), (16384,), (211, 223)]
+    SHAPES += [(1024,), (2048,), (16384,), (211, 223)]
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Under the interpreter: a tensor of a thousand elements has several blocks and chunks."""
     if INTERPRETED:
+        from adamem_fused.triton_kernels.config import Config
+
         config = Config(
             chunk=512, block=256, num_warps=1, num_stages=1, partials=2, shared_partials=4
         )
@@ -96,15 +109,15 @@ def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def compare(
-    cls, params: list[Tensor], steps=3, prepare=set_grads, lrs=None, **options
+    backend: str, cls, params: list[Tensor], steps=3, prepare=set_grads, lrs=None, **options
 ) -> list[float]:
-    """Steps with the triton backend and the reference; returns all betas.
+    """Steps with the backend and the reference; returns all betas.
 
     The state is compared after each step and then made the same, so that one rounding in
     float32 that falls the other way is not carried on.
     """
     others = [param.detach().clone().requires_grad_() for param in params]
-    ours = cls(params, backend="triton", **options)
+    ours = cls(params, backend=backend, **options)
     reference = cls(others, backend="reference", **options)
     betas = []
     for step in range(steps):
@@ -136,8 +149,8 @@ def compare(
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_matches_the_reference(cls, dtype):
-    betas = compare(cls, make_params(dtype=dtype), lr=0.05, weight_decay=0.1)
+def test_matches_the_reference(backend, cls, dtype):
+    betas = compare(backend, cls, make_params(dtype=dtype), lr=0.05, weight_decay=0.1)
     inside = [beta for beta in betas if 0.001 < beta < 0.88]
     assert len(inside) > len(SHAPES) - 2, f"betas that are not cut off are few: {betas}"
 
@@ -145,15 +158,15 @@ def test_matches_the_reference(cls, dtype):
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 @pytest.mark.parametrize("plane", ["level", "anchored"])
-def test_matches_the_reference_for_both_planes_and_scopes(cls, scope, plane):
+def test_matches_the_reference_for_both_planes_and_scopes(backend, cls, scope, plane):
     params = make_params([(600,), (3,)])
     options = {"beta_scope": scope, "memory_plane": plane, "weight_decay": 0.0}
-    betas = compare(cls, params, lr=0.05, **options)
+    betas = compare(backend, cls, params, lr=0.05, **options)
     assert any(0.001 < beta < 0.88 for beta in betas), betas
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_several_groups_with_their_own_values_and_maximize(cls):
+def test_several_groups_with_their_own_values_and_maximize(backend, cls):
     params = make_params([(300,), (7,), (5,)])
     cap = {"betas": (0.7, 0.9)} if cls is AMAdamW else {"beta_max": 0.5}
     groups = [
@@ -163,7 +176,7 @@ def test_several_groups_with_their_own_values_and_maximize(cls):
     ]
     others = [param.detach().clone().requires_grad_() for param in params]
     twins = [{**group, "params": [others[i]]} for i, group in enumerate(groups)]
-    ours, reference = cls(groups, backend="triton"), cls(twins, backend="reference")
+    ours, reference = cls(groups, backend=backend), cls(twins, backend="reference")
     for step in range(3):
         set_grads(params, step)
         for param, other in zip(params, others, strict=True):
@@ -176,16 +189,17 @@ def test_several_groups_with_their_own_values_and_maximize(cls):
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-@pytest.mark.parametrize("backends", [("triton",) * 3, ("triton", "triton", "reference")])
-def test_groups_with_a_shared_beta_beside_one_without(cls, backends):
+@pytest.mark.parametrize("last", [None, "reference"])
+def test_groups_with_a_shared_beta_beside_one_without(backend, cls, last):
     """With a second backend the sums are shared between stats and apply, outside of both."""
     scopes = ("global", "tensor", "global")
+    backends = (backend, backend, last or backend)
     params = make_params([(700,), (30,), (40,)])
     others = [param.detach().clone().requires_grad_() for param in params]
     ours = cls(
         [
-            {"params": [param], "beta_scope": scope, "backend": backend}
-            for param, scope, backend in zip(params, scopes, backends, strict=True)
+            {"params": [param], "beta_scope": scope, "backend": own}
+            for param, scope, own in zip(params, scopes, backends, strict=True)
         ]
     )
     reference = cls(
@@ -209,13 +223,13 @@ def test_groups_with_a_shared_beta_beside_one_without(cls, backends):
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_learning_rates_that_touch_zero(cls):
-    compare(cls, make_params([(300,)]), steps=4, lrs=[0.0, 0.1, 0.0, 0.05])
+def test_learning_rates_that_touch_zero(backend, cls):
+    compare(backend, cls, make_params([(300,)]), steps=4, lrs=[0.0, 0.1, 0.0, 0.05])
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_tensor_lr_is_read_at_its_address(cls, dtype):
+def test_a_tensor_lr_is_read_at_its_address(backend, cls, dtype):
     lr = torch.tensor(0.1, dtype=dtype, device=DEVICE)
     params = make_params([(300,)])
 
@@ -223,16 +237,16 @@ def test_a_tensor_lr_is_read_at_its_address(cls, dtype):
         lr.fill_([0.1, 0.0, 0.05][step])
         set_grads(params, step)
 
-    compare(cls, params, prepare=prepare, lr=lr)
+    compare(backend, cls, params, prepare=prepare, lr=lr)
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("plane", ["level", "anchored"])
-def test_the_gap_from_losses(cls, plane):
+def test_the_gap_from_losses(backend, cls, plane):
     params = make_params([(300,), (4,)])
     others = [param.detach().clone().requires_grad_() for param in params]
     options = {"gap": "loss", "beta_scope": "global", "memory_plane": plane, "lr": 0.05}
-    ours = cls(params, backend="triton", **options)
+    ours = cls(params, backend=backend, **options)
     reference = cls(others, backend="reference", **options)
     for step in range(3):
         set_grads(params, step)
@@ -247,27 +261,29 @@ def test_the_gap_from_losses(cls, plane):
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_mixed_dtypes_in_one_step(cls):
+def test_mixed_dtypes_in_one_step(backend, cls):
     params = [
         param
         for dtype in (torch.float32, torch.bfloat16, torch.float64)
         for param in make_params([(300,)], dtype)
     ]
     # A beta of its own each: one over float32 sums would not be good to float64's tolerance.
-    compare(cls, params, steps=2, lr=0.05, beta_scope="tensor")
+    compare(backend, cls, params, steps=2, lr=0.05, beta_scope="tensor")
 
 
 @pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_a_gradient_of_another_dtype(cls):
+def test_a_gradient_of_another_dtype(backend, cls):
     params = make_params([(700,)], torch.bfloat16)
-    compare(cls, params, prepare=lambda ps, step: set_grads(ps, step, torch.float32), lr=0.05)
+    compare(
+        backend, cls, params, prepare=lambda ps, step: set_grads(ps, step, torch.float32), lr=0.05
+    )
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_float64_state_of_float32_parameters(cls):
+def test_float64_state_of_float32_parameters(backend, cls):
     (param,) = make_params([(300,)])
-    optimizer = cls([param], backend="triton", lr=0.05)
+    optimizer = cls([param], backend=backend, lr=0.05)
     set_grads([param], 0)
     optimizer.step()
     for name in (*cls.memories, *cls.scalars):
@@ -285,7 +301,7 @@ def test_float64_state_of_float32_parameters(cls):
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("offset", [0, 1])
-def test_unaligned_tensors(cls, offset, monkeypatch):
+def test_unaligned_tensors(backend, cls, offset, monkeypatch):
     """One element past an aligned address no 16-byte access is possible: a GPU would fault."""
     hinted = []
     if INTERPRETED:
@@ -297,19 +313,19 @@ def test_unaligned_tensors(cls, offset, monkeypatch):
         monkeypatch.setattr(interpreter.TensorHandle, "set_attr", set_attr)
     param = random(1024 + offset)[offset:].requires_grad_()
     assert (param.data_ptr() % 16 != 0) == bool(offset)
-    compare(cls, [param], steps=2, lr=0.05)
+    compare(backend, cls, [param], steps=2, lr=0.05)
     assert all(address % 16 == 0 for address in hinted)
     if INTERPRETED:
         assert bool(hinted) != bool(offset)
 
 
-def test_an_eps_of_zero():
+def test_an_eps_of_zero(backend):
     """Beyond a tensor's end everything is 0, and so is the denominator."""
-    compare(AMAdamW, make_params([(300,)]), lr=0.05, eps=0.0)
+    compare(backend, AMAdamW, make_params([(300,)]), lr=0.05, eps=0.0)
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_strided_parameters_and_gradients(cls):
+def test_strided_parameters_and_gradients(backend, cls):
     base = random(20, 30)
     rest = base[:, 1::2].clone()
     params = [
@@ -317,35 +333,35 @@ def test_strided_parameters_and_gradients(cls):
         random(6, 7).t().requires_grad_(),  # dense, gradient contiguous
         random(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_(),
     ]
-    compare(cls, params, lr=0.05)
+    compare(backend, cls, params, lr=0.05)
     assert torch.equal(base[:, 1::2], rest), "elements between those of a view were written to"
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_complex_parameters(cls):
+def test_complex_parameters(backend, cls):
     def numbers(seed):
         return torch.view_as_complex(random(30, 2, seed=seed))
 
     def prepare(params, step):
         params[0].grad = params[0].detach() + numbers(seed=1 + step)
 
-    compare(cls, [numbers(seed=0).requires_grad_()], prepare=prepare, lr=0.05)
+    compare(backend, cls, [numbers(seed=0).requires_grad_()], prepare=prepare, lr=0.05)
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_parameters_that_get_a_gradient_now_and_then(cls):
+def test_parameters_that_get_a_gradient_now_and_then(backend, cls):
     def prepare(params, step):
         set_grads(params, step)
         params[step % 2].grad = None
 
-    compare(cls, make_params([(40,), (300,), (8,)]), prepare=prepare, lr=0.05)
+    compare(backend, cls, make_params([(40,), (300,), (8,)]), prepare=prepare, lr=0.05)
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("scope", ["tensor", "global"])
-def test_found_inf_leaves_everything_as_it_was(cls, scope):
+def test_found_inf_leaves_everything_as_it_was(backend, cls, scope):
     params = make_params([(300,), ()])
-    optimizer = cls(params, backend="triton", lr=0.05, beta_scope=scope)
+    optimizer = cls(params, backend=backend, lr=0.05, beta_scope=scope)
     set_grads(params, 0)
     optimizer.step()
     before = [
@@ -365,9 +381,9 @@ def test_found_inf_leaves_everything_as_it_was(cls, scope):
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_grad_scale_is_divided_out(cls):
+def test_grad_scale_is_divided_out(backend, cls):
     params, others = make_params([(300,)]), make_params([(300,)])
-    ours, reference = cls(params, backend="triton"), cls(others, backend="reference")
+    ours, reference = cls(params, backend=backend), cls(others, backend="reference")
     ours.grad_scale = torch.tensor(1024.0, device=DEVICE)
     ours.found_inf = torch.tensor(0.0, device=DEVICE)
     for step in range(2):
@@ -380,10 +396,10 @@ def test_grad_scale_is_divided_out(cls):
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_two_runs_give_the_same_bits(cls):
+def test_two_runs_give_the_same_bits(backend, cls):
     def run():
         params = make_params([(1300,), (40,)])
-        optimizer = cls(params, backend="triton", lr=0.05)
+        optimizer = cls(params, backend=backend, lr=0.05)
         for step in range(2):
             set_grads(params, step)
             optimizer.step()
@@ -394,9 +410,9 @@ def test_two_runs_give_the_same_bits(cls):
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_state_that_was_set_to_a_wrong_shape_is_refused(cls):
+def test_state_that_was_set_to_a_wrong_shape_is_refused(backend, cls):
     params = make_params([(8,), (40,)])
-    optimizer = cls(params, backend="triton")
+    optimizer = cls(params, backend=backend)
     set_grads(params, 0)
     optimizer.step()
     before = [param.detach().clone() for param in params]
@@ -408,9 +424,9 @@ def test_state_that_was_set_to_a_wrong_shape_is_refused(cls):
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_gradients_are_not_kept_alive(cls):
+def test_gradients_are_not_kept_alive(backend, cls):
     params = make_params([(8,)])
-    optimizer = cls(params, backend="triton")
+    optimizer = cls(params, backend=backend)
     set_grads(params, 0)
     optimizer.step()
     kept = weakref.ref(params[0].grad.untyped_storage())

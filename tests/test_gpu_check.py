@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bench import gpu_check
+from bench import gpu_cases, gpu_check
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -16,9 +16,19 @@ def test_without_a_gpu_it_says_so(capsys):
     assert "no GPU" in capsys.readouterr().err
 
 
-def test_gpt2_small_is_all_of_it():
-    assert len(gpt2 := gpu_check.gpt2_small()) == 148
-    assert sum(map(math.prod, gpt2)) == 124_439_808
+def test_the_parameter_lists_are_whole():
+    for shapes, tensors, numel in (
+        (gpu_cases.gpt2_small(), 148, 124_439_808),
+        (gpu_cases.resnet50(), 161, 25_557_032),
+        (gpu_cases.llama2_7b(), 291, 6_738_415_616),
+    ):
+        assert len(shapes) == tensors
+        assert sum(map(math.prod, shapes)) == numel
+
+
+@pytest.mark.parametrize("gib, layers", [(8, 1), (80, 12), (140, 23), (1000, 32)])
+def test_llamas_layers_fit_the_memory(gib, layers):
+    assert gpu_cases.llama_that_fits(gib * 2**30) == gpu_cases.llama2_7b(layers)
 
 
 def test_the_table_marks_what_missed_its_target(monkeypatch):
@@ -30,6 +40,8 @@ def test_the_table_marks_what_missed_its_target(monkeypatch):
     assert row.split()[-6:] == ["44.000", "22.000", "2.00", "1.60", "50%", "missed"]
     assert "tests: 1 passed" in table
     timing.torch_step = [0.044, 0.044]
+    assert "missed" not in gpu_check.format_table([timing], {}, copy=2e12)
+    timing.target, timing.step = None, [1.0, 1.0]
     assert "missed" not in gpu_check.format_table([timing], {}, copy=2e12)
 
 
@@ -48,4 +60,17 @@ def test_only_files_with_gpu_tests_are_run_and_their_last_line_is_reported(tmp_p
         pytest.skip("there is a GPU: gpu_check runs them itself")
     result = gpu_check.run_tests(tmp_path / "log")
     assert "skipped" in result and "failed" not in result
-    assert "test_triton_gpu.py" in (tmp_path / "log").read_text()
+    assert "test_gpu.py" in (tmp_path / "log").read_text()
+
+
+def test_the_sanitizer_runs_both_tools_or_says_that_it_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "sanitizer", lambda: None)
+    assert gpu_check.sanitize(tmp_path) == {"compute-sanitizer": "skipped: it is not installed"}
+    stub = tmp_path / "sanitizer"
+    stub.write_text('#!/bin/sh\n[ "$2" = memcheck ] || exit 9\n')
+    stub.chmod(0o755)
+    monkeypatch.setattr(gpu_check, "sanitizer", lambda: str(stub))
+    assert gpu_check.sanitize(tmp_path) == {
+        "compute-sanitizer memcheck": "no errors",
+        "compute-sanitizer racecheck": "failed: see racecheck.log",
+    }

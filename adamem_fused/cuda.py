@@ -1,0 +1,370 @@
+"""The cuda backend: the kernels of csrc/cuda, for tensors on an NVIDIA GPU.
+
+Where no tensor's beta waits for another's, a step is one launch that reads most tensors from
+memory once (csrc/cuda/schedule.h). With rows, or a beta that tensors share, it is three to
+five: stats, the sums of rows, beta, apply. Both ways give the same bits. Each further
+combination of dtypes takes one more of step, of stats and of apply, and strided tensors take
+copies. Nothing is read back from the device, a step can be captured in a CUDA graph, and two
+runs give the same bits.
+
+Not yet run on a GPU. The kernels were compiled for sm_80, sm_90 and sm_100, and their source
+was tested on the CPU, compiled by g++ with threads in place of CUDA's
+(tests/cuda_emulation/).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adamem_fused import cpu, cuda_library
+from adamem_fused.batch import AdamWBatch, Batch, SGDBatch, group_slices
+from adamem_fused.tables import Layout, Opened, Tables, open_tables, upload
+
+name = "cuda"
+fused = True
+shares_sums = True
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why this backend cannot be used for tensors on `device`, or None."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        where = "an AMD GPU" if device.type == "cuda" else str(device)
+        return f"it works on tensors on an NVIDIA GPU, and these are on {where}"
+    reason = cuda_library.unavailable()
+    if reason is not None:
+        return reason
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"it needs compute capability 8.0 or newer, and {device} has {major}.{minor}"
+    return None
+
+
+# ---- the structs of csrc/cuda ---------------------------------------------------------
+
+
+class _Step(ctypes.Structure):
+    """Step of csrc/cuda/tables.h."""
+
+    _fields_ = (
+        ("addresses", ctypes.c_void_p),
+        ("layout", ctypes.c_void_p),
+        ("hypers", ctypes.c_void_p),
+        ("lrs", ctypes.c_void_p),
+        ("chunk_tensors", ctypes.c_void_p),
+        ("partials", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("coefficients", ctypes.c_void_p),
+        ("grad_scale", ctypes.c_void_p),
+        ("found_inf", ctypes.c_void_p),
+        ("tensors", ctypes.c_int64),
+        ("device", ctypes.c_int64),
+    )
+
+
+class _Bucket(ctypes.Structure):
+    """Bucket of csrc/cuda/tables.h."""
+
+    _fields_ = (
+        ("first_chunk", ctypes.c_int64),
+        ("chunks", ctypes.c_int64),
+        ("dtypes", ctypes.c_int32 * 4),
+    )
+
+
+class _Schedule(ctypes.Structure):
+    """Schedule of csrc/cuda/schedule.h."""
+
+    _fields_ = (
+        ("items", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("control", ctypes.c_void_p),
+        ("progress", ctypes.c_void_p),
+    )
+
+
+# DType of csrc/cuda/tables.h.
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class _Kernels(NamedTuple):
+    """An optimizer's launches, and the columns of coefficients that beta leaves for apply."""
+
+    stats: Any
+    beta: Any
+    apply: Any
+    step: Any
+    chunks_ahead: Any
+    coefficients: int
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return cuda_library.load()
+
+
+@functools.cache
+def _kernels(optimizer: str) -> _Kernels:
+    def function(kind: str) -> Any:
+        return getattr(_library(), f"adamem_{optimizer}_{kind}")
+
+    return _Kernels(
+        stats=function("stats"),
+        beta=function("beta"),
+        apply=function("apply"),
+        step=function("step"),
+        chunks_ahead=function("chunks_ahead"),
+        coefficients=function("columns")(),
+    )
+
+
+def _call(function: Any, *args: Any) -> None:
+    """Calls a function of the library; structs go by reference."""
+    error = function(*(ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in args))
+    if error != 0:
+        message = _library().adamem_error
+        message.restype = ctypes.c_char_p
+        raise RuntimeError(f"{function.__name__}: {message(error).decode()}")
+
+
+@contextmanager
+def _on(device: torch.device) -> Iterator[ctypes.c_void_p]:
+    """Makes the device the current one; gives the stream to launch on."""
+    with torch.cuda.device(device):
+        yield ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+
+
+# ---- the schedule of a step in one launch ---------------------------------------------
+
+
+class _Plan(NamedTuple):
+    """The schedules of a layout's buckets, and the memory that they point to."""
+
+    layout: Layout
+    schedules: list[_Schedule]
+    memory: list[Tensor]
+
+
+def _chunk_counts(batch: Batch, layout: Layout) -> list[dict[int, int]]:
+    """For each bucket its tensors' numbers of chunks.
+
+    Tensors without elements belong to no bucket. They have a beta too: the first takes them.
+    """
+    places = {bucket.dtypes: i for i, bucket in enumerate(layout.buckets)}
+    counts: list[dict[int, int]] = [{} for _ in layout.buckets]
+    chunk = _library().adamem_chunk()
+    lists = (batch.params, batch.grads, *batch.memories.values())
+    for i, tensors in enumerate(zip(*lists, strict=True)):
+        numel = tensors[0].numel()
+        bucket = places[tuple(tensor.dtype for tensor in tensors)] if numel else 0
+        counts[bucket][i] = -(-numel // chunk)
+    return counts
+
+
+def _plan(batch: Batch, kernels: _Kernels, layout: Layout, step: _Step) -> _Plan | None:
+    """The layout's plan; None where there is nothing to plan, or no time for it."""
+    plan: _Plan | None = batch.cache.get("plan")
+    device = batch.params[0].device
+    capturing = device.type != "cpu" and torch.cuda.is_current_stream_capturing()
+    if plan is None or plan.layout is not layout:
+        if not layout.buckets or capturing:
+            return None
+        control = torch.zeros(2 + len(batch.params), dtype=torch.int64, device=device)
+        plan = batch.cache["plan"] = _Plan(layout, [], [control])
+        for bucket, counts in zip(layout.buckets, _chunk_counts(batch, layout), strict=True):
+            ahead = ctypes.c_int64()
+            _call(kernels.chunks_ahead, step, _bucket(bucket), ctypes.byref(ahead))
+            items = _items(counts, ahead)
+            plan.memory.append(upload(items, device))
+            plan.schedules.append(
+                _Schedule(
+                    items=plan.memory[-1].data_ptr(),
+                    count=len(items),
+                    control=control.data_ptr(),
+                    progress=control[2:].data_ptr(),
+                )
+            )
+    if capturing:
+        # The graph uses it whenever it is replayed, whatever later steps bring.
+        batch.cache.setdefault("captured", []).append(plan)
+    return plan
+
+
+def _items(counts: dict[int, int], ahead: ctypes.c_int64) -> Tensor:
+    """A bucket's items in the order of csrc/cuda/schedule.h, [items, 2] int32."""
+    names = torch.tensor(list(counts), dtype=torch.int32)
+    chunks = torch.tensor(list(counts.values()), dtype=torch.int64)
+    total = int((chunks + chunks.clamp(min=1)).sum())
+    items = torch.empty(total, 2, dtype=torch.int32)
+    _library().adamem_make_items(
+        ctypes.c_void_p(chunks.data_ptr()),
+        ctypes.c_void_p(names.data_ptr()),
+        ctypes.c_int64(len(counts)),
+        ahead,
+        ctypes.c_void_p(items.data_ptr()),
+    )
+    return items
+
+
+# ---- stats and apply ------------------------------------------------------------------
+
+
+def _bucket(bucket: Any) -> _Bucket:
+    codes = [_DTYPES[dtype] for dtype in bucket.dtypes]
+    # AM-SGD has one memory; its kernels do not look at a second.
+    codes += codes[-1:] * (4 - len(codes))
+    return _Bucket(bucket.first_chunk, bucket.chunks, (ctypes.c_int32 * 4)(*codes))
+
+
+def _float(scalar: Tensor | None) -> Tensor | None:
+    return None if scalar is None else scalar.to(torch.float32)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _step(
+    batch: Batch,
+    tables: Tables,
+    rows: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> _Step:
+    layout = tables.layout
+    return _Step(
+        addresses=tables.addresses.data_ptr(),
+        layout=layout.table.data_ptr(),
+        hypers=tables.hypers.data_ptr(),
+        lrs=tables.lrs.data_ptr(),
+        chunk_tensors=layout.chunk_tensors.data_ptr(),
+        partials=layout.partials.data_ptr(),
+        rows=_address(rows),
+        coefficients=layout.coefficients.data_ptr(),
+        grad_scale=_address(grad_scale),
+        found_inf=_address(found_inf),
+        tensors=len(batch.params),
+        device=batch.params[0].device.index or 0,
+    )
+
+
+def _open(batch: Batch, kernels: _Kernels) -> Opened:
+    return open_tables(batch, _library().adamem_chunk(), kernels.coefficients)
+
+
+def _stats(batch: Batch, kernels: _Kernels, grad_scale: Tensor | None) -> Tensor:
+    device = batch.params[0].device
+    rows = torch.empty(len(batch.params), 2, dtype=torch.float64, device=device)
+    grad_scale = _float(grad_scale)
+    with _on(device) as stream:
+        # Kept to the end of the launches: it owns the copies that they read.
+        opened = _open(batch, kernels)
+        step = _step(batch, opened.tables, rows, grad_scale, None)
+        for bucket in opened.tables.layout.buckets:
+            _call(kernels.stats, step, _bucket(bucket), stream)
+        _call(_library().adamem_sum_rows, step, stream)
+    return rows
+
+
+def _apply(
+    batch: Batch,
+    kernels: _Kernels,
+    rows: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    device, n = batch.params[0].device, len(batch.params)
+    if rows is not None and (
+        rows.shape != (n, 2) or rows.dtype != torch.float64 or rows.device != device
+    ):
+        raise ValueError(
+            f"rows has to be a float64 tensor of shape [{n}, 2] on {device}, not "
+            f"{rows.dtype} {list(rows.shape)} on {rows.device}"
+        )
+    shared = rows is None and any(batch.shared)
+    if rows is not None:
+        rows = rows.contiguous()
+    elif shared:
+        rows = torch.empty(n, 2, dtype=torch.float64, device=device)
+    grad_scale, found_inf = _float(grad_scale), _float(found_inf)
+    with _on(device) as stream:
+        opened = _open(batch, kernels)
+        layout = opened.tables.layout
+        step = _step(batch, opened.tables, rows, grad_scale, found_inf)
+        buckets = [_bucket(bucket) for bucket in layout.buckets]
+        plan = _plan(batch, kernels, layout, step) if rows is None else None
+        if plan is not None:
+            for bucket, schedule in zip(buckets, plan.schedules, strict=True):
+                _call(kernels.step, step, bucket, schedule, stream)
+        else:
+            if rows is None or shared:
+                for bucket in buckets:
+                    _call(kernels.stats, step, bucket, stream)
+            if shared:
+                _call(_library().adamem_sum_rows, step, stream)
+                columns = opened.tables.hypers.numel() // len(batch.hypers)
+                _call(_library().adamem_share_rows, step, columns, stream)
+            _call(kernels.beta, step, stream)
+            for bucket in reversed(buckets):
+                _call(kernels.apply, step, bucket, stream)
+        opened.store(batch)
+
+
+# ---- torch.compile: through the operators, which it can trace ---------------------------
+
+
+def _share_sums(batch: Batch, rows: Tensor) -> Tensor:
+    """Rows with their total in place of those of tensors that share one beta."""
+    shared = [place for place, own in zip(group_slices(batch), batch.shared, strict=True) if own]
+    total = torch.cat([rows[place] for place in shared]).sum(0)
+    rows = rows.clone()
+    for place in shared:
+        rows[place] = total
+    return rows
+
+
+# ---- the backend ----------------------------------------------------------------------
+
+
+def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
+    """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
+    if torch.compiler.is_compiling():
+        return cpu.adamw_stats(batch, grad_scale)
+    return _stats(batch, _kernels("adamw"), grad_scale)
+
+
+def adamw_apply(
+    batch: AdamWBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    """Beta from the rows (their own, if None); updates parameters and state in place."""
+    if torch.compiler.is_compiling():
+        if rows is None and any(batch.shared):
+            rows = _share_sums(batch, cpu.adamw_stats(batch, grad_scale))
+        cpu.adamw_apply(batch, rows, grad_scale, found_inf)
+    else:
+        _apply(batch, _kernels("adamw"), rows, grad_scale, found_inf)
+
+
+def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
+    """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
+    if torch.compiler.is_compiling():
+        return cpu.sgd_stats(batch, grad_scale)
+    return _stats(batch, _kernels("sgd"), grad_scale)
+
+
+def sgd_apply(
+    batch: SGDBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    """Beta from the rows (their own, if None); updates parameters and state in place."""
+    if torch.compiler.is_compiling():
+        if rows is None and any(batch.shared):
+            rows = _share_sums(batch, cpu.sgd_stats(batch, grad_scale))
+        cpu.sgd_apply(batch, rows, grad_scale, found_inf)
+    else:
+        _apply(batch, _kernels("sgd"), rows, grad_scale, found_inf)

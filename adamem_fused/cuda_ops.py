@@ -1,0 +1,111 @@
+"""The operators of csrc/ops.cpp for CUDA tensors, over the cuda backend.
+
+So that a step which torch.compile or torch.export has traced runs on a GPU too. An operator
+is given lists and keeps nothing from call to call: every call uploads tables anew, and cannot
+be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from adamem_fused import cuda, ops
+from adamem_fused.batch import AdamWBatch, AdamWHyper, SGDBatch, SGDHyper
+
+Tensors: TypeAlias = list[Tensor]
+
+
+def _groups(lrs: Tensor, hypers: Sequence[float]) -> Iterator[tuple[Tensor | float, ...]]:
+    """Each group's lr and other hyperparameters, in the order that csrc/ops.cpp gives."""
+    columns = len(hypers) // max(1, lrs.numel())
+    for i in range(lrs.numel()):
+        row = hypers[i * columns : (i + 1) * columns]
+        yield (lrs[i], *row[:-3], *map(bool, row[-3:]))
+
+
+def _adamw_batch(
+    params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors,
+    beta_prods: Tensors, prev_lrs: Tensors, betas: Tensors, lrs: Tensor,
+    group_sizes: Sequence[int], hypers: Sequence[float],
+) -> AdamWBatch:  # fmt: skip
+    return AdamWBatch(
+        params, grads, exp_avgs, exp_avg_sqs, steps, beta_prods, prev_lrs, betas,
+        [AdamWHyper._make(group) for group in _groups(lrs, hypers)],
+        list(group_sizes),
+        [False] * len(group_sizes),
+    )  # fmt: skip
+
+
+def _sgd_batch(
+    params: Tensors, grads: Tensors, momentum_buffers: Tensors, steps: Tensors,
+    prev_lrs: Tensors, betas: Tensors, lrs: Tensor, group_sizes: Sequence[int],
+    hypers: Sequence[float],
+) -> SGDBatch:  # fmt: skip
+    return SGDBatch(
+        params, grads, momentum_buffers, steps, prev_lrs, betas,
+        [SGDHyper._make(group) for group in _groups(lrs, hypers)],
+        list(group_sizes),
+        [False] * len(group_sizes),
+    )  # fmt: skip
+
+
+# The sums read no beta, and the operator is given none: prev_lrs stand in the list's place.
+
+
+def adamw_stats(
+    params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors,
+    beta_prods: Tensors, prev_lrs: Tensors, lrs: Tensor, group_sizes: Sequence[int],
+    hypers: Sequence[float], grad_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
+    batch = _adamw_batch(
+        params, grads, exp_avgs, exp_avg_sqs, steps, beta_prods, prev_lrs, prev_lrs, lrs,
+        group_sizes, hypers,
+    )  # fmt: skip
+    return cuda.adamw_stats(batch, grad_scale)
+
+
+def adamw_apply_(
+    params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors,
+    beta_prods: Tensors, prev_lrs: Tensors, betas: Tensors, rows: Tensor | None, lrs: Tensor,
+    group_sizes: Sequence[int], hypers: Sequence[float], grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:  # fmt: skip
+    batch = _adamw_batch(
+        params, grads, exp_avgs, exp_avg_sqs, steps, beta_prods, prev_lrs, betas, lrs,
+        group_sizes, hypers,
+    )  # fmt: skip
+    cuda.adamw_apply(batch, rows, grad_scale, found_inf)
+
+
+def sgd_stats(
+    params: Tensors, grads: Tensors, momentum_buffers: Tensors, steps: Tensors,
+    prev_lrs: Tensors, lrs: Tensor, group_sizes: Sequence[int], hypers: Sequence[float],
+    grad_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
+    batch = _sgd_batch(
+        params, grads, momentum_buffers, steps, prev_lrs, prev_lrs, lrs, group_sizes, hypers
+    )  # fmt: skip
+    return cuda.sgd_stats(batch, grad_scale)
+
+
+def sgd_apply_(
+    params: Tensors, grads: Tensors, momentum_buffers: Tensors, steps: Tensors,
+    prev_lrs: Tensors, betas: Tensors, rows: Tensor | None, lrs: Tensor,
+    group_sizes: Sequence[int], hypers: Sequence[float], grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:  # fmt: skip
+    batch = _sgd_batch(
+        params, grads, momentum_buffers, steps, prev_lrs, betas, lrs, group_sizes, hypers
+    )  # fmt: skip
+    cuda.sgd_apply(batch, rows, grad_scale, found_inf)
+
+
+def register() -> None:
+    """Gives the operators their CUDA kernels, where the extension has declared them."""
+    if ops.unavailable is None and torch.version.hip is None:
+        for function in (adamw_stats, adamw_apply_, sgd_stats, sgd_apply_):
+            torch.library.impl(f"adamem_fused::{function.__name__}", "cuda", function)

@@ -1,0 +1,140 @@
+// The order of a step in one launch, and how its blocks keep to it.
+//
+// Every tensor is read twice, for its sums and, once these have given its beta, for its
+// update. In one launch the second reading can find in L2 what the first has left there. The
+// step is one sequence of items, each a chunk's sums or a chunk's update:
+//
+//   sums    of all chunks, tensor by tensor, forwards;
+//   updates of a tensor's chunks backwards, as its last ones are the freshest in L2, from
+//           where the sums are `ahead` chunks beyond the tensor's end. By then its sums are
+//           complete and its beta is there, so that hardly any block has to wait.
+//
+// What has to stay in L2 is a tensor and the chunks that the sums are ahead by. Of a tensor
+// that is larger, L2 still has the end, where its update begins; the rest is read twice.
+//
+// Blocks claim items one by one, in order, from a counter. An update waits for items before
+// its own alone, and these were claimed before it, by blocks that are running: so the walk
+// comes to its end with any number of blocks, whether all of them are resident or not, and
+// whatever else the GPU is doing.
+#pragma once
+
+#include <cuda/atomic>
+
+#include "tables.h"
+
+namespace am::cuda {
+
+// One chunk of one tensor: its sums, or, where `chunk` is negative, the update of chunk
+// ~chunk. A tensor without elements has one item, sums of nothing, so that its beta is taken.
+struct Item {
+  int32_t tensor, chunk;
+};
+
+// counts: the number of chunks of each of n tensors. Writes max(1, count) + count items a
+// tensor; with `names` given, tensor i goes by names[i].
+inline void make_items(const int64_t* counts, const int32_t* names, int64_t n, int64_t ahead,
+                       Item* items) {
+  int64_t sums = 0;         // items of sums so far
+  int64_t sums_tensor = 0;  // the next one of them
+  int64_t sums_chunk = 0;
+  int64_t end = 0;  // items of sums to the end of tensor i
+  const auto at_least_one = [&](int64_t tensor) { return counts[tensor] > 0 ? counts[tensor] : 1; };
+  for (int64_t i = 0; i < n; ++i) {
+    end += at_least_one(i);
+    while (sums < end + ahead && sums_tensor < n) {
+      *items++ = {names[sums_tensor], static_cast<int32_t>(sums_chunk)};
+      ++sums;
+      if (++sums_chunk == at_least_one(sums_tensor)) {
+        ++sums_tensor;
+        sums_chunk = 0;
+      }
+    }
+    for (int64_t chunk = counts[i] - 1; chunk >= 0; --chunk)
+      *items++ = {names[i], static_cast<int32_t>(~chunk)};
+  }
+}
+
+// Where blocks meet, in device memory: all zero before the first launch, and left as the next
+// launch needs it. A launch has a number of its own, so that nothing has to be reset.
+struct Control {
+  uint64_t next;  // the first item that nobody has claimed
+  uint32_t left;  // blocks that are through
+  uint32_t launches;
+};
+
+struct Progress {      // of a tensor
+  uint32_t summed;     // chunks whose sums are there
+  uint32_t published;  // the number of the launch whose beta is there
+};
+
+struct Schedule {
+  const Item* items;
+  int64_t count;
+  Control* control;
+  Progress* progress;  // [tensors]
+};
+
+template <class T>
+__device__ inline auto shared_by_all(T& value) {
+  return ::cuda::atomic_ref<T, ::cuda::thread_scope_device>(value);
+}
+
+__device__ inline uint32_t launch_number(Control& control) {
+  return shared_by_all(control.launches).load(::cuda::std::memory_order_relaxed) + 1;
+}
+
+__device__ inline uint64_t claim_item(Control& control) {
+  return shared_by_all(control.next).fetch_add(1, ::cuda::std::memory_order_relaxed);
+}
+
+// Counts a chunk whose sums were written. True for a tensor's last: all of its sums can be
+// read then.
+__device__ inline bool is_last_of_tensor(Progress& tensor, uint32_t chunks) {
+  const uint32_t before =
+      shared_by_all(tensor.summed).fetch_add(1, ::cuda::std::memory_order_acq_rel);
+  if (before + 1 < chunks) return false;
+  shared_by_all(tensor.summed).store(0, ::cuda::std::memory_order_relaxed);
+  return true;
+}
+
+__device__ inline void publish(Progress& tensor, uint32_t launch) {
+  shared_by_all(tensor.published).store(launch, ::cuda::std::memory_order_release);
+}
+
+__device__ inline bool is_published(Progress& tensor, uint32_t launch) {
+  return shared_by_all(tensor.published).load(::cuda::std::memory_order_acquire) == launch;
+}
+
+// The last block to leave makes all ready for the next launch.
+__device__ inline void leave(Control& control, uint32_t blocks, uint32_t launch) {
+  const uint32_t before =
+      shared_by_all(control.left).fetch_add(1, ::cuda::std::memory_order_acq_rel);
+  if (before + 1 < blocks) return;
+  control.next = 0;
+  control.left = 0;
+  control.launches = launch;
+}
+
+// What one block does. Block:
+//   int64_t claim();                the number of the next item
+//   Item item(int64_t k);
+//   void sum(Item);                 writes the sums of a chunk
+//   bool is_last(int32_t tensor);   counts it; true for the tensor's last
+//   void set_beta(int32_t tensor);  from all of the tensor's sums; publishes it
+//   void wait(int32_t tensor);      until the tensor's beta is there
+//   void update(Item);
+template <class Block>
+__device__ inline void walk(Block& block, int64_t items) {
+  for (int64_t k = block.claim(); k < items; k = block.claim()) {
+    const Item item = block.item(k);
+    if (item.chunk >= 0) {
+      block.sum(item);
+      if (block.is_last(item.tensor)) block.set_beta(item.tensor);
+    } else {
+      block.wait(item.tensor);
+      block.update({item.tensor, ~item.chunk});
+    }
+  }
+}
+
+}  // namespace am::cuda

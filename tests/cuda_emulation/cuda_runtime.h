@@ -1,0 +1,257 @@
+// As much of CUDA as csrc/cuda needs, on the CPU, so that g++ compiles the kernels as they
+// are and tests can run them. Found in place of CUDA's header of the same name.
+//
+// A thread of a block is a fiber: it runs until it has to wait at a barrier, and the others
+// run meanwhile, in an order that is turned around at every round, so that what a barrier is
+// missing for comes out. A block stays on one thread of the CPU; several blocks at a time
+// (emulation_configure) run on as many threads, with the CPU's own atomics between them.
+#pragma once
+
+#include <sched.h>
+#include <ucontext.h>
+
+#include <atomic>
+#include <csetjmp>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __shared__ static thread_local
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __noinline__ __attribute__((noinline))
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3() = default;
+  dim3(unsigned n) : x(n) {}
+};
+
+inline thread_local dim3 threadIdx, blockIdx, gridDim;
+
+// ---- fibers -----------------------------------------------------------------------
+
+namespace emulation {
+
+constexpr int kWarp = 32;
+constexpr size_t kStackBytes = 64 * 1024;
+
+// Set by emulation_configure.
+inline int resident_blocks = 1;  // what a launch is told the device holds
+inline int running_blocks = 1;   // how many of them run at a time
+
+struct Barrier {
+  unsigned expected = 0, waiting = 0, round = 0;
+};
+
+class Block;
+inline thread_local Block* current = nullptr;
+
+class Block {
+ public:
+  explicit Block(unsigned threads) : fibers_(threads), warps_((threads + kWarp - 1) / kWarp) {
+    for (unsigned i = 0; i < threads; ++i) {
+      Fiber& fiber = fibers_[i];
+      fiber.stack.reset(new char[kStackBytes]);
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = kStackBytes;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, &Block::enter, 0);
+    }
+  }
+
+  unsigned threads() const { return static_cast<unsigned>(fibers_.size()); }
+
+  void run(const std::function<void()>& body) {
+    current = this;
+    body_ = &body;
+    alive_ = threads();
+    all_ = {threads(), 0, 0};
+    for (unsigned w = 0; w < warps_.size(); ++w)
+      warps_[w].barrier = {std::min<unsigned>(kWarp, threads() - w * kWarp), 0, 0};
+    for (Fiber& fiber : fibers_) fiber.is_done = false;
+    for (bool backwards = false; alive_ > 0; backwards = !backwards) {
+      has_moved_ = false;
+      for (unsigned k = 0; k < threads(); ++k) {
+        index_ = backwards ? threads() - 1 - k : k;
+        if (!fibers_[index_].is_done) resume(fibers_[index_]);
+      }
+      if (!has_moved_) {
+        std::fprintf(stderr, "emulation: threads of a block wait at different barriers\n");
+        std::abort();
+      }
+    }
+  }
+
+  void sync() { wait(all_); }
+
+  // The value of the thread `offset` further in the warp, or the own where there is none.
+  double shuffle_down(double value, int offset) {
+    Warp& warp = warps_[index_ / kWarp];
+    const unsigned lane = index_ % kWarp, from = lane + offset;
+    warp.values[lane] = value;
+    wait(warp.barrier);
+    const double result = from < kWarp ? warp.values[from] : value;
+    wait(warp.barrier);
+    return result;
+  }
+
+ private:
+  struct Fiber {
+    ucontext_t context;
+    jmp_buf place;
+    std::unique_ptr<char[]> stack;
+    bool is_started = false, is_done = false;
+  };
+  struct Warp {
+    Barrier barrier;
+    double values[kWarp];
+  };
+
+  static void enter() {
+    for (;;) {
+      Block* block = current;
+      (*block->body_)();
+      block->fibers_[block->index_].is_done = true;
+      --block->alive_;
+      block->leave(block->all_);
+      block->leave(block->warps_[block->index_ / kWarp].barrier);
+      block->has_moved_ = true;
+      block->yield();
+    }
+  }
+
+  void wait(Barrier& barrier) {
+    has_moved_ = true;
+    const unsigned round = barrier.round;
+    if (++barrier.waiting == barrier.expected) {
+      barrier.waiting = 0;
+      ++barrier.round;
+    }
+    while (barrier.round == round) yield();
+  }
+
+  // As a thread that has returned does: the others do not wait for it.
+  static void leave(Barrier& barrier) {
+    if (--barrier.expected > 0 && barrier.waiting == barrier.expected) {
+      barrier.waiting = 0;
+      ++barrier.round;
+    }
+  }
+
+  void resume(Fiber& fiber) {
+    threadIdx = dim3(index_);
+    if (_setjmp(scheduler_) != 0) return;
+    if (fiber.is_started) _longjmp(fiber.place, 1);
+    fiber.is_started = true;
+    setcontext(&fiber.context);
+  }
+
+  void yield() {
+    if (_setjmp(fibers_[index_].place) == 0) _longjmp(scheduler_, 1);
+  }
+
+  std::vector<Fiber> fibers_;
+  std::vector<Warp> warps_;
+  Barrier all_;
+  const std::function<void()>* body_ = nullptr;
+  jmp_buf scheduler_;
+  unsigned index_ = 0, alive_ = 0;
+  bool has_moved_ = false;
+};
+
+inline void run_blocks(unsigned blocks, unsigned threads, const std::function<void()>& body) {
+  std::atomic<unsigned> next{0};
+  const auto work = [&] {
+    thread_local std::unique_ptr<Block> block;
+    if (!block || block->threads() != threads) block.reset(new Block(threads));
+    gridDim = dim3(blocks);
+    for (unsigned k = next++; k < blocks; k = next++) {
+      blockIdx = dim3(k);
+      block->run(body);
+    }
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < running_blocks && i < static_cast<int>(blocks); ++i)
+    others.emplace_back(work);
+  work();
+  for (std::thread& other : others) other.join();
+}
+
+}  // namespace emulation
+
+inline void __syncthreads() { emulation::current->sync(); }
+inline double __shfl_down_sync(unsigned, double value, int offset) {
+  return emulation::current->shuffle_down(value, offset);
+}
+inline void __nanosleep(unsigned) { sched_yield(); }
+
+// Accesses of 16 bytes have to be aligned, as they have on a GPU.
+inline const uint4* checked(const uint4* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) {
+    std::fprintf(stderr, "emulation: misaligned address\n");
+    std::abort();
+  }
+  return p;
+}
+inline uint4 __ldcs(const uint4* p) { return *checked(p); }
+inline uint4 __ldcg(const uint4* p) { return *checked(p); }
+inline void __stcs(uint4* p, uint4 value) { *const_cast<uint4*>(checked(p)) = value; }
+
+// ---- the runtime ------------------------------------------------------------------
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrL2CacheSize };
+typedef void* cudaStream_t;
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+inline cudaError_t cudaSetDevice(int device) {
+  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  // So little L2 that a schedule is bounded by the number of blocks.
+  *value = attribute == cudaDevAttrL2CacheSize ? 1024 : 1;
+  return cudaSuccess;
+}
+template <class F>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F, int, size_t) {
+  *blocks = emulation::resident_blocks;
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess              ? "no error"
+         : error == cudaErrorInvalidDevice ? "invalid device ordinal"
+                                           : "invalid argument";
+}
+
+template <class... Expected, class... Actual>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...),
+                               Actual... args) {
+  if (config->gridDim.x == 0) return cudaErrorInvalidValue;
+  emulation::run_blocks(config->gridDim.x, config->blockDim.x, [&] { kernel(args...); });
+  return cudaSuccess;
+}
+
+extern "C" inline __attribute__((used, visibility("default"))) void emulation_configure(
+    int resident_blocks, int running_blocks) {
+  emulation::resident_blocks = resident_blocks;
+  emulation::running_blocks = running_blocks;
+}

@@ -1,0 +1,314 @@
+"""The cuda backend without a GPU: its kernels' source run on the CPU (cuda_emulation/)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import cuda_emulator
+import pytest
+import torch
+from cases import (
+    OPTIMIZERS,
+    Group,
+    assert_same_bits,
+    copy_state,
+    make_optimizer,
+    parameters,
+    set_gradients,
+)
+
+from adamem_fused import cpu, cuda, cuda_library, cuda_ops, ops
+
+HERE = Path(__file__).parent
+CHUNK = 2048
+# Beside a chunk's and a vector's edges: none, a scalar, and several chunks.
+SHAPES = [(0,), (), (3,), (CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (5 * CHUNK + 17,), (300,)]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    cuda_emulator.emulate(monkeypatch)
+    yield
+    cuda._kernels.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        ["test_gpu_cases.py"],
+        # Without what takes the emulation longest.
+        ["test_amp.py", "test_layouts.py", "test_determinism.py", "-k", "cuda and not hundreds"],
+        [
+            "test_backends.py",
+            "-k",
+            "cuda and (edges or random_shapes or in_lockstep or empty_group or leaves_gradients "
+            "or two_million and dtype0)",
+        ],
+    ],
+    ids=lambda selection: selection[0],
+)
+def test_what_holds_for_all_backends(selection):
+    """In a process in which the backend takes tensors on the CPU."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "cuda_emulator", *selection],
+        cwd=HERE,
+        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "failed" not in done.stdout
+
+
+# ---- one launch, or several ------------------------------------------------------------
+
+
+class Calls:
+    """The calls of the library, by name."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.names: list[str] = []
+        self._call = cuda._call
+        patch.setattr(cuda, "_call", self.call)
+
+    def call(self, function, *args) -> None:
+        self.names.append(function.__name__.removeprefix("adamem_"))
+        self._call(function, *args)
+
+    def of_step(self, optimizer) -> list[str]:
+        self.names = []
+        optimizer.step()
+        return self.names
+
+
+def step_both_ways(monkeypatch, cls, groups, **options) -> None:
+    """Steps in one launch and in several, and asserts that they give the same bits."""
+    one, several = (
+        make_optimizer(cls, groups, "cuda", beta_scope="tensor", **options) for _ in range(2)
+    )
+    calls = Calls(monkeypatch)
+    kind = "adamw" if cls is OPTIMIZERS[0] else "sgd"
+    for step in range(3):
+        set_gradients(one, several, step=step)
+        assert f"{kind}_step" in calls.of_step(one)
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda, "_plan", lambda *args: None)
+            assert f"{kind}_apply" in calls.of_step(several)
+        assert_same_bits(one, several)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_launch_gives_the_bits_of_several(monkeypatch, cls, dtype):
+    step_both_ways(monkeypatch, cls, [Group(SHAPES, dtype)], weight_decay=0.1)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("resident, running", [(1, 1), (2, 2), (7, 7), (7, 2), (40, 5)])
+def test_any_number_of_blocks_gives_the_same_bits(monkeypatch, cls, resident, running):
+    """Running at a time, on threads of the CPU; the others wait until one of them is through."""
+    cuda_emulator.set_blocks(resident, running)
+    shapes = [*SHAPES, (20 * CHUNK,), (9 * CHUNK + 5,)]
+    groups = [Group(shapes), Group([(4 * CHUNK,), (7,)], torch.bfloat16, {"maximize": True})]
+    step_both_ways(monkeypatch, cls, groups)
+    first = make_optimizer(cls, groups, "cuda", beta_scope="tensor")
+    second = make_optimizer(cls, groups, "cuda", beta_scope="tensor")
+    set_gradients(first, second, step=0)
+    first.step()
+    cuda_emulator.set_blocks(resident=3, running=1)
+    second.step()
+    assert_same_bits(first, second)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("n", [1, 4000])
+def test_the_number_of_launches_does_not_grow_with_the_tensors(monkeypatch, cls, scope, n):
+    monkeypatch.setattr(cuda, "_call", lambda *args: None)  # 4,000 blocks take their time
+    calls = Calls(monkeypatch)
+    shapes = [SHAPES[i % 3 + 1] for i in range(n)]
+    optimizer = make_optimizer(cls, [Group(shapes[: n // 2]), Group(shapes[n // 2 :])], "cuda")
+    for group in optimizer.param_groups:
+        group["beta_scope"] = scope
+    kind = "adamw" if cls is OPTIMIZERS[0] else "sgd"
+    several = [f"{kind}_stats", "sum_rows", "share_rows", f"{kind}_beta", f"{kind}_apply"]
+    expected = [f"{kind}_step"] if scope == "tensor" else several
+    set_gradients(optimizer, step=0)
+    planning = [f"{kind}_chunks_ahead"] if scope == "tensor" else []
+    assert calls.of_step(optimizer) == planning + expected
+    assert calls.of_step(optimizer) == expected
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_list_of_empty_tensors_counts_its_steps(cls):
+    optimizer = make_optimizer(cls, [Group([(0,), (0, 3)])], "cuda", beta_scope="tensor")
+    for step in range(2):
+        set_gradients(optimizer, step=step)
+        optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in parameters(optimizer)] == [2, 2]
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_the_seam_gives_the_bits_of_the_step(cls):
+    whole, seam = (
+        make_optimizer(cls, [Group(SHAPES)], "cuda", beta_scope="tensor") for _ in range(2)
+    )
+    for step in range(3):
+        set_gradients(whole, seam, step=step)
+        whole.step()
+        (work,) = seam._collect()
+        rows = seam._stats(work.backend, work.batch, None)
+        seam._apply(work.backend, work.batch, rows, None, None)
+        assert_same_bits(whole, seam)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [1, 3])
+def test_alignment_does_not_change_bits(cls, dtype, offset):
+    """Beside an aligned address elements are read one by one, and summed in the same order."""
+    aligned = make_optimizer(cls, [Group([(2 * CHUNK + 5,)], dtype)], "cuda", weight_decay=0.1)
+    (param,) = parameters(aligned)
+    shifted = torch.empty(param.numel() + offset, dtype=dtype)[offset:]
+    shifted.copy_(param.detach())
+    assert (shifted.data_ptr() - param.data_ptr()) % 16 != 0
+    other = cls([shifted.requires_grad_()], backend="cuda", weight_decay=0.1)
+    for step in range(3):
+        set_gradients(aligned, other, step=step)
+        aligned.step()
+        other.step()
+        assert_same_bits(other, aligned)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_new_list_of_tensors_gets_a_schedule_of_its_own(cls):
+    """Steps over other tensors in between, and a state that is loaded, leave none behind."""
+    optimizer, expected = (
+        make_optimizer(cls, [Group(SHAPES)], backend, beta_scope="tensor")
+        for backend in ("cuda", "foreach")
+    )
+    for step in range(6):
+        copy_state(expected, optimizer)
+        skip = [[], [3, 6], []][step // 2]
+        set_gradients(optimizer, expected, step=step, skip=skip)
+        optimizer.step()
+        expected.step()
+        for ours, theirs in zip(parameters(optimizer), parameters(expected), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+            assert optimizer.state[ours]["step"] == expected.state[theirs]["step"]
+
+
+# ---- the library ------------------------------------------------------------------------
+
+
+def test_a_failing_launch_is_an_error_that_says_what_failed(monkeypatch):
+    step = cuda._step
+    monkeypatch.setattr(cuda, "_step", lambda *args: wrong_device(step(*args)))
+    optimizer = make_optimizer(OPTIMIZERS[0], [Group([(3,)])], "cuda")
+    set_gradients(optimizer, step=0)
+    with pytest.raises(RuntimeError, match=r"adamem_adamw_.*: invalid device ordinal"):
+        optimizer.step()
+
+
+def wrong_device(step):
+    step.device = 5
+    return step
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+    monkeypatch.setattr(cuda_library, "_IS_INSTALLED", False)
+    cuda_library._compile_if_new.cache_clear()
+    yield
+    cuda_library._compile_if_new.cache_clear()
+
+
+def test_without_the_library_it_says_how_to_get_it(monkeypatch, nothing_compiled):
+    monkeypatch.delenv("ADAMEM_CUDA_JIT", raising=False)
+    assert "ADAMEM_CUDA=1" in cuda_library.unavailable()
+    monkeypatch.setenv("ADAMEM_CUDA_JIT", "1")
+    monkeypatch.setattr(cuda_library, "find_nvcc", lambda: None)
+    assert cuda_library.unavailable() == "ADAMEM_CUDA_JIT=1 is set, and no nvcc was found"
+    with pytest.raises(RuntimeError, match="no nvcc was found"):
+        cuda_library.load()
+
+
+def test_a_source_checkout_compiles_the_library_once(monkeypatch, tmp_path, nothing_compiled):
+    compiled = []
+
+    def compile_library(nvcc, path, numbers):
+        compiled.append(path)
+        path.write_bytes(b"")
+
+    monkeypatch.setenv("ADAMEM_CUDA_JIT", "1")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(cuda_library, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(cuda_library, "architectures", lambda nvcc: [90])
+    monkeypatch.setattr(cuda_library, "compile_library", compile_library)
+    for _ in range(2):
+        cuda_library._compile_if_new.cache_clear()
+        assert cuda_library.unavailable() is None
+    (path,) = compiled
+    assert path.is_relative_to(tmp_path)
+
+
+# ---- operators --------------------------------------------------------------------------
+
+OPERATORS = ("adamw_stats", "adamw_apply_", "sgd_stats", "sgd_apply_")
+needs_operators = pytest.mark.skipif(ops.unavailable is not None, reason=str(ops.unavailable))
+
+
+@needs_operators
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_operators_have_cuda_kernels(name):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"adamem_fused::{name}", "CUDA")
+
+
+@needs_operators
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01, dtype=torch.float64)])
+def test_the_operators_kernels_do_what_the_backend_does(monkeypatch, cls, lr):
+    """The operators' own CPU kernels give way to those for CUDA, which the emulation runs."""
+    groups = [Group([(5,), ()], options={"lr": lr}), Group([(3000,)], options={"maximize": True})]
+    plain, through = (make_optimizer(cls, groups, "cuda", beta_scope="tensor") for _ in range(2))
+    kind = "adamw" if cls is OPTIMIZERS[0] else "sgd"
+    stats, apply = f"{kind}_stats", f"{kind}_apply_"
+    for step in range(3):
+        set_gradients(plain, through, step=step)
+        plain.step()
+        with monkeypatch.context() as patch:
+            fake = SimpleNamespace(**{name: getattr(cuda_ops, name) for name in (stats, apply)})
+            patch.setattr(torch.ops, "adamem_fused", fake)
+            (work,) = through._collect()
+            rows = getattr(cpu, stats)(work.batch, None)
+            getattr(cpu, apply.rstrip("_"))(work.batch, rows if step == 1 else None, None, None)
+        assert_same_bits(through, plain)
+
+
+@needs_operators
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_a_compiled_step_goes_through_the_operators(cls, scope):
+    """On the CPU these are the cpu backend's."""
+    torch._dynamo.reset()
+    compiled, plain = (
+        make_optimizer(cls, [Group([(4, 5), (3,)])], backend, beta_scope=scope)
+        for backend in ("cuda", "cpu")
+    )
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step():
+        compiled.step()
+
+    for i in range(3):
+        set_gradients(compiled, plain, step=i)
+        step()
+        plain.step()
+        for ours, theirs in zip(parameters(compiled), parameters(plain), strict=True):
+            torch.testing.assert_close(ours, theirs)
+            torch.testing.assert_close(compiled.state[ours]["beta"], plain.state[theirs]["beta"])

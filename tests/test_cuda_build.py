@@ -1,0 +1,227 @@
+"""Every CUDA source compiled with nvcc, with no GPU present, and what came out of it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from adamem_fused import cuda, cuda_library
+
+NVCC = cuda_library.find_nvcc()
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+
+ARCHITECTURES = cuda_library.DEFAULT_ARCHITECTURES
+TARGETS = [(source.stem, arch) for source in cuda_library.sources() for arch in ARCHITECTURES]
+CONFIG = {
+    name: int(value)
+    for name, value in re.findall(
+        r"\b(k\w+) = (\d+)[,;]", (cuda_library.SOURCES / "config.h").read_text()
+    )
+}
+REGISTERS = 65536  # of a multiprocessor, from 8.0 to 10.0
+
+# 16-byte accesses of each optimizer's tensors, by the bytes of param, grad and memory.
+MEMORIES = {"AdamW": 2, "SGD": 1}
+STORED = {
+    "float, float, float, float": (4, 4, 4),
+    "double, double, double, double": (8, 8, 8),
+    "float, __nv_bfloat16, __nv_bfloat16, float": (2, 2, 4),
+    "float, __half, __half, float": (2, 2, 4),
+    "float, __nv_bfloat16, float, float": (2, 4, 4),
+}
+
+
+class Kernel(NamedTuple):
+    name: str  # demangled
+    registers: int
+    stack: int
+    spills: int
+
+
+class Built(NamedTuple):
+    object: Path
+    kernels: list[Kernel]
+
+
+def demangled(text: str) -> str:
+    text = subprocess.run(
+        ["c++filt"], input=text, capture_output=True, text=True, check=True
+    ).stdout
+    return text.replace("am::cuda::", "").replace("(anonymous namespace)::", "")
+
+
+def read_report(report: str) -> list[Kernel]:
+    """The kernels of nvcc's resource report."""
+    found = re.findall(
+        r"Compiling entry function '(.+?)' for.*?"
+        r"Function properties for [^\n]*\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads\n.*?Used (\d+) registers",
+        demangled(report),
+        re.DOTALL,
+    )
+    return [
+        Kernel(name, int(registers), int(stack), int(stores) + int(loads))
+        for name, stack, stores, loads, registers in found
+    ]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> dict[tuple[str, int], Built]:
+    folder = tmp_path_factory.mktemp("objects")
+
+    def build(target: tuple[str, int]) -> Built:
+        source, arch = target
+        path = folder / f"{source}-{arch}.o"
+        flags = [*cuda_library.FLAGS, f"-arch=sm_{arch}", "-c", "-Xptxas=-v"]
+        command = [NVCC, *flags, "-o", path, cuda_library.SOURCES / f"{source}.cu"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return Built(path, read_report(done.stderr))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(TARGETS, pool.map(build, TARGETS), strict=True))
+
+
+def planned_blocks(name: str) -> int:
+    """The blocks of a kernel that a multiprocessor is to hold."""
+    kind = "kStepBlocks" if "step_kernel" in name else "kBlocks"
+    if "AnyType" in name or "<double" in name:
+        return CONFIG[f"{kind}Wide"]
+    if "__half" in name or "__nv_bfloat16" in name:
+        return CONFIG[f"{kind}16Bit"]
+    return CONFIG[f"{kind}Float"] if "<float" in name else 1
+
+
+@needs_nvcc
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target[0]}-sm_{target[1]}")
+def test_kernels_compile_without_spills_for_the_planned_occupancy(built, target):
+    kernels = built[target].kernels
+    # Three kernels for each combination of dtypes and for two that are general, and beta.
+    assert len(kernels) == (2 if target[0] == "rows" else 3 * (len(STORED) + 2) + 1)
+    for kernel in kernels:
+        # CUDA's power of doubles has a frame of no bytes, and is reported in between.
+        assert (kernel.stack, kernel.spills) == (0, 0), kernel
+        allowed = REGISTERS // (CONFIG["kThreads"] * planned_blocks(kernel.name))
+        assert 0 < kernel.registers <= allowed, kernel
+
+
+def cuobjdump() -> Path:
+    triton = pytest.importorskip("triton", reason="triton, which has cuobjdump, is not installed")
+    (path,) = Path(triton.__file__).parent.rglob("bin/cuobjdump")
+    return path
+
+
+def accesses(optimizer: str, kernel: str, stored: tuple[int, int, int]) -> tuple[int, int]:
+    """The 16-byte loads and stores that a kernel is to have in its machine code."""
+    vector = 16 // min(stored)
+    param, grad, memory = (size * vector // 16 for size in stored)
+    memory *= MEMORIES[optimizer]
+    # The sums are there twice, with weight decay and without, which leaves out the parameter;
+    # so is AM-SGD's update, which reads it in either case.
+    sums = 2 * (grad + memory) + param
+    updates = 2 if optimizer == "SGD" else 1
+    loads = {"stats": sums, "apply": 0, "step": sums}[kernel]
+    stores = 0
+    if kernel != "stats":
+        loads += updates * (param + grad + memory)
+        stores = updates * (param + memory)
+    return loads, stores
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+def test_aligned_tensors_are_accessed_16_bytes_at_a_time(built, optimizer, arch):
+    command = [cuobjdump(), "-sass", built[optimizer.lower(), arch].object]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    seen = 0
+    for function in demangled(sass).split("Function : ")[1:]:
+        match = re.match(rf"void (\w+)_kernel<{optimizer}<(.+?)> >", function)
+        if match is None or match[2] not in STORED:
+            continue
+        loads = len(re.findall(r"LDG\.E\S*\.128", function))
+        stores = len(re.findall(r"STG\.E\S*\.128", function))
+        expected = accesses(optimizer, match[1], STORED[match[2]])
+        assert (loads, stores) == expected, f"{match[0]}: {loads} loads, {stores} stores"
+        seen += 1
+    assert seen == 3 * len(STORED)
+
+
+@needs_nvcc
+def test_the_library_needs_no_torch_and_says_what_goes_wrong(built, tmp_path):
+    path = tmp_path / "_cuda.so"
+    objects = [built[source, 90].object for source in ("adamw", "rows", "sgd")]
+    subprocess.run([NVCC, "-shared", "-cudart=static", "-o", path, *objects], check=True)
+    linked = subprocess.run(["ldd", path], capture_output=True, text=True, check=True).stdout
+    assert "cudart" not in linked and "torch" not in linked and "python" not in linked
+    library = ctypes.CDLL(str(path))
+    assert library.adamem_chunk() == CONFIG["kChunk"]
+    library.adamem_error.restype = ctypes.c_char_p
+    step = cuda._Step(tensors=1, device=1000)
+    error = library.adamem_sum_rows(ctypes.byref(step), None)
+    assert error != 0
+    message = library.adamem_error(error).decode()
+    assert re.search("device ordinal|driver|no CUDA-capable device", message), message
+
+
+# ---- what to compile for ----------------------------------------------------------------
+
+
+def fake_nvcc(folder: Path, *architectures: int) -> str:
+    path = folder / "nvcc"
+    listed = " ".join(f"compute_{a}" for a in architectures)
+    path.write_text(f"#!/bin/sh\necho {listed}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "asked, numbers",
+    [("9.0", [90]), ("8.0;9.0a+PTX", [80, 90]), ("10.0 8.6", [86, 100]), ("12.0+PTX", [120])],
+)
+def test_architectures_are_those_of_torch_cuda_arch_list(monkeypatch, tmp_path, asked, numbers):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert cuda_library.architectures(fake_nvcc(tmp_path, 80)) == numbers
+
+
+def test_a_bad_torch_cuda_arch_list_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    with pytest.raises(ValueError, match="Invalid TORCH_CUDA_ARCH_LIST: 'Hopper'"):
+        cuda_library.architectures(fake_nvcc(tmp_path, 80))
+
+
+@pytest.mark.parametrize(
+    "devices, known, numbers",
+    [
+        ([], [75, 80, 90, 100], [80, 90, 100]),
+        ([], [75, 80, 90], [80, 90]),
+        ([90, 90], [75, 80, 90, 100], [90]),
+        ([75, 80], [75, 80, 90], [80]),
+        # Newer than nvcc knows: the PTX of the newest that it does.
+        ([120], [75, 80, 90], [90]),
+    ],
+)
+def test_architectures_are_those_of_the_devices_at_hand(
+    monkeypatch, tmp_path, devices, known, numbers
+):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\n" + "".join(f"echo {d // 10}.{d % 10}\n" for d in devices))
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert cuda_library.architectures(fake_nvcc(tmp_path, *known)) == numbers
+
+
+def test_ptx_of_the_newest_is_in_it():
+    assert cuda_library.targets([80, 90]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]

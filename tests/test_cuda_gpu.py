@@ -1,0 +1,123 @@
+"""The cuda backend on a GPU, beside test_gpu.py: one launch against several, streams, devices.
+
+Not yet run on one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from adamem_fused import AMSGD, AMAdamW, cuda
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+OPTIMIZERS = [AMAdamW, AMSGD]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# With tensors that L2 holds and one that it does not, of many chunks each.
+SHAPES = [(0,), (), (3,), (2048,), (2049,), (1000, 1000), (77,), (3000, 6000), (300, 70)]
+
+
+@pytest.fixture(autouse=True)
+def there():
+    reason = cuda.unavailable(torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def make(cls, shapes=SHAPES, dtypes=(torch.float32,), device="cuda", **options):
+    generator = torch.Generator().manual_seed(0)
+    params = [
+        torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+        for dtype in dtypes
+        for shape in shapes
+    ]
+    options.setdefault("beta_scope", "tensor")
+    return params, cls(params, lr=0.05, backend="cuda", **options)
+
+
+def train(params, optimizer, steps=3) -> list[torch.Tensor]:
+    for step in range(steps):
+        for i, param in enumerate(params):
+            generator = torch.Generator(param.device).manual_seed(100 * step + i)
+            noise = torch.randn(param.shape, generator=generator, device=param.device)
+            param.grad = (param.detach() + noise).to(param.dtype)
+        optimizer.step()
+    state = [value for param in params for value in optimizer.state[param].values()]
+    return [tensor.cpu() for tensor in (*(param.detach() for param in params), *state)]
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("dtypes", [*((dtype,) for dtype in DTYPES), DTYPES], ids=str)
+def test_one_launch_gives_the_bits_of_several(monkeypatch, cls, dtypes):
+    one = train(*make(cls, dtypes=dtypes))
+    monkeypatch.setattr(cuda, "_plan", lambda *args: None)
+    several = train(*make(cls, dtypes=dtypes))
+    assert all(map(torch.equal, one, several))
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_many_steps_give_the_same_bits_again(cls):
+    """A block that reads what another has not finished writing would show here."""
+    first = train(*make(cls), steps=30)
+    for _ in range(3):
+        assert all(map(torch.equal, first, train(*make(cls), steps=30)))
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_steps_on_streams_beside_each_other_give_the_same_bits(cls):
+    expected = train(*make(cls))
+    sides = [make(cls) for _ in range(3)]
+    streams = [torch.cuda.Stream() for _ in sides]
+    for step in range(3):
+        for (params, optimizer), stream in zip(sides, streams, strict=True):
+            with torch.cuda.stream(stream):
+                for i, param in enumerate(params):
+                    generator = torch.Generator("cuda").manual_seed(100 * step + i)
+                    noise = torch.randn(param.shape, generator=generator, device="cuda")
+                    param.grad = param.detach() + noise
+                optimizer.step()
+    torch.cuda.synchronize()
+    for params, optimizer in sides:
+        state = [value for param in params for value in optimizer.state[param].values()]
+        actual = [*(param.detach() for param in params), *state]
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_a_busy_gpu_does_not_stop_a_step():
+    expected = train(*make(AMAdamW))
+    matrix = torch.randn(8192, 8192, device="cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(30):
+            matrix = matrix @ matrix * 1e-2
+    assert all(map(torch.equal, expected, train(*make(AMAdamW))))
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_every_device_is_its_own(cls):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    first = train(*make(cls, device="cuda:0"))
+    # With another device current.
+    second = train(*make(cls, device="cuda:1"))
+    assert all(map(torch.equal, first, second))
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_compiled_step_is_the_step(cls):
+    params, optimizer = make(cls)
+    twins, twin = make(cls)
+    compiled = torch.compile(optimizer.step, fullgraph=True)
+    for step in range(3):
+        for i, (param, other) in enumerate(zip(params, twins, strict=True)):
+            generator = torch.Generator("cuda").manual_seed(100 * step + i)
+            noise = torch.randn(param.shape, generator=generator, device="cuda")
+            param.grad, other.grad = noise, noise.clone()
+        compiled()
+        twin.step()
+    for param, other in zip(params, twins, strict=True):
+        torch.testing.assert_close(param, other)
