@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from adamem_fused import cpu, cuda_library
-from adamem_fused.batch import AdamWBatch, Batch, SGDBatch, group_slices
+from adamem_fused.batch import AdamWBatch, Batch, SGDBatch
 from adamem_fused.tables import Layout, Opened, Tables, open_tables, upload
 
 name = "cuda"
@@ -316,20 +316,9 @@ def _apply(
         opened.store(batch)
 
 
-# ---- torch.compile: through the operators, which it can trace ---------------------------
-
-
-def _share_sums(batch: Batch, rows: Tensor) -> Tensor:
-    """Rows with their total in place of those of tensors that share one beta."""
-    shared = [place for place, own in zip(group_slices(batch), batch.shared, strict=True) if own]
-    total = torch.cat([rows[place] for place in shared]).sum(0)
-    rows = rows.clone()
-    for place in shared:
-        rows[place] = total
-    return rows
-
-
 # ---- the backend ----------------------------------------------------------------------
+# torch.compile traces the operators of csrc/ops.cpp, as the cpu backend calls them. Their
+# kernels for CUDA tensors are in cuda_ops.py.
 
 
 def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
@@ -344,8 +333,6 @@ def adamw_apply(
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
     if torch.compiler.is_compiling():
-        if rows is None and any(batch.shared):
-            rows = _share_sums(batch, cpu.adamw_stats(batch, grad_scale))
         cpu.adamw_apply(batch, rows, grad_scale, found_inf)
     else:
         _apply(batch, _kernels("adamw"), rows, grad_scale, found_inf)
@@ -363,8 +350,6 @@ def sgd_apply(
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
     if torch.compiler.is_compiling():
-        if rows is None and any(batch.shared):
-            rows = _share_sums(batch, cpu.sgd_stats(batch, grad_scale))
         cpu.sgd_apply(batch, rows, grad_scale, found_inf)
     else:
         _apply(batch, _kernels("sgd"), rows, grad_scale, found_inf)

@@ -21,10 +21,18 @@ Tensors: TypeAlias = list[Tensor]
 
 def _groups(lrs: Tensor, hypers: Sequence[float]) -> Iterator[tuple[Tensor | float, ...]]:
     """Each group's lr and other hyperparameters, in the order that csrc/ops.cpp gives."""
+    for lr, *row, _ in _rows(lrs, hypers):
+        yield (lr, *row[:-3], *map(bool, row[-3:]))
+
+
+def _shared(lrs: Tensor, hypers: Sequence[float]) -> list[bool]:
+    return [bool(shared) for *_, shared in _rows(lrs, hypers)]
+
+
+def _rows(lrs: Tensor, hypers: Sequence[float]) -> Iterator[tuple[Tensor | float, ...]]:
     columns = len(hypers) // max(1, lrs.numel())
     for i in range(lrs.numel()):
-        row = hypers[i * columns : (i + 1) * columns]
-        yield (lrs[i], *row[:-3], *map(bool, row[-3:]))
+        yield (lrs[i], *hypers[i * columns : (i + 1) * columns])
 
 
 def _adamw_batch(
@@ -36,7 +44,7 @@ def _adamw_batch(
         params, grads, exp_avgs, exp_avg_sqs, steps, beta_prods, prev_lrs, betas,
         [AdamWHyper._make(group) for group in _groups(lrs, hypers)],
         list(group_sizes),
-        [False] * len(group_sizes),
+        _shared(lrs, hypers),
     )  # fmt: skip
 
 
@@ -49,7 +57,7 @@ def _sgd_batch(
         params, grads, momentum_buffers, steps, prev_lrs, betas,
         [SGDHyper._make(group) for group in _groups(lrs, hypers)],
         list(group_sizes),
-        [False] * len(group_sizes),
+        _shared(lrs, hypers),
     )  # fmt: skip
 
 
