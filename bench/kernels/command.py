@@ -1,0 +1,246 @@
+"""python -m bench kernels: the command."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bench.arguments import COUNT, POSITIVE, SEED, output_folder
+from bench.environment import environment, folder_name
+from bench.kernels.contestants import (
+    ADAMW_BASELINE,
+    SGD_BASELINE,
+    Contestant,
+    find_contestants,
+    peer_versions,
+)
+from bench.kernels.correctness import WrongResult
+from bench.kernels.devices import Device, find_device
+from bench.kernels.parameter_lists import fit, model_list, parameter_lists
+from bench.kernels.plots import write_plots
+from bench.kernels.results import Report
+from bench.kernels.suite import Plan, Suite
+from bench.kernels.tables import format_report
+
+INTERRUPTED = 130  # exit status: 128 + SIGINT, as a shell has it
+PASSES, ROUNDS = 3, 5
+QUICK_PASSES, QUICK_ROUNDS = 2, 3
+QUICK_SECONDS, QUICK_PARAMETERS = 0.02, 2**20
+# Of the free memory, for a whole cell: steps of the core contestants take little beside.
+MEMORY_SHARE = 0.8
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+OPTIMIZERS = ("adamw", "sgd")
+CACHES = ("warm", "cold")
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to those of `python -m bench`."""
+    parser = commands.add_parser(
+        "kernels",
+        help="step times against torch's optimizers and the installed peers",
+        description="Times a step of AMAdamW and AMSGD, on every backend that is there, against "
+        "torch's AdamW and SGD, their compiled steps and the optimizers of other packages that "
+        "are installed. Checks each against its reference first. Prints a table and writes "
+        "kernels.json and pictures.",
+        epilog="Parameter lists: " + ", ".join(parameter_lists(1, 1)) + ".",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where the tensors are",
+    )
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        default=["float32", "bfloat16"],
+        help="of parameters and gradients",
+    )
+    parser.add_argument(
+        "--optimizer", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), help="kinds"
+    )
+    parser.add_argument(
+        "--lists",
+        nargs="+",
+        metavar="LIST",
+        choices=list(parameter_lists(1, 1)),
+        help="parameter lists, with every contestant on each; without it the whole suite, where "
+        "on most lists only the fused optimizers take part",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="MODULE:FACTORY",
+        help="the parameters of your own model, in place of --lists",
+    )
+    parser.add_argument(
+        "--contestants", nargs="+", metavar="NAME", help="only these, beside torch's fused ones"
+    )
+    parser.add_argument(
+        "--cache",
+        nargs="+",
+        choices=CACHES,
+        default=list(CACHES),
+        help="warm: steps one after the other; cold: caches flushed before each, on lists that "
+        "would fit in them",
+    )
+    parser.add_argument(
+        "--threads", type=COUNT, default=torch.get_num_threads(), help="threads of torch"
+    )
+    parser.add_argument(
+        "--seconds", type=POSITIVE, default=0.4, help="a contestant, list and pass, about"
+    )
+    parser.add_argument(
+        "--max-parameters",
+        type=COUNT,
+        help="models are scaled down to so many, and other lists left out (default: as many as "
+        "fit in memory)",
+    )
+    parser.add_argument("--seed", type=SEED, default=0, help="of the order")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"a look in under a minute: at most {QUICK_PARAMETERS:,} parameters, few samples",
+    )
+    parser.add_argument(
+        "--out", type=output_folder, help="folder (default: bench/results/<device name>)"
+    )
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the benchmark.
+
+    Returns:
+        0; 1 where a contestant's result is wrong; 130 where it was interrupted. What was
+        measured by then is written.
+    """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        args.parser.error(f"--device cuda: torch {torch.__version__} sees no GPU")
+    torch.set_num_threads(args.threads)
+    device = find_device(args.device)
+    folder = args.out or output_folder(f"bench/results/{folder_name(device.name)}")
+    contestants, missing = find_contestants(device.device)
+    plan, left_out = make_plan(args, device, choose(args, contestants))
+    for name, reason in (missing | left_out).items():
+        print(f"without {name}: {reason}")
+    clocks = device.clocks()
+
+    interrupted = False
+    with device.limited_memory(), tqdm(unit="part", smoothing=0) as bar:
+
+        def progress(doing: str, parts: int) -> None:
+            bar.set_description_str(doing)
+            bar.update(parts)
+
+        suite = Suite(plan, device, progress)
+        bar.total = suite.parts
+        try:
+            suite.check()
+            suite.run()
+        except WrongResult as error:
+            bar.close()
+            print(f"Stopped: a wrong result. {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            interrupted = True
+
+    report = Report(
+        settings={
+            "device": args.device,
+            "threads": args.threads,
+            "lists": args.lists,
+            "model": args.model,
+            "passes": plan.passes,
+            "rounds": plan.rounds,
+            "seconds": plan.seconds,
+            "seed": plan.seed,
+            "quick": args.quick,
+            "interrupted": interrupted,
+            "last_level_cache_bytes": device.last_level,
+        },
+        environment={
+            **environment(),
+            "device": device.name,
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+            "peers": peer_versions(),
+            "clocks_before": clocks,
+            "clocks_after": device.clocks(),
+        },
+        missing=missing,
+        rows=[row for row in suite.rows if row.seconds is not None or row.reason is not None],
+    )
+    print(format_report(report))
+    report.write(folder / "kernels.json")
+    pictures = write_plots(report, folder)
+    print("Wrote " + ", ".join(str(path) for path in (folder / "kernels.json", *pictures)))
+    return INTERRUPTED if interrupted else 0
+
+
+def choose(args: argparse.Namespace, contestants: list[Contestant]) -> list[Contestant]:
+    """The contestants that were asked for, and what they are compared with."""
+    names = [c.name for c in contestants]
+    unknown = [name for name in args.contestants or () if name not in names]
+    if unknown:
+        args.parser.error(f"--contestants: {unknown[0]!r} is not one of {', '.join(names)}")
+    compared = {ADAMW_BASELINE, *([SGD_BASELINE] if "sgd" in args.optimizer else [])}
+    return [
+        c
+        for c in contestants
+        if c.name in compared
+        or (c.optimizer in args.optimizer and (not args.contestants or c.name in args.contestants))
+    ]
+
+
+def make_plan(
+    args: argparse.Namespace, device: Device, contestants: list[Contestant]
+) -> tuple[Plan, dict[str, str]]:
+    """The plan, and the lists that do not fit in memory with why."""
+    try:
+        asked = (
+            [model_list(args.model)]
+            if args.model
+            else list(parameter_lists(device.l2, device.last_level).values())
+        )
+    except (ImportError, AttributeError, ValueError) as error:
+        args.parser.error(f"--model: {error}")
+    if args.lists:
+        asked = [parameters for parameters in asked if parameters.name in args.lists]
+    dtypes = [getattr(torch, name) for name in args.dtype]
+    whole_suite = not args.lists and not args.model
+    limit = args.max_parameters or (QUICK_PARAMETERS if args.quick else sys.maxsize)
+    lists = []
+    left_out = {}
+    for parameters in asked:
+        everyone = parameters.everyone or not whole_suite
+        sides = sum(everyone or c.core for c in contestants)
+        # Parameter and two moments of each, the first parameters and two gradient sets.
+        element = max(max(dtype.itemsize for dtype in dtypes), 4)
+        in_memory = int(MEMORY_SHARE * device.free_bytes()) // ((3 * sides + 3) * element)
+        fitting = fit(parameters, min(limit, in_memory))
+        if fitting is None:
+            left_out[parameters.name] = (
+                f"{parameters.numel:,} parameters are more than the limit of "
+                f"{min(limit, in_memory):,}"
+            )
+        else:
+            lists.append(fitting)
+    plan = Plan(
+        lists=lists,
+        dtypes=dtypes,
+        caches=args.cache,
+        contestants=contestants,
+        whole_suite=whole_suite,
+        passes=QUICK_PASSES if args.quick else PASSES,
+        rounds=QUICK_ROUNDS if args.quick else ROUNDS,
+        seconds=QUICK_SECONDS if args.quick else args.seconds,
+        seed=args.seed,
+    )
+    return plan, left_out
