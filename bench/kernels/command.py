@@ -28,9 +28,15 @@ from bench.kernels.suite import Plan, Suite
 from bench.kernels.tables import format_report
 
 INTERRUPTED = 130  # exit status: 128 + SIGINT, as a shell has it
-PASSES, ROUNDS = 3, 5
-QUICK_PASSES, QUICK_ROUNDS = 2, 3
-QUICK_SECONDS, QUICK_PARAMETERS = 0.02, 2**20
+# What --quick changes, unless an option is given.
+QUICK = {
+    "dtype": ["float32"],
+    "cache": ["warm"],
+    "passes": 2,
+    "rounds": 3,
+    "seconds": 0.02,
+    "max_parameters": 2**20,
+}
 # Of the free memory, for a whole cell: steps of the core contestants take little beside.
 MEMORY_SHARE = 0.8
 
@@ -95,24 +101,35 @@ def add_parser(commands: Any) -> None:
         "--threads", type=COUNT, default=torch.get_num_threads(), help="threads of torch"
     )
     parser.add_argument(
+        "--passes", type=COUNT, default=3, help="times that everything is built and measured"
+    )
+    parser.add_argument(
+        "--rounds", type=COUNT, default=5, help="samples of a contestant in a pass, at most"
+    )
+    parser.add_argument(
         "--seconds", type=POSITIVE, default=0.4, help="a contestant, list and pass, about"
     )
     parser.add_argument(
         "--max-parameters",
         type=COUNT,
-        help="models are scaled down to so many, and other lists left out (default: as many as "
-        "fit in memory)",
+        default=sys.maxsize,
+        help="models are scaled down to so many, or to what fits in memory; other lists are "
+        "left out",
     )
     parser.add_argument("--seed", type=SEED, default=0, help="of the order")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"a look in under a minute: at most {QUICK_PARAMETERS:,} parameters, few samples",
+        help="a look in under a minute, with other defaults: "
+        + ", ".join(f"{key.replace('_', '-')} {value}" for key, value in QUICK.items()),
     )
     parser.add_argument(
-        "--out", type=output_folder, help="folder (default: bench/results/<device name>)"
+        "--out",
+        type=output_folder,
+        default=argparse.SUPPRESS,
+        help="folder (default: bench/results/<device name>)",
     )
-    parser.set_defaults(run=run, parser=parser)
+    parser.set_defaults(run=run, parser=parser, quick_defaults=QUICK)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -126,7 +143,9 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error(f"--device cuda: torch {torch.__version__} sees no GPU")
     torch.set_num_threads(args.threads)
     device = find_device(args.device)
-    folder = args.out or output_folder(f"bench/results/{folder_name(device.name)}")
+    folder = getattr(args, "out", None) or output_folder(
+        f"bench/results/{folder_name(device.name)}"
+    )
     contestants, missing = find_contestants(device.device)
     plan, left_out = make_plan(args, device, choose(args, contestants))
     for name, reason in (missing | left_out).items():
@@ -215,7 +234,6 @@ def make_plan(
         asked = [parameters for parameters in asked if parameters.name in args.lists]
     dtypes = [getattr(torch, name) for name in args.dtype]
     whole_suite = not args.lists and not args.model
-    limit = args.max_parameters or (QUICK_PARAMETERS if args.quick else sys.maxsize)
     lists = []
     left_out = {}
     for parameters in asked:
@@ -224,11 +242,11 @@ def make_plan(
         # Parameter and two moments of each, the first parameters and two gradient sets.
         element = max(max(dtype.itemsize for dtype in dtypes), 4)
         in_memory = int(MEMORY_SHARE * device.free_bytes()) // ((3 * sides + 3) * element)
-        fitting = fit(parameters, min(limit, in_memory))
+        fitting = fit(parameters, min(args.max_parameters, in_memory))
         if fitting is None:
             left_out[parameters.name] = (
                 f"{parameters.numel:,} parameters are more than the limit of "
-                f"{min(limit, in_memory):,}"
+                f"{min(args.max_parameters, in_memory):,}"
             )
         else:
             lists.append(fitting)
@@ -238,9 +256,9 @@ def make_plan(
         caches=args.cache,
         contestants=contestants,
         whole_suite=whole_suite,
-        passes=QUICK_PASSES if args.quick else PASSES,
-        rounds=QUICK_ROUNDS if args.quick else ROUNDS,
-        seconds=QUICK_SECONDS if args.quick else args.seconds,
+        passes=args.passes,
+        rounds=args.rounds,
+        seconds=args.seconds,
         seed=args.seed,
     )
     return plan, left_out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,8 +12,7 @@ from typing import Any
 
 from bench.kernels.contestants import ADAMW_BASELINE, SGD_BASELINE
 
-# Passes build everything anew, minutes apart. Where their medians are further apart than
-# this, two runs may differ by more than 10%.
+# A median that is no surer than this, relatively, may differ by 10% in another run.
 NOISY = 0.05
 
 # A list of rounds for each pass. Slow contestants sit out the last rounds.
@@ -94,12 +94,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Spread:
-    """Samples in passes: their median and quartiles, and whether the passes agree."""
+    """Samples in passes: their median, their quartiles, and how sure the median is.
+
+    Attributes:
+        uncertainty: what the median may be off by. A pass builds everything anew, minutes
+            after the last, as another run does: the distance between the passes' medians
+            counts as well as the samples' quartiles.
+        passes: how many there were.
+    """
 
     median: float
     low: float
     high: float
-    pass_medians: tuple[float, ...]
+    uncertainty: float
+    passes: int
 
     @staticmethod
     def of(passes: Sequence[Sequence[float]]) -> Spread | None:
@@ -111,13 +119,15 @@ class Spread:
         low, median, high = (
             statistics.quantiles(samples, method="inclusive") if len(samples) > 1 else samples * 3
         )
-        return Spread(median, low, high, tuple(map(statistics.median, passes)))
+        medians = [statistics.median(rounds) for rounds in passes]
+        # Twice the standard error of a median, of samples that are normally distributed.
+        own = 2 * (high - low) / math.sqrt(len(samples))
+        return Spread(median, low, high, max(own, max(medians) - min(medians)), len(passes))
 
     @property
     def noisy(self) -> bool:
-        """Whether another run may well differ by 10%; unknown, and so yes, from one pass."""
-        medians = self.pass_medians
-        return len(medians) < 2 or max(medians) - min(medians) > NOISY * self.median
+        """Whether another run may differ by 10%; unknown, and so yes, after one pass."""
+        return self.passes < 2 or self.uncertainty > NOISY * self.median
 
 
 @dataclass

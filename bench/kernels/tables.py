@@ -21,9 +21,7 @@ def format_report(report: Report) -> str:
     targets = format_targets(report)
     if targets:
         blocks += [targets, ""]
-    failed = [row for row in report.rows if row.reason is not None]
-    for row in failed:
-        blocks.append(f"{row.contestant}, {row.parameters}, {row.dtype}, {row.cache}: {row.reason}")
+    blocks += format_reasons(report)
     if not measured:
         blocks.append("Interrupted before anything was measured.")
     else:
@@ -37,6 +35,19 @@ def format_report(report: Report) -> str:
             "gradients, state, temporaries.",
         ]
     return "\n".join(blocks)
+
+
+def format_reasons(report: Report) -> list[str]:
+    """A line for each contestant and reason not to have measured it."""
+    places: dict[tuple[str, str], dict[str, None]] = {}
+    for row in report.rows:
+        if row.reason is not None:
+            place = places.setdefault((row.contestant, row.reason), {})
+            place[f"{row.parameters} ({row.dtype})"] = None
+    return [
+        f"{contestant}: {reason}. On {', '.join(place)}"
+        for (contestant, reason), place in places.items()
+    ]
 
 
 def _format_block(report: Report, rows: list[Row]) -> str:
