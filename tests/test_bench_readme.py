@@ -54,7 +54,12 @@ def test_numbers_targets_and_reasons_are_in_the_section(results):
     assert "### A CPU" in text and "2 threads, torch 2.13.0, 2026-11-24" in text
     assert "1.50 (1.50 to 1.50)" in text
     (line,) = [line for line in text.splitlines() if "AMAdamW cpu / AdamW fused" in line]
-    assert [cell.strip() for cell in line.split("|")][3:7] == ["1.50", "1.50 to 1.50", "1.60", "met"]
+    assert [cell.strip() for cell in line.split("|")][3:7] == [
+        "1.50",
+        "1.50 to 1.50",
+        "1.60",
+        "met",
+    ]
     assert "- a peer: ValueError: no. On 8-llc (float32)" in text
     assert "- another peer: not installed" in text
     assert ".png" not in text  # none is there

@@ -107,7 +107,7 @@ def add_parser(commands: Any) -> None:
         "--rounds", type=COUNT, default=5, help="samples of a contestant in a pass, at most"
     )
     parser.add_argument(
-        "--seconds", type=POSITIVE, default=0.4, help="a contestant, list and pass, about"
+        "--seconds", type=POSITIVE, default=0.25, help="a contestant, list and pass, about"
     )
     parser.add_argument(
         "--max-parameters",

@@ -40,6 +40,7 @@ class Contestant:
         core: takes part on every list of the suite, see `ParameterList.everyone`.
         adaptive: an Adaptive Memory optimizer: the update waits for sums over the tensor.
         compiled: its step goes through torch.compile.
+        compiles_itself: it compiles its step on its own, for all tensors at once.
         quantized: its state is rounded to few bits, so that only a first step can be checked.
         tolerance: of a float32 step, relative to the largest change in the tensor.
     """
@@ -51,6 +52,7 @@ class Contestant:
     core: bool = False
     adaptive: bool = False
     compiled: bool = False
+    compiles_itself: bool = False
     quantized: bool = False
     tolerance: float = 1e-3
 
@@ -62,7 +64,7 @@ class Peer:
     Attributes:
         package: its distribution, for the version.
         devices: where it works.
-        quantized, tolerance: as the contestant's.
+        compiles_itself, quantized, tolerance: as the contestant's.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Peer:
     attribute: str
     options: dict[str, Any]
     devices: tuple[str, ...] = ("cpu", "cuda")
+    compiles_itself: bool = False
     quantized: bool = False
     tolerance: float = 1e-3
 
@@ -115,7 +118,15 @@ PEERS = (
         devices=("cpu",),
     ),
     # Divides by max(sqrt(v), eps) and not by sqrt(v) + eps, which shows at small gradients.
-    Peer("heavyball AdamW", "heavyball", "heavyball", "AdamW", {}, tolerance=5e-2),
+    Peer(
+        "heavyball AdamW",
+        "heavyball",
+        "heavyball",
+        "AdamW",
+        {},
+        compiles_itself=True,
+        tolerance=5e-2,
+    ),
     Peer("bitsandbytes AdamW", "bitsandbytes", "bitsandbytes.optim", "AdamW", {}),
     Peer(
         "bitsandbytes AdamW8bit",
@@ -249,6 +260,7 @@ def find_contestants(device: torch.device) -> tuple[list[Contestant], dict[str, 
                     "adamw",
                     peer.make,
                     _reference_adamw,
+                    compiles_itself=peer.compiles_itself,
                     quantized=peer.quantized,
                     tolerance=peer.tolerance,
                 )

@@ -12,6 +12,7 @@ Shape = tuple[int, ...]
 # float32 parameter, gradient and the two moments; and what a second gradient set adds.
 STATE_BYTES, WORKING_BYTES = 16, 20
 SWEEP = range(20, 29, 2)  # powers of two, for the picture of time against size
+SCALED = 2**25  # elements of a model that does not fit as it is, at most
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class ParameterList:
         scalable: a model, whose dimensions can be divided where memory is short.
         everyone: every contestant takes part in the whole suite; else this package's fused
             backends and torch's fused optimizers, as the rest would take an hour.
-        sweep: a point of the picture of time against size, in the first dtype only.
+        first_dtype_only: in the whole suite, whose time is short.
         divisor: what every dimension was divided by.
     """
 
@@ -34,7 +35,7 @@ class ParameterList:
     source: str
     scalable: bool = False
     everyone: bool = False
-    sweep: bool = False
+    first_dtype_only: bool = False
     divisor: int = 1
 
     @property
@@ -48,8 +49,11 @@ class ParameterList:
 
 def fit(parameters: ParameterList, limit: int) -> ParameterList | None:
     """The list itself if it has at most `limit` elements, else a model's with each dimension
-    divided by the least power of two that makes it fit. None where nothing does."""
+    divided by the least power of two that leaves at most `limit` and `SCALED` elements. None
+    where nothing fits."""
     divisor, shapes = 1, parameters.shapes
+    if parameters.numel > limit:
+        limit = min(limit, SCALED)
     largest = max((n for shape in shapes for n in shape), default=1)
     while sum(map(math.prod, shapes)) > limit:
         divisor *= 2
@@ -175,11 +179,15 @@ def parameter_lists(l2: int, last_level: int) -> dict[str, ParameterList]:
         many(5000, 1000),
         many(20000, 64),
         *[
-            ParameterList(name, shapes, source, scalable=True)
+            ParameterList(
+                name, shapes, source, scalable=True, first_dtype_only=name != "gpt2-small"
+            )
             for name, (shapes, source) in MODELS.items()
         ],
         *[
-            replace(one(f"2^{n}", 2**n), sweep=True, everyone=n == 24, source="one tensor")
+            ParameterList(
+                f"2^{n}", ((2**n,),), "one tensor", first_dtype_only=True, everyone=n == 24
+            )
             for n in SWEEP
         ],
     ]

@@ -149,7 +149,10 @@ def draw_ratios(report: Report) -> Figure | None:
     dtypes = [
         dtype
         for dtype in dict.fromkeys(row.dtype for row in report.rows)
-        if any(report.ratio(row, baseline(row)) for row in _measured(report, dtype))
+        if any(
+            row.contestant.startswith("AM") and report.ratio(row, baseline(row))
+            for row in _measured(report, dtype)
+        )
     ]
     if not dtypes:
         return None

@@ -21,6 +21,8 @@ from bench.kernels.traffic import bytes_to_move
 
 GRADIENT_SETS = 2
 MAX_STEPS = 300  # of a sample
+# Far larger than the caches, where it does not matter how the tensors lie: fewer passes do.
+LARGE, LARGE_PASSES = 32, 2  # caches; passes
 COLD_STEPS = 3  # of a sample with flushed caches
 LARGEST_COPY = 2**30  # a larger one is not faster
 
@@ -35,7 +37,7 @@ class Plan:
         caches: of "warm" and "cold"; cold only where the caches could hold the data.
         contestants: all that are there.
         whole_suite: each list keeps to its own choice of contestants and dtypes.
-        passes: times that everything is built and measured.
+        passes: times that everything is built and measured; twice at most what is large.
         rounds: samples of a contestant in a pass, at most.
         seconds: of a contestant, list and pass, about.
         seed: of the order.
@@ -60,6 +62,7 @@ class Cell:
     dtype: torch.dtype
     caches: tuple[str, ...]
     contestants: tuple[Contestant, ...]
+    passes: int
 
 
 @dataclass
@@ -79,18 +82,25 @@ class Entry:
 
 
 def make_cells(plan: Plan, last_level: int) -> list[Cell]:
-    """The cells of a plan, the lists in their order for each dtype."""
+    """The cells of a plan, the lists in their order for each dtype.
+
+    In the whole suite, contestants that are not of the core take part in the first dtype only.
+    """
     cells = []
     for dtype in plan.dtypes:
         for parameters in plan.lists:
-            if plan.whole_suite and parameters.sweep and dtype != plan.dtypes[0]:
+            second = plan.whole_suite and dtype != plan.dtypes[0]
+            if second and parameters.first_dtype_only:
                 continue
-            everyone = parameters.everyone or not plan.whole_suite
+            everyone = not plan.whole_suite or (parameters.everyone and not second)
             contestants = tuple(c for c in plan.contestants if c.core or everyone)
-            in_cache = parameters.numel * WORKING_BYTES <= 2 * last_level
-            caches = tuple(c for c in plan.caches if c == "warm" or in_cache)
+            used = parameters.numel * WORKING_BYTES
+            caches = tuple(c for c in plan.caches if c == "warm" or used <= 2 * last_level)
+            passes = plan.passes
+            if used > LARGE * last_level:
+                passes = min(passes, LARGE_PASSES)
             if caches:
-                cells.append(Cell(parameters, dtype, caches, contestants))
+                cells.append(Cell(parameters, dtype, caches, contestants, passes))
     return cells
 
 
@@ -142,8 +152,9 @@ class Suite:
     @property
     def parts(self) -> int:
         """How much there is to do, in the unit that `progress` is told."""
-        entries = sum(len(cell.contestants) * (1 + len(cell.caches)) for cell in self.cells)
-        return entries * self.plan.passes
+        return sum(
+            cell.passes * len(cell.contestants) * (1 + len(cell.caches)) for cell in self.cells
+        )
 
     def check(self) -> None:
         """Steps of every contestant on small tensors against its reference.
@@ -151,20 +162,20 @@ class Suite:
         Raises:
             WrongResult: one differs. One that raises is a row with the reason instead.
         """
-        for contestant in self.plan.contestants:
-            for dtype in self.plan.dtypes:
-                self.progress(f"checking {contestant.name}", 0)
-                defect = known_defect(contestant, dtype, self.device.device)
-                if defect is not None:
-                    self._failed[contestant.name, dtype] = defect
-                    continue
-                try:
-                    check_steps(contestant, dtype, self.device.device)
-                except WrongResult:
-                    raise
-                except Exception as error:
-                    self._failed[contestant.name, dtype] = first_line(error)
-                torch.compiler.reset()
+        pairs = {(c.name, cell.dtype): c for cell in self.cells for c in cell.contestants}
+        for (name, dtype), contestant in pairs.items():
+            self.progress(f"checking {name}", 0)
+            defect = known_defect(contestant, dtype, self.device.device)
+            if defect is not None:
+                self._failed[name, dtype] = defect
+                continue
+            try:
+                check_steps(contestant, dtype, self.device.device)
+            except WrongResult:
+                raise
+            except Exception as error:
+                self._failed[name, dtype] = first_line(error)
+            torch.compiler.reset()
 
     def run(self) -> None:
         """Measures everything, pass by pass, in an order made from the seed.
@@ -175,6 +186,8 @@ class Suite:
         generator = random.Random(self.plan.seed)
         for number in range(1, self.plan.passes + 1):
             for index in generator.sample(range(len(self.cells)), len(self.cells)):
+                if number > self.cells[index].passes:
+                    continue
                 label = f"pass {number}/{self.plan.passes}, {self.cells[index].parameters.name}"
                 self._measure_cell(self.cells[index], self._entries[index], generator, label)
                 for entry in self._entries[index]:
@@ -221,7 +234,8 @@ class Suite:
 
     def _left_out(self, cell: Cell, contestant: Contestant) -> str | None:
         limit = COMPILED_TENSORS[self.device.device.type]
-        if contestant.compiled and len(cell.parameters.shapes) > limit:
+        compiles = contestant.compiled or contestant.compiles_itself
+        if compiles and len(cell.parameters.shapes) > limit:
             return f"not tried: compiling for more than {limit} tensors takes minutes"
         return self._failed.get((contestant.name, cell.dtype))
 

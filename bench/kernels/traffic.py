@@ -40,7 +40,7 @@ def bytes_to_move(
     # AM-AdamW has weight decay here and one beta a tensor, AM-SGD neither.
     memory = 8 if dtype == torch.float64 else MEMORY_BYTES
     if contestant.optimizer == "adamw":
-        in_sums, again, together = 2 * element + 2 * memory, 2 * element + memory, sizes
+        in_sums, together = 2 * element + 2 * memory, sizes
     else:
-        in_sums, again, together = element + memory, element + memory, [numel]
-    return one_pass + again * sum(n for n in together if n * in_sums > last_level)
+        in_sums, together = element + memory, [numel]
+    return one_pass + in_sums * sum(n for n in together if n * in_sums > last_level)
