@@ -63,7 +63,8 @@ def measure(benchmark: BenchmarkFixture, group: str, call: Callable[[], object])
 
     benchmark.group = group
     with torch.no_grad():
-        benchmark.pedantic(finished, rounds=ROUNDS, warmup_rounds=WARM_UP_ROUNDS)
+        pedantic: Any = benchmark.pedantic  # which has no types
+        pedantic(finished, rounds=ROUNDS, warmup_rounds=WARM_UP_ROUNDS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -66,8 +66,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--out",
         type=output_folder,
-        default=argparse.SUPPRESS,
-        help="folder (default: bench/results/<device name>)",
+        help="folder; None is bench/results/DEVICE",
     )
     parser.set_defaults(run=run, parser=parser, quick_defaults=QUICK)
 
@@ -112,9 +111,7 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints a table and writes train.json."""
     torch.set_num_threads(args.threads)
     device = find_device(args.device)
-    folder = getattr(args, "out", None) or output_folder(
-        f"bench/results/{folder_name(device.name)}"
-    )
+    folder = args.out or output_folder(f"bench/results/{folder_name(device.name)}")
     generator = torch.Generator().manual_seed(args.seed)
     shape = (args.batch_size, args.context + 1)
     batches = [

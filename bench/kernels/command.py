@@ -45,90 +45,99 @@ OPTIMIZERS = ("adamw", "sgd")
 CACHES = ("warm", "cold")
 
 
+DESCRIPTION = """\
+Times a step of AMAdamW and AMSGD, on every backend that is there, against torch's AdamW and
+SGD, their compiled steps, and the optimizers of other packages that are installed. Checks each
+against its reference first. Prints tables, and writes kernels.json and pictures."""
+
+
+def describe_lists() -> str:
+    """The parameter lists' names and what they are, a line for each."""
+    lists = parameter_lists(1, 1).values()
+    return "\n".join(["parameter lists:", *(f"  {p.name:<12} {p.source}" for p in lists)])
+
+
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `python -m bench`."""
     parser = commands.add_parser(
         "kernels",
         help="step times against torch's optimizers and the installed peers",
-        description="Times a step of AMAdamW and AMSGD, on every backend that is there, against "
-        "torch's AdamW and SGD, their compiled steps and the optimizers of other packages that "
-        "are installed. Checks each against its reference first. Prints a table and writes "
-        "kernels.json and pictures.",
-        epilog="Parameter lists: " + ", ".join(parameter_lists(1, 1)) + ".",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=DESCRIPTION,
+        epilog=describe_lists(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
+
+    def add(name: str, text: str, **options: Any) -> None:
+        parser.add_argument(name, help=text, **options)
+
+    has_gpu = torch.cuda.is_available()
+    add(
         "--device",
+        "where the tensors are (%(default)s)",
         choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where the tensors are",
+        default="cuda" if has_gpu else "cpu",
     )
-    parser.add_argument(
+    add(
         "--dtype",
+        "of parameters and gradients (float32 bfloat16)",
         nargs="+",
         choices=DTYPES,
         default=["float32", "bfloat16"],
-        help="of parameters and gradients",
     )
-    parser.add_argument(
-        "--optimizer", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), help="kinds"
+    add(
+        "--optimizer",
+        "kinds of optimizers (both)",
+        nargs="+",
+        choices=OPTIMIZERS,
+        default=list(OPTIMIZERS),
     )
-    parser.add_argument(
+    add(
         "--lists",
+        "parameter lists, with every contestant on each (the whole suite, where on most lists "
+        "only the fused optimizers take part)",
         nargs="+",
         metavar="LIST",
         choices=list(parameter_lists(1, 1)),
-        help="parameter lists, with every contestant on each; without it the whole suite, where "
-        "on most lists only the fused optimizers take part",
     )
-    parser.add_argument(
+    add(
         "--model",
+        "the parameters of your own model, in place of --lists",
         metavar="MODULE:FACTORY",
-        help="the parameters of your own model, in place of --lists",
     )
-    parser.add_argument(
-        "--contestants", nargs="+", metavar="NAME", help="only these, beside torch's fused ones"
+    add(
+        "--contestants",
+        "only these, beside torch's fused optimizers (all)",
+        nargs="+",
+        metavar="NAME",
     )
-    parser.add_argument(
+    add(
         "--cache",
+        "warm: steps one after the other; cold: caches flushed before each, on lists that would "
+        "fit in them (both)",
         nargs="+",
         choices=CACHES,
         default=list(CACHES),
-        help="warm: steps one after the other; cold: caches flushed before each, on lists that "
-        "would fit in them",
     )
-    parser.add_argument(
-        "--threads", type=COUNT, default=torch.get_num_threads(), help="threads of torch"
+    threads = torch.get_num_threads()
+    add("--threads", "threads of torch (%(default)s)", type=COUNT, default=threads)
+    add("--passes", "times that all is built and measured (%(default)s)", type=COUNT, default=3)
+    add("--rounds", "samples a pass, at most (%(default)s)", type=COUNT, default=5)
+    add(
+        "--seconds",
+        "of a contestant, list and pass, about (%(default)s)",
+        type=POSITIVE,
+        default=0.25,
     )
-    parser.add_argument(
-        "--passes", type=COUNT, default=3, help="times that everything is built and measured"
-    )
-    parser.add_argument(
-        "--rounds", type=COUNT, default=5, help="samples of a contestant in a pass, at most"
-    )
-    parser.add_argument(
-        "--seconds", type=POSITIVE, default=0.25, help="a contestant, list and pass, about"
-    )
-    parser.add_argument(
+    add(
         "--max-parameters",
+        "models are scaled down to so many and other lists left out (what fits in memory)",
         type=COUNT,
         default=sys.maxsize,
-        help="models are scaled down to so many, or to what fits in memory; other lists are "
-        "left out",
     )
-    parser.add_argument("--seed", type=SEED, default=0, help="of the order")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="a look in under a minute, with other defaults: "
-        + ", ".join(f"{key.replace('_', '-')} {value}" for key, value in QUICK.items()),
-    )
-    parser.add_argument(
-        "--out",
-        type=output_folder,
-        default=argparse.SUPPRESS,
-        help="folder (default: bench/results/<device name>)",
-    )
+    add("--seed", "of the order (%(default)s)", type=SEED, default=0)
+    quick = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in QUICK.items())
+    add("--quick", f"a look in under a minute, with other defaults: {quick}", action="store_true")
+    add("--out", "folder (bench/results/DEVICE)", type=output_folder)
     parser.set_defaults(run=run, parser=parser, quick_defaults=QUICK)
 
 
@@ -143,9 +152,7 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error(f"--device cuda: torch {torch.__version__} sees no GPU")
     torch.set_num_threads(args.threads)
     device = find_device(args.device)
-    folder = getattr(args, "out", None) or output_folder(
-        f"bench/results/{folder_name(device.name)}"
-    )
+    folder = args.out or output_folder(f"bench/results/{folder_name(device.name)}")
     contestants, missing = find_contestants(device.device)
     plan, left_out = make_plan(args, device, choose(args, contestants))
     for name, reason in (missing | left_out).items():

@@ -158,16 +158,35 @@ def parameter_lists(l2: int, last_level: int) -> dict[str, ParameterList]:
         last_level: bytes of the last-level cache.
     """
 
-    def one(name: str, numel: int) -> ParameterList:
-        return ParameterList(name, ((numel,),), "one tensor, by the size of this device's caches")
+    def one(name: str, numel: int, source: str) -> ParameterList:
+        return ParameterList(name, ((numel,),), source)
 
     def many(tensors: int, numel: int) -> ParameterList:
-        return ParameterList(f"{tensors}x{numel}", ((numel,),) * tensors, "equal small tensors")
+        source = f"{tensors:,} tensors of {numel:,} elements"
+        return ParameterList(f"{tensors}x{numel}", ((numel,),) * tensors, source)
 
     lists = [
-        one("8-llc", 8 * last_level // STATE_BYTES),
-        one("half-llc", last_level // 2 // WORKING_BYTES),
-        *([one("l2", 3 * l2 // 4 // WORKING_BYTES)] if l2 else []),
+        one(
+            "8-llc",
+            8 * last_level // STATE_BYTES,
+            "one tensor, with its gradient and moments 8 times the last-level cache in float32",
+        ),
+        one(
+            "half-llc",
+            last_level // 2 // WORKING_BYTES,
+            "one tensor, with two gradients and its moments half of the last-level cache",
+        ),
+        *(
+            [
+                one(
+                    "l2",
+                    3 * l2 // 4 // WORKING_BYTES,
+                    "one tensor, with two gradients and its moments 3/4 of the L2 caches",
+                )
+            ]
+            if l2
+            else []
+        ),
         ParameterList(
             "decoder-300",
             llama_shapes(width=192, hidden=512, layers=33, vocabulary=4096, key_width=192),
