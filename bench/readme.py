@@ -10,6 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from adamem_fused.backends import BACKENDS
 from bench import train
 from bench.kernels.contestants import ADAMW_BASELINE
 from bench.kernels.results import Report, Row, Spread, baseline
@@ -18,6 +19,25 @@ from bench.kernels.tables import format_ratio, format_reasons, target_cells
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("bench/results")
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
+
+FUSED = [name for name, backend in BACKENDS.items() if backend.fused]
+PICTURES = {
+    "ratios.png": "Ratio of step times by parameter list",
+    "sizes.png": "Step time against the size of a tensor",
+    "roofline.png": "Achieved bandwidth by parameter list, and a copy's",
+    "contestants.png": "Step time of every contestant over torch's fused AdamW's",
+}
+TARGET_HEADERS = ["parameters", "time of / time of", "ratio", "quartiles", "aim", ""]
+RATIO_HEADERS = ["parameters", "tensors", "elements", "cache", "ms", "of floor"]
+CONTESTANT_HEADERS = [
+    "",
+    "ms",
+    f"/ {ADAMW_BASELINE}",
+    "GB/s",
+    "launches",
+    "peak MB",
+    "state bytes / parameter",
+]
 
 
 def add_parser(commands: Any) -> None:
@@ -54,100 +74,89 @@ def replace_section(text: str, section: str) -> str:
 
 def performance(root: Path) -> str:
     """The section: for each device what was measured there."""
-    parts = []
-    for path in sorted((root / RESULTS).glob("*/kernels.json")):
-        parts.append(device_section(Report.read(path), path.parent, root))
-    if not parts:
-        parts = ["Nothing was measured yet.\n"]
-    return "\n" + "\n".join(parts) + "\n"
+    parts = [
+        device_section(Report.read(path), path.parent, root)
+        for path in sorted((root / RESULTS).glob("*/kernels.json"))
+    ]
+    return "\n" + "\n".join(parts or ["Nothing was measured yet.\n"]) + "\n"
 
 
 def device_section(report: Report, folder: Path, root: Path) -> str:
-    """What was measured on one device."""
+    """What was measured on one device: paragraphs and tables, each with a line after it."""
     link = folder.relative_to(root).as_posix()
     environment, settings = report.environment, report.settings
-    where = f"{environment['device']}, torch {environment['torch']}, {environment['date']}"
-    if settings["device"] == "cpu":
-        threads = settings["threads"]
-        where = f"{environment['device']}, {threads} threads, torch {environment['torch']}"
-        where += f", {environment['date']}"
+    threads = f", {settings['threads']} threads" if settings["device"] == "cpu" else ""
     parts = [
         f"### {environment['device']}\n",
-        f"{where}. Ratios of step times are medians over rounds in which both sides took turns; "
-        f"in brackets the quartiles. A tilde marks a noisy row: another run may differ by 10% or "
-        f"more. Every sample is in [kernels.json]({link}/kernels.json).\n",
+        f"{environment['device']}{threads}, torch {environment['torch']}, {environment['date']}. "
+        "Ratios are medians over rounds in which both sides took turns, in brackets the quartiles. "
+        "A tilde marks a noisy one: another run may differ by 10%. Every sample is in "
+        f"[kernels.json]({link}/kernels.json).\n",
     ]
     targets = target_cells(report)
     if targets:
-        parts.append("What was aimed at, float32, caches warm:\n")
-        parts.append(
-            _table(targets, ["parameters", "time of / time of", "ratio", "quartiles", "aim", ""])
-        )
-    for dtype in dict.fromkeys(row.dtype for row in report.rows):
-        cells = list(_ratio_cells(report, dtype))
-        if cells:
-            parts.append(
-                f"By parameter list, {dtype}: ms a step and its ratio to torch's fused "
-                "optimizer of the same kind, and the fraction of the floor that was "
-                "reached:\n"
-            )
-            parts.append(_table(cells, _RATIO_HEADERS))
+        parts += ["What was aimed at, float32, caches warm:\n", _table(targets, TARGET_HEADERS)]
+    columns = _fused_columns(report)
+    if columns:
+        names = [f"{name}, {dtype}" for name, dtype in columns]
+        parts += [
+            "Step times over those of torch's fused optimizer of the same kind; milliseconds and "
+            f"the fraction of the floor that was reached are those of {names[0]}:\n",
+            _table(list(_ratio_cells(report, columns)), RATIO_HEADERS + names),
+        ]
     for label in _lists_of_everyone(report):
-        parts.append(f"Every contestant on {label}, float32, caches warm:\n")
-        parts.append(_table(list(_contestant_cells(report, label)), _CONTESTANT_HEADERS))
-    for name, words in _PICTURES.items():
+        parts += [
+            f"Every contestant on {label}, float32, caches warm:\n",
+            _table(list(_contestant_cells(report, label)), CONTESTANT_HEADERS),
+        ]
+    for name, words in PICTURES.items():
         if (folder / name).exists():
             parts.append(f"![{words}]({link}/{name})\n")
     trained = folder / "train.json"
     if trained.exists():
         result = json.loads(trained.read_text())
-        parts.append(
+        parts += [
             f"A training step of a GPT of {result['parameters'] / 1e6:.1f} M parameters in "
             f"{result['tensors']} tensors on {result['tokens']:,} tokens "
-            f"([train.json]({link}/train.json)):\n"
-        )
-        parts.append(_table(train.table_cells(result), train.HEADERS))
+            f"([train.json]({link}/train.json)):\n",
+            _table(train.table_cells(result), train.HEADERS),
+        ]
     reasons = [*format_reasons(report), *(f"{k}: {v}" for k, v in report.missing.items())]
     if reasons:
-        parts.append("Not measured:\n")
-        parts.append("\n".join(f"- {reason}" for reason in reasons) + "\n")
+        parts += ["Not measured:\n", "\n".join(f"- {reason}" for reason in reasons) + "\n"]
     return "\n".join(parts)
-
-
-_PICTURES = {
-    "ratios.png": "Ratio of step times by parameter list",
-    "sizes.png": "Step time against the size of a tensor",
-    "roofline.png": "Achieved bandwidth by parameter list, and a copy's",
-    "contestants.png": "Step time of every contestant over torch's fused AdamW's",
-}
-_RATIO_HEADERS = ["parameters", "tensors", "elements", "cache", "optimizer", "ms", "ratio", "floor"]
-_CONTESTANT_HEADERS = ["", "ms", f"/ {ADAMW_BASELINE}", "GB/s", "launches", "peak MB", "state B"]
 
 
 def _table(cells: list[list[str]], headers: list[str]) -> str:
     return tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True) + "\n"
 
 
-def _ratio_cells(report: Report, dtype: str) -> Iterator[list[str]]:
-    for row in report.rows:
-        ratio = report.ratio(row, baseline(row))
-        fused = row.contestant.split()[-1] in ("cpu", "triton", "cuda")
-        if (
-            row.dtype != dtype
-            or not row.contestant.startswith("AM")
-            or not fused
-            or not row.seconds
-        ):
+def _fused_columns(report: Report) -> list[tuple[str, str]]:
+    """This package's fused contestants and dtypes that have a ratio somewhere."""
+    found = dict.fromkeys(
+        (row.contestant, row.dtype)
+        for row in report.rows
+        if row.contestant.startswith("AM")
+        and row.contestant.split()[-1] in FUSED
+        and report.ratio(row, baseline(row))
+    )
+    return list(found)
+
+
+def _ratio_cells(report: Report, columns: list[tuple[str, str]]) -> Iterator[list[str]]:
+    for parameters, cache in dict.fromkeys((row.parameters, row.cache) for row in report.rows):
+        found = [report.row(parameters, dtype, cache, name) for name, dtype in columns]
+        first = found[0]
+        if first is None or first.seconds is None:
             continue
         yield [
-            row.parameters,
-            f"{row.tensors:,}",
-            f"{row.numel:,}",
-            row.cache,
-            row.contestant,
-            f"{1e3 * row.seconds.median:.3f}",
-            _ratio(ratio),
-            f"{row.of_floor:.0%}" if row.of_floor else "-",
+            parameters,
+            f"{first.tensors:,}",
+            f"{first.numel:,}",
+            cache,
+            f"{1e3 * first.seconds.median:.3f}",
+            f"{first.of_floor:.0%}" if first.of_floor else "-",
+            *(_ratio(report.ratio(row, baseline(row)) if row else None) for row in found),
         ]
 
 
@@ -159,22 +168,16 @@ def _ratio(ratio: Spread | None) -> str:
 
 def _lists_of_everyone(report: Report) -> list[str]:
     """Lists with contestants that are not on all lists."""
-    lists = list(dict.fromkeys(row.parameters for row in report.rows))
-    on: dict[str, set[str]] = {label: set() for label in lists}
+    on: dict[str, set[str]] = {}
     for row in report.rows:
-        on[row.parameters].add(row.contestant)
+        on.setdefault(row.parameters, set()).add(row.contestant)
     common = set.intersection(*on.values()) if on else set()
-    return [label for label in lists if on[label] - common]
+    return [label for label in on if on[label] - common]
 
 
 def _contestant_cells(report: Report, label: str) -> Iterator[list[str]]:
-    rows = [
-        row
-        for row in report.rows
-        if row.parameters == label and (row.dtype, row.cache) == ("float32", "warm")
-    ]
-    for row in rows:
-        if row.seconds is not None:
+    for row in report.rows:
+        if row.key[:3] == (label, "float32", "warm") and row.seconds is not None:
             yield _contestant(report, row, row.seconds)
 
 
