@@ -23,7 +23,7 @@ from bench.kernels.sides import random_tensors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 AVAILABLE = [name for name, backend in BACKENDS.items() if backend.unavailable(DEVICE) is None]
-SHAPES = {"2^20": ((2**20,),), "1000x1000": ((1000,),) * 1000}
+SHAPES = {"large": ((2**20,),), "many": ((1000,),) * 1000}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KINDS: dict[str, type[AMAdamW] | type[AMSGD]] = {"adamw": AMAdamW, "sgd": AMSGD}
 FUSED = {"adamw": "AdamW fused", "sgd": "SGD fused"}

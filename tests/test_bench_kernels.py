@@ -603,7 +603,8 @@ def test_every_sample_is_written_and_read_again(tiny, tmp_path, capsys):
         if row.contestant == "fails":
             assert row.reason == "RuntimeError: no more"
         else:
-            assert [len(rounds) for rounds in row.step] == [3, 3]
+            assert len(row.step) == 2
+            assert all(1 <= len(rounds) <= 3 for rounds in row.step)
             assert all(seconds > 0 for rounds in row.step for seconds in rounds)
             assert row.state_bytes >= 8 * row.numel
             assert row.copy_bandwidth > 0
@@ -729,7 +730,7 @@ def test_kernel_benchmarks_run_one_by_one_and_are_not_among_the_tests(pytestconf
     assert pytestconfig.getini("testpaths") == ["tests"]
     options = ["-q", "--benchmark-disable", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "bench", *options, "-k", "float32 and 2^20 and not ref"],
+        [sys.executable, "-m", "pytest", "bench", *options, "-k", "float32 and large and not reference"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -21,8 +21,9 @@ from bench.kernels.traffic import bytes_to_move
 
 GRADIENT_SETS = 2
 MAX_STEPS = 300  # of a sample
-# Far larger than the caches, where it does not matter how the tensors lie: fewer passes do.
-LARGE, LARGE_PASSES = 32, 2  # caches; passes
+# Far larger than the caches, where it does not matter how the tensors lie: two passes do.
+LARGE = 32  # caches
+FEW_PASSES = 2
 COLD_STEPS = 3  # of a sample with flushed caches
 LARGEST_COPY = 2**30  # a larger one is not faster
 
@@ -37,7 +38,7 @@ class Plan:
         caches: of "warm" and "cold"; cold only where the caches could hold the data.
         contestants: all that are there.
         whole_suite: each list keeps to its own choice of contestants and dtypes.
-        passes: times that everything is built and measured; twice at most what is large.
+        passes: times that everything is built and measured; twice at most what takes long.
         rounds: samples of a contestant in a pass, at most.
         seconds: of a contestant, list and pass, about.
         seed: of the order.
@@ -97,8 +98,8 @@ def make_cells(plan: Plan, last_level: int) -> list[Cell]:
             used = parameters.numel * WORKING_BYTES
             caches = tuple(c for c in plan.caches if c == "warm" or used <= 2 * last_level)
             passes = plan.passes
-            if used > LARGE * last_level:
-                passes = min(passes, LARGE_PASSES)
+            if used > LARGE * last_level or (plan.whole_suite and everyone):
+                passes = min(passes, FEW_PASSES)
             if caches:
                 cells.append(Cell(parameters, dtype, caches, contestants, passes))
     return cells
@@ -193,7 +194,6 @@ class Suite:
                 for entry in self._entries[index]:
                     entry.side = None
                 gc.collect()
-                torch.compiler.reset()  # its caches hold the tensors
 
     def _measure_cell(
         self, cell: Cell, entries: Sequence[Entry], generator: random.Random, label: str
@@ -203,6 +203,8 @@ class Suite:
         gradient_sets = [
             random_tensors(shapes, dtype, device, seed) for seed in range(1, GRADIENT_SETS + 1)
         ]
+        if any(c.compiled and self._left_out(cell, c) is None for c in cell.contestants):
+            torch.compiler.reset()  # it compiles only so many versions of a step
         first_step = FirstStep(start, gradient_sets[0])
         order = list(entries)
         generator.shuffle(order)
