@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import sys
 from typing import Any
 
@@ -27,6 +28,7 @@ from bench.kernels.results import Report
 from bench.kernels.suite import Plan, Suite
 from bench.kernels.tables import format_report
 
+BUSY = 0.3  # other processes' load a core, from which on results suffer
 INTERRUPTED = 130  # exit status: 128 + SIGINT, as a shell has it
 # What --quick changes, unless an option is given.
 QUICK = {
@@ -157,7 +159,12 @@ def run(args: argparse.Namespace) -> int:
     plan, left_out = make_plan(args, device, choose(args, contestants))
     for name, reason in (missing | left_out).items():
         print(f"without {name}: {reason}")
-    clocks = device.clocks()
+    clocks, load = device.clocks(), os.getloadavg()[0]
+    if load > BUSY * (os.cpu_count() or 1):
+        print(
+            f"The machine is busy (load {load:.1f}): expect noise. Steps of several threads wait "
+            "for the slowest."
+        )
 
     interrupted = False
     with device.limited_memory(), tqdm(unit="part", smoothing=0) as bar:
@@ -197,6 +204,7 @@ def run(args: argparse.Namespace) -> int:
             "device": device.name,
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
             "peers": peer_versions(),
+            "load_before": load,
             "clocks_before": clocks,
             "clocks_after": device.clocks(),
         },

@@ -162,11 +162,13 @@ def draw_ratios(report: Report) -> Figure | None:
         names = [name for name in _core(rows) if name.startswith("AM")]
         lists = list(dict.fromkeys(row.parameters for row in rows))
         for k, name in enumerate(names):
-            for i, label in enumerate(lists):
-                row = report.row(label, dtype, "warm", name)
-                ratio = report.ratio(row, baseline(row)) if row else None
-                if row is None or ratio is None:
-                    continue
+            found = [
+                (i, row, ratio)
+                for i, label in enumerate(lists)
+                if (row := report.row(label, dtype, "warm", name))
+                and (ratio := report.ratio(row, baseline(row)))
+            ]
+            for point, (i, row, ratio) in enumerate(found):
                 axes.errorbar(
                     i + 0.2 * (k - (len(names) - 1) / 2),
                     ratio.median,
@@ -174,8 +176,9 @@ def draw_ratios(report: Report) -> Figure | None:
                     fmt="o",
                     mfc="white" if ratio.noisy else None,
                     color=_color(name),
-                    label=f"{name} / {baseline(row)}" if i == 0 else None,
+                    label=f"{name} / {baseline(row)}" if point == 0 else None,
                 )
+        axes.set_xlim(-0.5, len(lists) - 0.5)
         for target in TARGETS:
             drawn = target.name in lists and target.contestant in names
             if dtype == "float32" and drawn and target.against == ADAMW_BASELINE:
@@ -214,7 +217,8 @@ def draw_contestants(report: Report) -> Figure | None:
         found = sorted(((r.median, name) for name, r in pairs if r is not None), reverse=True)
         axes.barh(
             [name for _, name in found],
-            [median for median, _ in found],
+            [median - 1 for median, _ in found],
+            left=1,
             color=[_color(name) or "tab:orange" for _, name in found],
         )
         for y, (median, _) in enumerate(found):
