@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamem_fused import ops
 from bench import __main__ as commands
@@ -22,7 +23,7 @@ from bench.environment import cpu_clocks, folder_name
 from bench.kernels import command, contestants, parameter_lists
 from bench.kernels.contestants import ADAMW_BASELINE, Contestant, find_contestants, known_defect
 from bench.kernels.correctness import FirstStep, WrongResult, check_steps
-from bench.kernels.devices import Cpu, Sample
+from bench.kernels.devices import Cpu, Sample, streams
 from bench.kernels.parameter_lists import MODELS, ParameterList, fit, model_list
 from bench.kernels.plots import write_plots
 from bench.kernels.results import Report, Row, Spread
@@ -36,6 +37,18 @@ CPU = torch.device("cpu")
 SHAPES = ((40, 5), (7,))
 
 needs_extension = pytest.mark.skipif(ops.unavailable is not None, reason=str(ops.unavailable))
+
+
+class DispatchLog(TorchDispatchMode):
+    """The bytes that each operation in place writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.written = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.written.append(args[0].nbytes)
+        return func(*args, **(kwargs or {}))
 
 
 def by_name():
@@ -272,7 +285,7 @@ class FakeDevice(Cpu):
     def flush(self):
         self.log.append("flush")
 
-    def copy_seconds(self, total, cold):
+    def bandwidth(self, held, cold):
         return 1.0
 
     def measure(self, side, steps, cold):
@@ -519,6 +532,14 @@ def test_a_cpu_sample_is_of_the_steps_that_were_asked_for():
     assert len(log) == 4
     assert sample.step == sample.host > 0
     assert sample.kernel is None
+
+
+@pytest.mark.parametrize("held", [8, 800, 10**6])
+def test_bandwidth_counts_what_is_read_and_written(held):
+    for moved, work in streams(held, CPU):
+        with DispatchLog() as log:
+            work()
+        assert sum(2 * size for size in log.written) == moved in (held, 2 * held)
 
 
 def test_random_tensors_are_random_and_never_zero():

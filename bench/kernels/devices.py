@@ -57,8 +57,8 @@ class Device(Protocol):
     def flush(self) -> None:
         """Streams over more than the caches hold."""
 
-    def copy_seconds(self, total: int, cold: bool) -> float:
-        """Seconds of a copy that reads and writes `total` bytes."""
+    def bandwidth(self, held: int, cold: bool) -> float:
+        """Bytes a second in `held` bytes of memory, of the faster of `streams`."""
 
     def prepare(self, side: Side) -> None:
         """What measuring a side needs first; it has taken steps already."""
@@ -78,6 +78,22 @@ class Device(Protocol):
 
 def find_device(name: str) -> Device:
     return Cuda() if name == "cuda" else Cpu()
+
+
+def streams(held: int, device: torch.device) -> list[tuple[int, Callable[[], object]]]:
+    """Bytes that are read and written, and work that does it, in `held` bytes of memory.
+
+    A copy, and a change in place: a CPU reads what it is about to write, which is work that
+    is not counted of a copy, and that an optimizer has to do anyway.
+    """
+    source = torch.ones(max(held // 8, 1), device=device)
+    target = source.clone()
+
+    def in_place() -> None:
+        source.neg_()
+        target.neg_()
+
+    return [(2 * source.nbytes, lambda: target.copy_(source)), (4 * source.nbytes, in_place)]
 
 
 def _profiled(side: Side, activities: list[ProfilerActivity]) -> list[Any]:
@@ -128,18 +144,19 @@ class Cpu:
     def flush(self) -> None:
         self._flushed.neg_()
 
-    def copy_seconds(self, total: int, cold: bool) -> float:
-        source = torch.ones(max(total // 2, 1), dtype=torch.uint8)
-        target = torch.empty_like(source)
-        target.copy_(source)
-        times = []
-        for _ in range(COPIES):
-            if cold:
-                self.flush()
-            start = time.perf_counter()
-            target.copy_(source)
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
+    def bandwidth(self, held: int, cold: bool) -> float:
+        found = []
+        for moved, work in streams(held, self.device):
+            work()
+            times = []
+            for _ in range(COPIES):
+                if cold:
+                    self.flush()
+                start = time.perf_counter()
+                work()
+                times.append(time.perf_counter() - start)
+            found.append(moved / statistics.median(times))
+        return max(found)
 
     def prepare(self, side: Side) -> None:
         pass
@@ -218,13 +235,13 @@ class Cuda:
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
 
-    def copy_seconds(self, total: int, cold: bool) -> float:
-        source = torch.ones(max(total // 2, 1), dtype=torch.uint8, device=self.device)
-        target = torch.empty_like(source)
-        target.copy_(source)
-        return statistics.median(
-            self._events_seconds(lambda: target.copy_(source), cold) for _ in range(COPIES)
-        )
+    def bandwidth(self, held: int, cold: bool) -> float:
+        found = []
+        for moved, work in streams(held, self.device):
+            work()
+            times = [self._events_seconds(work, cold) for _ in range(COPIES)]
+            found.append(moved / statistics.median(times))
+        return max(found)
 
     def prepare(self, side: Side) -> None:
         """Captures a step as a graph for either set of gradients, where that is possible."""

@@ -31,7 +31,8 @@ class Row:
         step, host, kernel: seconds, see bench.kernels.devices.Sample. The rounds of all
             rows of a list correspond.
         bytes_to_move: the floor of a step, see bench.kernels.traffic.
-        copy_bandwidth: bytes a second that a copy of as many bytes reads and writes.
+        copy_bandwidth: bytes a second that are read and written by a copy of as many bytes,
+            or a change in place where that is faster.
         launches, temporary_bytes, state_bytes: of a step, of a step, of the state.
         peak_bytes: parameters, one set of gradients, state and what a step takes for its time.
         reason: why it was not measured, or not to the end.

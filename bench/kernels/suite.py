@@ -217,12 +217,13 @@ class Suite:
                 self._attempt(entry, self._start, cell, start, gradient_sets, first_step)
         for cache in cell.caches:
             cold = cache == "cold"
+            # As many bytes as torch's fused AdamW works on.
             held = 4 * dtype.itemsize * cell.parameters.numel
-            total = min(held, max(LARGEST_COPY, 8 * self.device.last_level))
-            bandwidth = total / self.device.copy_seconds(total, cold)
+            held = min(held, max(LARGEST_COPY, 8 * self.device.last_level))
+            bandwidth = self.device.bandwidth(held, cold)
             for entry in order:
                 row = entry.rows[cache]
-                # The fastest copy of all passes: nothing that was seen is below the floor.
+                # The fastest of all passes.
                 row.copy_bandwidth = max(row.copy_bandwidth or 0.0, bandwidth)
                 for samples in (row.step, row.host, row.kernel):
                     samples.append([])

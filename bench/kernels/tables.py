@@ -30,7 +30,8 @@ def format_report(report: Report) -> str:
             "ms: median (quartiles). Ratios: medians over rounds in which both took turns; '~': "
             "noisy, another run",
             "may differ by 10%. Floor: the algorithm's bytes at the bandwidth of a copy of as "
-            "many, over the time taken.",
+            "many (or a change in place,",
+            "where that is faster), over the time taken.",
             "launches: kernels, on the CPU operators that call no other. peak: parameters, "
             "gradients, state, temporaries.",
         ]
