@@ -383,12 +383,6 @@ def test_cold_is_measured_only_where_the_caches_could_hold_the_data():
     assert [cell.caches for cell in cells] == [("warm", "cold"), ("warm",)]
 
 
-def test_what_is_far_larger_than_the_caches_has_two_passes():
-    lists = [ParameterList("small", ((100,),), ""), ParameterList("large", ((10**6,),), "")]
-    cells = make_cells(new_plan(lists=lists, passes=3), last_level=2**19)
-    assert [cell.passes for cell in cells] == [3, 2]
-
-
 def test_in_the_whole_suite_only_some_lists_have_everyone():
     foreach = by_name()["AdamW foreach"]
     lists = [

@@ -34,7 +34,6 @@ INTERRUPTED = 130  # exit status: 128 + SIGINT, as a shell has it
 QUICK = {
     "dtype": ["float32"],
     "cache": ["warm"],
-    "passes": 2,
     "rounds": 3,
     "seconds": 0.02,
     "max_parameters": 2**20,
@@ -122,7 +121,7 @@ def add_parser(commands: Any) -> None:
     )
     threads = torch.get_num_threads()
     add("--threads", "threads of torch (%(default)s)", type=COUNT, default=threads)
-    add("--passes", "times that all is built and measured (%(default)s)", type=COUNT, default=3)
+    add("--passes", "times that all is built and measured (%(default)s)", type=COUNT, default=2)
     add("--rounds", "samples a pass, at most (%(default)s)", type=COUNT, default=5)
     add(
         "--seconds",

@@ -96,8 +96,6 @@ class Peer:
 _UNQUANTIZED = {"quantize": False, "master_weight_bits": None, "fused": False}
 PEERS = (
     Peer("torchao AdamW8bit", "torchao", "torchao.optim", "AdamW8bit", {}, quantized=True),
-    Peer("torchao AdamW4bit", "torchao", "torchao.optim", "AdamW4bit", {}, quantized=True),
-    Peer("torchao AdamWFp8", "torchao", "torchao.optim", "AdamWFp8", {}, quantized=True),
     Peer("optimi AdamW", "torch-optimi", "optimi", "AdamW", {}),
     Peer(
         "flashoptim FlashAdamW",

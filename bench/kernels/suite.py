@@ -21,9 +21,6 @@ from bench.kernels.traffic import bytes_to_move
 
 GRADIENT_SETS = 2
 MAX_STEPS = 300  # of a sample
-# Far larger than the caches, where it does not matter how the tensors lie: two passes do.
-LARGE = 32  # caches
-FEW_PASSES = 2
 COLD_STEPS = 3  # of a sample with flushed caches
 LARGEST_COPY = 2**30  # a larger one is not faster
 
@@ -38,7 +35,7 @@ class Plan:
         caches: of "warm" and "cold"; cold only where the caches could hold the data.
         contestants: all that are there.
         whole_suite: each list keeps to its own choice of contestants and dtypes.
-        passes: times that everything is built and measured; twice at most what takes long.
+        passes: times that everything is built and measured.
         rounds: samples of a contestant in a pass, at most.
         seconds: of a contestant, list and pass, about.
         seed: of the order.
@@ -63,7 +60,6 @@ class Cell:
     dtype: torch.dtype
     caches: tuple[str, ...]
     contestants: tuple[Contestant, ...]
-    passes: int
 
 
 @dataclass
@@ -97,11 +93,8 @@ def make_cells(plan: Plan, last_level: int) -> list[Cell]:
             contestants = tuple(c for c in plan.contestants if c.core or everyone)
             used = parameters.numel * WORKING_BYTES
             caches = tuple(c for c in plan.caches if c == "warm" or used <= 2 * last_level)
-            passes = plan.passes
-            if used > LARGE * last_level or (plan.whole_suite and everyone):
-                passes = min(passes, FEW_PASSES)
             if caches:
-                cells.append(Cell(parameters, dtype, caches, contestants, passes))
+                cells.append(Cell(parameters, dtype, caches, contestants))
     return cells
 
 
@@ -153,9 +146,8 @@ class Suite:
     @property
     def parts(self) -> int:
         """How much there is to do, in the unit that `progress` is told."""
-        return sum(
-            cell.passes * len(cell.contestants) * (1 + len(cell.caches)) for cell in self.cells
-        )
+        entries = sum(len(cell.contestants) * (1 + len(cell.caches)) for cell in self.cells)
+        return entries * self.plan.passes
 
     def check(self) -> None:
         """Steps of every contestant on small tensors against its reference.
@@ -187,8 +179,6 @@ class Suite:
         generator = random.Random(self.plan.seed)
         for number in range(1, self.plan.passes + 1):
             for index in generator.sample(range(len(self.cells)), len(self.cells)):
-                if number > self.cells[index].passes:
-                    continue
                 label = f"pass {number}/{self.plan.passes}, {self.cells[index].parameters.name}"
                 self._measure_cell(self.cells[index], self._entries[index], generator, label)
                 for entry in self._entries[index]:
