@@ -4,13 +4,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help test demo bench-cpu gpu-check check clean
+.PHONY: help test demo bench bench-cpu gpu-check check clean
 
 help:
 	@echo "make test       the tests"
 	@echo "make demo       a small GPT trained with AdamW and with AMAdamW: table and picture"
-	@echo "make bench-cpu  the cpu backend's time against torch's fused AdamW"
-	@echo "make gpu-check  the GPU backends tested and timed, with PYTHON's own torch"
+	@echo "make bench-cpu  step times on the CPU against torch's AdamW and SGD, and README's section"
+	@echo "make bench      the same on the GPU, with PYTHON's own torch; README stays as it is"
+	@echo "make gpu-check  the GPU backends tested and timed, with PYTHON's own torch and triton"
 	@echo "make check      linters, formatters and type checker"
 	@echo "make clean      removes what was built, .venv included"
 
@@ -21,7 +22,14 @@ demo: .venv/installed
 	$(BIN)/python -m bench.demo
 
 bench-cpu: .venv/installed
-	$(BIN)/python -m bench.cpu
+	$(BIN)/python -m bench kernels --device cpu
+	$(BIN)/python -m bench train --device cpu
+	$(BIN)/python -m bench readme
+
+# These take the machine's own torch, which knows its GPU.
+bench:
+	$(PYTHON) -m bench kernels --device cuda
+	$(PYTHON) -m bench train --device cuda
 
 # Takes the machine's own torch, which knows its GPU, and its nvcc.
 gpu-check:

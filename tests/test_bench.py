@@ -1,24 +1,18 @@
-"""The demo and the CPU benchmark: they run end to end, and their numbers mean what they say."""
+"""The demo: it runs end to end, and its numbers mean what they say."""
 
 import json
 import math
-import re
-import statistics
 import struct
-from itertools import pairwise
 
 import pytest
 import torch
 
 from adamem_fused import ops
-from bench import cpu, demo
+from bench import demo
 from bench.arguments import output_folder
-from bench.cpu_report import Result, format_table
-from bench.demo_report import Comparison, Run, steps_to_reach
-from bench.demo_report import format_table as format_demo_table
+from bench.demo_report import Comparison, Run, format_table, steps_to_reach
 from bench.demo_text import HELD_OUT_FILES, TRAINING_FILES, Text, read_text, standard_library
 from bench.environment import cache_sizes, environment
-from bench.timing import alternate, random_tensors
 
 needs_extension = pytest.mark.skipif(ops.unavailable is not None, reason=str(ops.unavailable))
 
@@ -204,194 +198,47 @@ def test_table_compares_with_the_baseline():
     config = {"steps": 20, "batch_size": 1, "context": 8, "lr": 0.1, "weight_decay": 0.0}
     config |= {"seed": 0, "threads": 1, "eval_every": 10}
     runs = [made_up("AdamW", [5.0, 3.0, 2.0]), made_up("AMAdamW level", [5.0, 1.9, 1.0])]
-    table = format_demo_table(Comparison(config, [1, 2], "AdamW", 0.89, text, text, runs))
+    table = format_table(Comparison(config, [1, 2], "AdamW", 0.89, text, text, runs))
     rows = {line.split("  ")[0]: line.split() for line in table.splitlines()}
     assert rows["AdamW"][1:3] == ["2.0000", "20"]
     assert rows["AMAdamW level"][2:4] == ["1.0000", "10"]
 
 
-# ---- CPU benchmark --------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------
 
 
-def tiny_cases(*args, **kwargs):
-    return {
-        name: cpu.Case(name, ((40, 5), (7,)), target=1.5 if name == "large" else None)
-        for name in ("large", "decoder")
-    }
-
-
-@pytest.fixture
-def tiny(monkeypatch, tmp_path):
-    monkeypatch.setattr(cpu, "make_cases", tiny_cases)
-    return ["--quick", "--threads", "1", "--out", str(tmp_path)]
-
-
-@needs_extension
-def test_benchmark_writes_every_sample(tiny, tmp_path, capsys):
-    assert cpu.main(tiny) == 0
-    report = json.loads((tmp_path / "cpu.json").read_text())
-    assert report["settings"]["threads"] == 1
-    assert report["settings"]["interrupted"] is False
-    assert report["environment"]["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
-    sides = {(r["contestant"], r["baseline"], r["dtype"]) for r in report["results"]}
-    assert sides == {
-        ("AMAdamW cpu", "AdamW fused", "float32"),
-        ("AMAdamW cpu", "AdamW fused", "bfloat16"),
-        ("AMAdamW cpu", "AMAdamW foreach", "float32"),
-        ("AMSGD cpu", "SGD fused", "float32"),
-        ("AMSGD cpu", "SGD fused", "bfloat16"),
-    }
-    for result in report["results"]:
-        samples = [result["contestant_seconds"], result["baseline_seconds"]]
-        assert [len(s) for s in samples] == [2, 2]
-        assert all(second > 0 for s in samples for second in s)
-        ratios = [a / b for a, b in zip(*samples, strict=True)]
-        assert result["ratio_quartiles"][1] == pytest.approx(statistics.median(ratios))
-    verdicts = re.findall(r"\d\.\d\d (?:not )?met", capsys.readouterr().out)
-    assert [verdict.split()[0] for verdict in verdicts] == ["1.50", "0.25"]
-
-
-@needs_extension
-def test_interrupted_benchmark_keeps_the_rows_that_finished(tiny, tmp_path, monkeypatch):
-    measure = cpu.measure
-
-    def interrupted(row, *args):
-        if row.baseline == "AMAdamW foreach":
-            raise KeyboardInterrupt
-        return measure(row, *args)
-
-    monkeypatch.setattr(cpu, "measure", interrupted)
-    assert cpu.main(tiny) == 130
-    report = json.loads((tmp_path / "cpu.json").read_text())
-    assert report["settings"]["interrupted"] is True
-    assert [result["case"] for result in report["results"]] == ["large", "decoder"]
-
-
-def test_cases_are_as_large_as_they_say():
-    cases = cpu.make_cases(l2=2**20, last_level=2**25, width=192, tensors=5000)
-    assert cases["large"].numel * 16 == 8 * 2**25
-    assert 0.49 * 2**25 < cases["last level"].numel * 20 <= 2**24
-    assert cases["l2"].numel * 20 <= 2**20
-    assert len(cases["decoder"].shapes) == 300
-    assert cases["many"].shapes == ((100,),) * 5000
-    targets = {name: case.target for name, case in cases.items()}
-    assert targets == {
-        "large": 1.6, "last level": 1.15, "l2": 1.15, "decoder": None, "many": 1 / 3
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "in_cache", "expected"),
-    [
-        ("AMAdamW cpu", torch.float32, False, 44),
-        ("AMAdamW cpu", torch.float32, True, 28),
-        ("AMAdamW cpu", torch.bfloat16, False, 34),
-        ("AMAdamW cpu", torch.bfloat16, True, 22),
-        ("AMAdamW foreach", torch.float32, False, None),
-        ("AdamW fused", torch.float32, False, 28),
-        ("AdamW fused", torch.bfloat16, False, 14),
-        ("AMSGD cpu", torch.float32, False, 28),
-        ("AMSGD cpu", torch.float32, True, 20),
-        ("SGD fused", torch.float32, False, 20),
-    ],
-)
-def test_bytes_a_parameter_are_those_of_the_algorithm(name, dtype, in_cache, expected):
-    contestant, case = cpu.CONTESTANTS[name], cpu.Case("", ((1000,),))
-    last_level = 2**20 if in_cache else 2**10
-    assert cpu.bytes_per_parameter(contestant, case, dtype, last_level) == expected
-
-
-def test_one_beta_for_all_keeps_only_small_models_in_cache():
-    case = cpu.Case("", ((1000,),) * 100)
-    for name, expected in (("AMAdamW cpu", 28), ("AMSGD cpu", 28)):
-        contestant = cpu.CONTESTANTS[name]
-        assert cpu.bytes_per_parameter(contestant, case, torch.float32, 2**16) == expected
-
-
-def test_sides_take_turns_and_gradients_alternate():
-    log = []
-
-    class Recorder(torch.optim.Optimizer):
-        def __init__(self, params, name):
-            super().__init__(params, {})
-            self.name = name
-
-        def step(self, closure=None):
-            log.append((self.name, self.param_groups[0]["params"][0].grad.data_ptr()))
-
-    def make(name):
-        return lambda params: Recorder(params, name)
-
-    pairs = list(alternate(make("a"), make("b"), [(3,)], torch.float32, pairs=4, seconds=1e-9))
-    assert len(pairs) == 4
-    steps = 5  # of a block: 2 to warm up and 3 timed; also of the trial of each side
-    names = "".join(name for name, _ in log)
-    assert names == "".join(side * steps for side in "ab" + "ab" + "ba" + "ab" + "ba")
-    for block in range(0, len(log), steps):
-        pointers = [pointer for _, pointer in log[block : block + steps]]
-        assert len(set(pointers)) == 2
-        assert all(a != b for a, b in pairwise(pointers))
-
-
-def test_gradients_are_random_and_never_zeros():
-    first, second = (random_tensors([(50,)], torch.bfloat16, seed)[0] for seed in (1, 2))
-    assert first.count_nonzero() == 50
-    assert not torch.equal(first, second)
-
-
-@pytest.mark.parametrize(
-    ("target", "verdict"), [(2.0, "2.00 met"), (1.9, "1.90 not met"), (None, "")]
-)
-def test_verdict_is_of_the_median_ratio(target, verdict):
-    result = Result(
-        "case", "float32", 1, 10, "a", "b", target, [1.0, 4.0, 9.0], [1.0, 2.0, 3.0], 44, None, 1e9
-    )
-    assert result.ratio_quartiles == pytest.approx([1.5, 2.0, 2.5])
-    assert result.verdict == verdict
-    assert "2.00 (1.50 to 2.50)" in format_table([result])
-    assert "44 / -" in format_table([result])
-
-
-# ---- what both share ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("module", [demo, cpu])
-def test_help_lists_the_options(module, capsys):
+def test_help_lists_the_options(capsys):
     with pytest.raises(SystemExit) as error:
-        module.main(["--help"])
+        demo.main(["--help"])
     assert error.value.code == 0
     out = capsys.readouterr().out
-    assert f"python -m {module.__name__}" in out
+    assert "python -m bench.demo" in out
     assert "--threads" in out and "--out" in out and "--quick" in out
 
 
 @pytest.mark.parametrize(
-    ("module", "options", "message"),
+    ("options", "message"),
     [
-        (demo, ["--steps", "0"], "argument --steps: '0' is not a whole number of at least 1"),
-        (demo, ["--steps", "1.5"], "argument --steps: '1.5' is not a whole number"),
-        (demo, ["--lr", "nan"], "argument --lr: 'nan' is not a finite number above 0"),
-        (demo, ["--lr", "much"], "argument --lr: 'much' is not a finite number above 0"),
-        (demo, ["--weight-decay", "-1"], "argument --weight-decay: '-1' is not a finite number"),
-        (demo, ["--seed", "-1"], "argument --seed: '-1' is not a whole number in [0, 2**63)"),
-        (demo, ["--nonsense"], "unrecognized arguments: --nonsense"),
-        (cpu, ["--pairs", "0"], "argument --pairs: '0' is not a whole number of at least 1"),
-        (cpu, ["--seconds", "inf"], "argument --seconds: 'inf' is not a finite number above 0"),
-        (cpu, ["--threads", "none"], "argument --threads: 'none' is not a whole number"),
+        (["--steps", "0"], "argument --steps: '0' is not a whole number of at least 1"),
+        (["--steps", "1.5"], "argument --steps: '1.5' is not a whole number"),
+        (["--lr", "nan"], "argument --lr: 'nan' is not a finite number above 0"),
+        (["--lr", "much"], "argument --lr: 'much' is not a finite number above 0"),
+        (["--weight-decay", "-1"], "argument --weight-decay: '-1' is not a finite number"),
+        (["--seed", "-1"], "argument --seed: '-1' is not a whole number in [0, 2**63)"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )
-def test_bad_option_is_named_with_its_value(module, options, message, capsys, tmp_path):
+def test_bad_option_is_named_with_its_value(options, message, capsys, tmp_path):
     with pytest.raises(SystemExit) as error:
-        module.main([*options, "--out", str(tmp_path)])
+        demo.main([*options, "--out", str(tmp_path)])
     assert error.value.code == 2
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", [demo, cpu])
-def test_output_folder_that_cannot_be_made_is_an_error_before_the_work(module, tmp_path, capsys):
+def test_output_folder_that_cannot_be_made_is_an_error_before_the_work(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as error:
-        module.main(["--out", str(tmp_path / "file" / "folder")])
+        demo.main(["--out", str(tmp_path / "file" / "folder")])
     assert error.value.code == 2
     assert "argument --out" in capsys.readouterr().err
 

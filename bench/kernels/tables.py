@@ -1,0 +1,136 @@
+"""The terminal's tables of a report."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from tabulate import tabulate
+
+from bench.kernels.contestants import ADAMW_BASELINE, SGD_BASELINE
+from bench.kernels.results import TARGETS, Report, Row, Spread, baseline
+
+MB = 1e6
+
+
+def format_report(report: Report) -> str:
+    """A table for each parameter list, dtype and cache mode; the targets; what is missing."""
+    measured = [row for row in report.rows if row.seconds is not None]
+    blocks = [""]
+    for _, group in groupby(measured, key=lambda row: row.key[:3]):
+        blocks += [_format_block(report, list(group)), ""]
+    targets = format_targets(report)
+    if targets:
+        blocks += [targets, ""]
+    blocks += format_reasons(report)
+    if not measured:
+        blocks.append("Interrupted before anything was measured.")
+    else:
+        blocks += [
+            "",
+            "ms: median (quartiles). Ratios: medians over rounds in which both took turns; '~': "
+            "noisy, another run",
+            "may differ by 10%. Floor: the algorithm's bytes at the bandwidth of a copy of as "
+            "many (or a change in place,",
+            "where that is faster), over the time taken.",
+            "launches: kernels, on the CPU operators that call no other. peak: parameters, "
+            "gradients, state, temporaries.",
+        ]
+    return "\n".join(blocks)
+
+
+def format_reasons(report: Report) -> list[str]:
+    """A line for each contestant and reason not to have measured it."""
+    places: dict[tuple[str, str], dict[str, None]] = {}
+    for row in report.rows:
+        if row.reason is not None:
+            place = places.setdefault((row.contestant, row.reason), {})
+            place[f"{row.parameters} ({row.dtype})"] = None
+    return [
+        f"{contestant}: {reason}. On {', '.join(place)}"
+        for (contestant, reason), place in places.items()
+    ]
+
+
+def _format_block(report: Report, rows: list[Row]) -> str:
+    first = rows[0]
+    on_gpu = any(row.kernel and any(row.kernel) for row in rows)
+    copy = f"{first.copy_bandwidth / 1e9:.1f} GB/s" if first.copy_bandwidth else "-"
+    title = (
+        f"{first.parameters}: {first.numel:,} parameters in {first.tensors:,} tensors, "
+        f"{first.dtype}, cache {first.cache}; a copy: {copy}"
+    )
+    headers = ["", "ms a step", f"/ {ADAMW_BASELINE}", f"/ {SGD_BASELINE}"]
+    headers += ["host ms", "kernel ms", "kernel ratio"] if on_gpu else []
+    headers += ["GB/s", "of floor", "launches", "peak MB", "state B/param"]
+    return f"{title}\n" + tabulate(
+        [_cells(report, row, on_gpu) for row in rows],
+        headers=headers,
+        colalign=["left"] + ["right"] * (len(headers) - 1),
+        disable_numparse=True,
+    )
+
+
+def _cells(report: Report, row: Row, on_gpu: bool) -> list[str]:
+    seconds = row.seconds
+    assert seconds is not None
+    to_sgd = report.ratio(row, SGD_BASELINE) if row.optimizer == "sgd" else None
+    cells = [
+        row.contestant,
+        f"{1e3 * seconds.median:.3f} ({1e3 * seconds.low:.3f} to {1e3 * seconds.high:.3f})",
+        format_ratio(report.ratio(row, ADAMW_BASELINE)),
+        format_ratio(to_sgd),
+    ]
+    if on_gpu:
+        host, kernel = Spread.of(row.host), Spread.of(row.kernel)
+        cells += [
+            f"{1e3 * host.median:.3f}" if host else "-",
+            f"{1e3 * kernel.median:.3f}" if kernel else "-",
+            format_ratio(report.ratio(row, baseline(row), "kernel")),
+        ]
+    return [
+        *cells,
+        f"{row.bandwidth / 1e9:.1f}" if row.bandwidth else "-",
+        f"{row.of_floor:.0%}" if row.of_floor else "-",
+        f"{row.launches:,}" if row.launches is not None else "-",
+        f"{row.peak_bytes / MB:.0f}" if row.peak_bytes is not None else "-",
+        f"{row.state_bytes / row.numel:.2f}" if row.state_bytes is not None else "-",
+    ]
+
+
+def format_ratio(ratio: Spread | None) -> str:
+    """A ratio, with a tilde where it is noisy."""
+    if ratio is None:
+        return "-"
+    return f"{ratio.median:.2f}{'~' if ratio.noisy else ''}"
+
+
+def format_targets(report: Report) -> str:
+    """The targets that were measured, each beside its figure; empty where none was."""
+    cells = target_cells(report)
+    if not cells:
+        return ""
+    return tabulate(
+        cells,
+        headers=["parameters", "time of / time of", "ratio", "(quartiles)", "aim", ""],
+        colalign=["left", "left", "right", "left", "right", "left"],
+        disable_numparse=True,
+    )
+
+
+def target_cells(report: Report) -> list[list[str]]:
+    cells = []
+    for target in TARGETS:
+        row = report.row(target.name, "float32", "warm", target.contestant)
+        ratio = report.ratio(row, target.against) if row else None
+        if ratio is not None:
+            cells.append(
+                [
+                    target.name,
+                    f"{target.contestant} / {target.against}",
+                    format_ratio(ratio),
+                    f"{ratio.low:.2f} to {ratio.high:.2f}",
+                    f"{target.at_most:.2f}",
+                    "met" if ratio.median <= target.at_most else "not met",
+                ]
+            )
+    return cells

@@ -1,0 +1,193 @@
+"""python -m bench readme: the README's performance section, made from the committed results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from adamem_fused.backends import BACKENDS
+from bench import train
+from bench.kernels.contestants import ADAMW_BASELINE
+from bench.kernels.results import Report, Row, Spread, baseline
+from bench.kernels.tables import format_ratio, format_reasons, target_cells
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path("bench/results")
+BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
+
+FUSED = [name for name, backend in BACKENDS.items() if backend.fused]
+PICTURES = {
+    "ratios.png": "Ratio of step times by parameter list",
+    "sizes.png": "Step time against the size of a tensor",
+    "roofline.png": "Achieved bandwidth by parameter list, and a copy's",
+    "contestants.png": "Step time of every contestant over torch's fused AdamW's",
+}
+TARGET_HEADERS = ["parameters", "time of / time of", "ratio", "quartiles", "aim", ""]
+RATIO_HEADERS = ["parameters", "tensors", "elements", "cache", "ms", "of floor"]
+CONTESTANT_HEADERS = [
+    "",
+    "ms",
+    f"/ {ADAMW_BASELINE}",
+    "GB/s",
+    "launches",
+    "peak MB",
+    "state bytes / parameter",
+]
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to those of `python -m bench`."""
+    parser = commands.add_parser(
+        "readme",
+        help="writes the README's performance section from the committed results",
+        description=f"Writes what stands between {BEGIN} and {END} in README.md from every "
+        f"{RESULTS}/*/kernels.json, and the train.json and pictures beside it.",
+    )
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Rewrites the section in README.md."""
+    path = ROOT / "README.md"
+    path.write_text(replace_section(path.read_text(), performance(ROOT)))
+    print(f"Wrote the performance section of {path}")
+    return 0
+
+
+def replace_section(text: str, section: str) -> str:
+    """A README with another performance section.
+
+    Raises:
+        ValueError: there is no section in it, or more than one.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in after or END in after:
+        raise ValueError(f"the text has not one section from {BEGIN} to {END}")
+    return f"{before}{BEGIN}\n{section}{END}{after}"
+
+
+def performance(root: Path) -> str:
+    """The section: for each device what was measured there."""
+    parts = [
+        device_section(Report.read(path), path.parent, root)
+        for path in sorted((root / RESULTS).glob("*/kernels.json"))
+    ]
+    return "\n" + "\n".join(parts or ["Nothing was measured yet.\n"]) + "\n"
+
+
+def device_section(report: Report, folder: Path, root: Path) -> str:
+    """What was measured on one device: paragraphs and tables, each with a line after it."""
+    link = folder.relative_to(root).as_posix()
+    environment, settings = report.environment, report.settings
+    threads = f", {settings['threads']} threads" if settings["device"] == "cpu" else ""
+    parts = [
+        f"### {environment['device']}\n",
+        f"{environment['device']}{threads}, torch {environment['torch']}, {environment['date']}. "
+        "Ratios are medians over rounds in which both sides took turns, in brackets the quartiles. "
+        "A tilde marks a noisy one: another run may differ by 10%. Every sample is in "
+        f"[kernels.json]({link}/kernels.json).\n",
+    ]
+    targets = target_cells(report)
+    if targets:
+        parts += ["What was aimed at, float32, caches warm:\n", _table(targets, TARGET_HEADERS)]
+    columns = _fused_columns(report)
+    if columns:
+        names = [f"{name}, {dtype}" for name, dtype in columns]
+        parts += [
+            "Step times over those of torch's fused optimizer of the same kind; milliseconds and "
+            f"the fraction of the floor that was reached are those of {names[0]}:\n",
+            _table(list(_ratio_cells(report, columns)), RATIO_HEADERS + names),
+        ]
+    for label in _lists_of_everyone(report):
+        parts += [
+            f"Every contestant on {label}, float32, caches warm:\n",
+            _table(list(_contestant_cells(report, label)), CONTESTANT_HEADERS),
+        ]
+    for name, words in PICTURES.items():
+        if (folder / name).exists():
+            parts.append(f"![{words}]({link}/{name})\n")
+    trained = folder / "train.json"
+    if trained.exists():
+        result = json.loads(trained.read_text())
+        parts += [
+            f"A training step of a GPT of {result['parameters'] / 1e6:.1f} M parameters in "
+            f"{result['tensors']} tensors on {result['tokens']:,} tokens "
+            f"([train.json]({link}/train.json)):\n",
+            _table(train.table_cells(result), train.HEADERS),
+        ]
+    reasons = [*format_reasons(report), *(f"{k}: {v}" for k, v in report.missing.items())]
+    if reasons:
+        parts += ["Not measured:\n", "\n".join(f"- {reason}" for reason in reasons) + "\n"]
+    return "\n".join(parts)
+
+
+def _table(cells: list[list[str]], headers: list[str]) -> str:
+    return tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True) + "\n"
+
+
+def _fused_columns(report: Report) -> list[tuple[str, str]]:
+    """This package's fused contestants and dtypes that have a ratio somewhere."""
+    found = dict.fromkeys(
+        (row.contestant, row.dtype)
+        for row in report.rows
+        if row.contestant.startswith("AM")
+        and row.contestant.split()[-1] in FUSED
+        and report.ratio(row, baseline(row))
+    )
+    return list(found)
+
+
+def _ratio_cells(report: Report, columns: list[tuple[str, str]]) -> Iterator[list[str]]:
+    for parameters, cache in dict.fromkeys((row.parameters, row.cache) for row in report.rows):
+        found = [report.row(parameters, dtype, cache, name) for name, dtype in columns]
+        first = found[0]
+        if first is None or first.seconds is None:
+            continue
+        yield [
+            parameters,
+            f"{first.tensors:,}",
+            f"{first.numel:,}",
+            cache,
+            f"{1e3 * first.seconds.median:.3f}",
+            f"{first.of_floor:.0%}" if first.of_floor else "-",
+            *(_ratio(report.ratio(row, baseline(row)) if row else None) for row in found),
+        ]
+
+
+def _ratio(ratio: Spread | None) -> str:
+    if ratio is None:
+        return "-"
+    return f"{format_ratio(ratio)} ({ratio.low:.2f} to {ratio.high:.2f})"
+
+
+def _lists_of_everyone(report: Report) -> list[str]:
+    """Lists with contestants that are not on all lists."""
+    on: dict[str, set[str]] = {}
+    for row in report.rows:
+        on.setdefault(row.parameters, set()).add(row.contestant)
+    common = set.intersection(*on.values()) if on else set()
+    return [label for label in on if on[label] - common]
+
+
+def _contestant_cells(report: Report, label: str) -> Iterator[list[str]]:
+    for row in report.rows:
+        if row.key[:3] == (label, "float32", "warm") and row.seconds is not None:
+            yield _contestant(report, row, row.seconds)
+
+
+def _contestant(report: Report, row: Row, seconds: Spread) -> list[str]:
+    return [
+        row.contestant,
+        f"{1e3 * seconds.median:.2f}",
+        _ratio(report.ratio(row, ADAMW_BASELINE)),
+        f"{row.bandwidth / 1e9:.1f}" if row.bandwidth else "-",
+        f"{row.launches:,}" if row.launches is not None else "-",
+        f"{row.peak_bytes / 1e6:.0f}" if row.peak_bytes is not None else "-",
+        f"{row.state_bytes / row.numel:.2f}" if row.state_bytes is not None else "-",
+    ]

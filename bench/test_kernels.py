@@ -1,0 +1,88 @@
+"""The kernels one by one, with pytest-benchmark: pytest bench --benchmark-only.
+
+A group is one kernel on one parameter list in one dtype, the backends side by side: the sums
+(stats), the update from sums that are there (apply), and both in one call (step), beside
+torch's fused optimizer. Runs on the GPU where there is one; not yet run on one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from adamem_fused import AMSGD, AMAdamW
+from adamem_fused.backends import BACKENDS
+from bench.kernels.contestants import find_contestants
+from bench.kernels.sides import random_tensors
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+AVAILABLE = [name for name, backend in BACKENDS.items() if backend.unavailable(DEVICE) is None]
+SHAPES = {"large": ((2**20,),), "many": ((1000,),) * 1000}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+KINDS: dict[str, type[AMAdamW] | type[AMSGD]] = {"adamw": AMAdamW, "sgd": AMSGD}
+FUSED = {"adamw": "AdamW fused", "sgd": "SGD fused"}
+ROUNDS, WARM_UP_ROUNDS = 15, 2
+
+
+def new_params(shapes: str, dtype: str) -> list[Tensor]:
+    """Parameters with gradients, random both."""
+    start, grads = (random_tensors(SHAPES[shapes], DTYPES[dtype], DEVICE, s) for s in (0, 1))
+    params = [torch.nn.Parameter(tensor) for tensor in start]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    return list(params)
+
+
+def kernel_of(kind: str, kernel: str, backend: str, params: list[Tensor]) -> Callable[[], object]:
+    """A kernel's call, on state that has seen two steps."""
+    optimizer = KINDS[kind](params, backend=backend)
+    for _ in range(2):
+        optimizer.step()
+    batch = optimizer._collect()[0].batch
+    stats: Any = getattr(BACKENDS[backend], f"{kind}_stats")
+    apply: Any = getattr(BACKENDS[backend], f"{kind}_apply")
+    calls: dict[str, Callable[[], object]] = {
+        "stats": partial(stats, batch, None),
+        "apply": partial(apply, batch, stats(batch, None), None, None),
+        "step": partial(apply, batch, None, None, None),
+    }
+    return calls[kernel]
+
+
+def measure(benchmark: BenchmarkFixture, group: str, call: Callable[[], object]) -> None:
+    def finished() -> None:
+        call()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = group
+    with torch.no_grad():
+        pedantic: Any = benchmark.pedantic  # which has no types
+        pedantic(finished, rounds=ROUNDS, warmup_rounds=WARM_UP_ROUNDS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("kernel", ["stats", "apply", "step"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernel(
+    benchmark: BenchmarkFixture, kind: str, kernel: str, backend: str, shapes: str, dtype: str
+) -> None:
+    call = kernel_of(kind, kernel, backend, new_params(shapes, dtype))
+    measure(benchmark, f"{kind} {kernel}, {shapes}, {dtype}", call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_fused(benchmark: BenchmarkFixture, kind: str, shapes: str, dtype: str) -> None:
+    contestants = {c.name: c for c in find_contestants(DEVICE)[0]}
+    optimizer = contestants[FUSED[kind]].make(new_params(shapes, dtype))
+    measure(benchmark, f"{kind} step, {shapes}, {dtype}", optimizer.step)

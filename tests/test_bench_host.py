@@ -1,0 +1,37 @@
+"""python -m bench host: what it times is a step whose addresses change as said."""
+
+import itertools
+import json
+
+import pytest
+
+from adamem_fused import AMSGD, AMAdamW, tables
+from bench import __main__ as commands
+from bench import host
+
+
+@pytest.mark.parametrize("cls", [AMAdamW, AMSGD])
+@pytest.mark.parametrize(
+    ("change", "is_new"), [("nothing", False), ("gradients", True), ("everything", True)]
+)
+def test_tables_are_uploaded_where_addresses_are_new(monkeypatch, cls, change, is_new):
+    contents = []
+    open_tables = tables.open_tables
+
+    def watched(*args):
+        opened = open_tables(*args)
+        contents.append(opened.tables.content)
+        return opened
+
+    monkeypatch.setattr("adamem_fused.triton.open_tables", watched)
+    assert len(host.step_times(cls, change, tensors=3, steps=4)) == 4
+    assert len(contents) == 9
+    assert [a != b for a, b in itertools.pairwise(contents)] == [is_new] * 8
+
+
+def test_the_command_prints_quartiles_and_writes_every_sample(tmp_path, capsys):
+    assert commands.main(["host", "--tensors", "2", "--steps", "3", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("gradients") == 2
+    results = json.loads((tmp_path / "host.json").read_text())
+    assert all(len(times) == 3 for times in results["seconds"].values())
+    assert len(results["seconds"]) == 6

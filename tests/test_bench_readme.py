@@ -1,0 +1,104 @@
+"""The README's performance section is what the committed results say; and bench train."""
+
+import json
+
+import pytest
+
+from adamem_fused import ops
+from bench import __main__ as commands
+from bench import readme, train
+from bench.kernels.results import Report, Row
+from bench.readme import BEGIN, END, ROOT, performance, replace_section
+
+needs_extension = pytest.mark.skipif(ops.unavailable is not None, reason=str(ops.unavailable))
+
+
+def test_the_section_is_what_the_committed_results_give():
+    text = (ROOT / "README.md").read_text()
+    assert replace_section(text, performance(ROOT)) == text
+
+
+def test_a_section_is_replaced_and_the_rest_kept():
+    text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
+    assert replace_section(text, "new\n") == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
+
+
+@pytest.mark.parametrize("text", ["none", BEGIN, END, f"{BEGIN}{END}{BEGIN}{END}"])
+def test_a_text_without_one_section_is_an_error(text):
+    with pytest.raises(ValueError, match="not one section"):
+        replace_section(text, "new")
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A folder of results like the repository's, with made-up numbers."""
+    rows = [
+        Row("8-llc", 10**6, 1, "float32", "warm", contestant, "adamw", step=[[seconds]] * 2)
+        for contestant, seconds in (("AMAdamW cpu", 0.003), ("AdamW fused", 0.002))
+    ]
+    failed = Row("8-llc", 10**6, 1, "float32", "warm", "a peer", "adamw", reason="ValueError: no")
+    report = Report(
+        {"device": "cpu", "threads": 2},
+        {"device": "A CPU", "torch": "2.13.0", "date": "2026-11-24"},
+        {"another peer": "not installed"},
+        [*rows, failed],
+    )
+    folder = tmp_path / "bench" / "results" / "a-cpu"
+    folder.mkdir(parents=True)
+    report.write(folder / "kernels.json")
+    return tmp_path
+
+
+def test_numbers_targets_and_reasons_are_in_the_section(results):
+    text = performance(results)
+    assert "### A CPU" in text and "2 threads, torch 2.13.0, 2026-11-24" in text
+    assert "1.50 (1.50 to 1.50)" in text
+    (line,) = [line for line in text.splitlines() if "AMAdamW cpu / AdamW fused" in line]
+    assert [cell.strip() for cell in line.split("|")][3:7] == [
+        "1.50",
+        "1.50 to 1.50",
+        "1.60",
+        "met",
+    ]
+    assert "- a peer: ValueError: no. On 8-llc (float32)" in text
+    assert "- another peer: not installed" in text
+    assert ".png" not in text  # none is there
+
+
+def test_pictures_that_are_there_are_in_the_section(results):
+    (results / "bench/results/a-cpu/ratios.png").write_bytes(b"")
+    assert "](bench/results/a-cpu/ratios.png)" in performance(results)
+
+
+def test_without_results_there_are_no_numbers(tmp_path):
+    assert "Nothing was measured yet." in performance(tmp_path)
+
+
+def test_the_command_writes_the_section(results, monkeypatch):
+    monkeypatch.setattr(readme, "ROOT", results)
+    (results / "README.md").write_text(f"a\n{BEGIN}\n{END}\nb\n")
+    assert commands.main(["readme"]) == 0
+    text = (results / "README.md").read_text()
+    assert text == f"a\n{BEGIN}\n{performance(results)}{END}\nb\n"
+
+
+@needs_extension
+def test_training_writes_tokens_a_second_and_the_optimizers_share(tmp_path, capsys):
+    assert commands.main(["train", "--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "train.json").read_text())
+    assert result["settings"]["width"] == 32
+    assert result["tokens"] == 2 * 128
+    for name in ("AdamW fused", "AMAdamW fused"):
+        steps, own = result["step_seconds"][name], result["optimizer_seconds"][name]
+        assert len(steps) == len(own) == 2
+        assert all(0 < b < a for a, b in zip(steps, own, strict=True))
+        assert name in capsys.readouterr().out or name != "AdamW fused"
+
+
+def test_share_is_of_the_whole_step():
+    result = {
+        "tokens": 100,
+        "step_seconds": {"AdamW fused": [0.1, 0.2, 0.4]},
+        "optimizer_seconds": {"AdamW fused": [0.01, 0.02, 0.04]},
+    }
+    assert train.table_cells(result) == [["AdamW fused", "500", "200.00", "20.00", "10.0%"]]
