@@ -167,29 +167,36 @@ def _chunk_counts(batch: Batch, layout: Layout) -> list[dict[int, int]]:
     return counts
 
 
+def _make_plan(batch: Batch, kernels: _Kernels, layout: Layout, step: _Step) -> _Plan:
+    device = batch.params[0].device
+    control = torch.zeros(2 + len(batch.params), dtype=torch.int64, device=device)
+    plan = _Plan(layout, [], [control])
+    for bucket, counts in zip(layout.buckets, _chunk_counts(batch, layout), strict=True):
+        ahead = ctypes.c_int64()
+        _call(kernels.chunks_ahead, step, _bucket(bucket), ctypes.byref(ahead))
+        items = upload(_items(counts, ahead), device)
+        plan.memory.append(items)
+        plan.schedules.append(
+            _Schedule(
+                items=items.data_ptr(),
+                count=len(items),
+                control=control.data_ptr(),
+                progress=control[2:].data_ptr(),
+            )
+        )
+    return plan
+
+
 def _plan(batch: Batch, kernels: _Kernels, layout: Layout, step: _Step) -> _Plan | None:
     """The layout's plan; None where there is nothing to plan, or no time for it."""
     plan: _Plan | None = batch.cache.get("plan")
     device = batch.params[0].device
     capturing = device.type != "cpu" and torch.cuda.is_current_stream_capturing()
     if plan is None or plan.layout is not layout:
+        # Pinning memory is not allowed while a graph is captured.
         if not layout.buckets or capturing:
             return None
-        control = torch.zeros(2 + len(batch.params), dtype=torch.int64, device=device)
-        plan = batch.cache["plan"] = _Plan(layout, [], [control])
-        for bucket, counts in zip(layout.buckets, _chunk_counts(batch, layout), strict=True):
-            ahead = ctypes.c_int64()
-            _call(kernels.chunks_ahead, step, _bucket(bucket), ctypes.byref(ahead))
-            items = _items(counts, ahead)
-            plan.memory.append(upload(items, device))
-            plan.schedules.append(
-                _Schedule(
-                    items=plan.memory[-1].data_ptr(),
-                    count=len(items),
-                    control=control.data_ptr(),
-                    progress=control[2:].data_ptr(),
-                )
-            )
+        plan = batch.cache["plan"] = _make_plan(batch, kernels, layout, step)
     if capturing:
         # The graph uses it whenever it is replayed, whatever later steps bring.
         batch.cache.setdefault("captured", []).append(plan)

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import os
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,8 +42,9 @@ def library() -> ctypes.CDLL:
     files = [*cuda_library.headers(), *cuda_library.sources(), *HEADERS.rglob("*")]
     texts = [path.read_bytes() for path in sorted(files) if path.is_file()]
     key = hashlib.sha256(repr(COMMAND).encode() + b"".join(texts)).hexdigest()[:16]
-    path = Path(tempfile.gettempdir()) / f"adamem-cuda-emulation-{os.getuid()}-{key}.so"
+    path = HEADERS.parent.parent / "build" / f"cuda-emulation-{key}.so"
     if not path.exists():
+        path.parent.mkdir(exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
         compile_cpp(unfinished, "-shared", "-fPIC", "-x", "c++", *cuda_library.sources())
         unfinished.replace(path)

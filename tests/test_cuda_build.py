@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import re
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import setuptools
 
 from adamem_fused import cuda, cuda_library
 
+ROOT = Path(__file__).parent.parent
 NVCC = cuda_library.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
@@ -225,3 +228,55 @@ def test_ptx_of_the_newest_is_in_it():
         "-gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_90,code=compute_90",
     ]
+
+
+# ---- setup.py ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """setup.py, with a torch that is only a version.py, and without nvcc."""
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "find_torch", lambda: tmp_path)
+    monkeypatch.setattr(module.cuda_library, "find_nvcc", lambda: None)
+    monkeypatch.delenv("ADAMEM_CUDA", raising=False)
+    return module
+
+
+CPU_TORCH = "cuda: Optional[str] = None\nhip: Optional[str] = None\n"
+CUDA_TORCH = "cuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n"
+OLD_CUDA_TORCH = "cuda = '12.8'\nhip = None\n"
+
+
+@pytest.mark.parametrize(
+    "asked, nvcc, torch_version, reason",
+    [
+        (None, "nvcc", CUDA_TORCH, None),
+        (None, "nvcc", OLD_CUDA_TORCH, None),
+        (None, "nvcc", CPU_TORCH, "torch is not a CUDA build"),
+        (None, None, CUDA_TORCH, "no nvcc was found"),
+        ("0", "nvcc", CUDA_TORCH, "ADAMEM_CUDA=0"),
+        ("1", "nvcc", CPU_TORCH, None),
+    ],
+)
+def test_cuda_is_compiled_where_nvcc_and_a_cuda_torch_are(
+    build, monkeypatch, tmp_path, asked, nvcc, torch_version, reason
+):
+    (tmp_path / "version.py").write_text(torch_version)
+    monkeypatch.setattr(build.cuda_library, "find_nvcc", lambda: nvcc)
+    if asked is not None:
+        monkeypatch.setenv("ADAMEM_CUDA", asked)
+    found = build.why_no_cuda()
+    assert found == reason if reason is None else found.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    "asked, message", [("1", "no nvcc was found"), ("yes", "Invalid ADAMEM_CUDA: 'yes'")]
+)
+def test_insisting_on_cuda_without_nvcc_is_an_error(build, monkeypatch, asked, message):
+    monkeypatch.setenv("ADAMEM_CUDA", asked)
+    with pytest.raises(SystemExit, match=message):
+        build.why_no_cuda()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import weakref
 
 import pytest
@@ -22,7 +21,7 @@ from adamem_fused import AMSGD, AMAdamW, triton
 from adamem_fused.backends import BACKENDS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-EMULATED = "cuda_emulator" in sys.modules
+EMULATED = BACKENDS["cuda"].unavailable(torch.device("cpu")) is None
 DEVICE = torch.device("cpu" if INTERPRETED or EMULATED else "cuda")
 if DEVICE.type == "cuda":
     pytestmark = [

@@ -2,9 +2,9 @@
 // are and tests can run them. Found in place of CUDA's header of the same name.
 //
 // A thread of a block is a fiber: it runs until it has to wait at a barrier, and the others
-// run meanwhile, in an order that is turned around at every round, so that what a barrier is
-// missing for comes out. A block stays on one thread of the CPU; several blocks at a time
-// (emulation_configure) run on as many threads, with the CPU's own atomics between them.
+// run meanwhile, beginning with another one and in another direction at every round, so that
+// what a barrier is missing for comes out. A block stays on one thread of the CPU; several blocks
+// at a time (emulation_configure) run on as many threads, with the CPU's own atomics between them.
 #pragma once
 
 #include <sched.h>
@@ -83,10 +83,13 @@ class Block {
     for (unsigned w = 0; w < warps_.size(); ++w)
       warps_[w].barrier = {std::min<unsigned>(kWarp, threads() - w * kWarp), 0, 0};
     for (Fiber& fiber : fibers_) fiber.is_done = false;
-    for (bool backwards = false; alive_ > 0; backwards = !backwards) {
+    while (alive_ > 0) {
       has_moved_ = false;
+      random_ = random_ * 6364136223846793005u + 1442695040888963407u;
+      const unsigned first = static_cast<unsigned>(random_ >> 40) % threads();
+      const bool backwards = random_ >> 33 & 1;
       for (unsigned k = 0; k < threads(); ++k) {
-        index_ = backwards ? threads() - 1 - k : k;
+        index_ = (first + (backwards ? threads() - k : k)) % threads();
         if (!fibers_[index_].is_done) resume(fibers_[index_]);
       }
       if (!has_moved_) {
@@ -96,7 +99,11 @@ class Block {
     }
   }
 
-  void sync() { wait(all_); }
+  void sync() {
+    // Now and then another block gets ahead of this one.
+    if (running_blocks > 1 && random_ >> 58 == 0) sched_yield();
+    wait(all_);
+  }
 
   // The value of the thread `offset` further in the warp, or the own where there is none.
   double shuffle_down(double value, int offset) {
@@ -171,6 +178,7 @@ class Block {
   jmp_buf scheduler_;
   unsigned index_ = 0, alive_ = 0;
   bool has_moved_ = false;
+  uint64_t random_ = 1;
 };
 
 inline void run_blocks(unsigned blocks, unsigned threads, const std::function<void()>& body) {
