@@ -1,11 +1,11 @@
 """The cuda backend: the kernels of csrc/cuda, for tensors on an NVIDIA GPU.
 
-Where no tensor's beta waits for another's, a step is one launch that reads most tensors from
-memory once (csrc/cuda/schedule.h). With rows, or a beta that tensors share, it is three to
-five: stats, the sums of rows, beta, apply. Both ways give the same bits. Each further
-combination of dtypes takes one more of step, of stats and of apply, and strided tensors take
-copies. Nothing is read back from the device, a step can be captured in a CUDA graph, and two
-runs give the same bits.
+Where no tensor's beta waits for another's, a step is one launch, made to read most tensors
+from memory once (csrc/cuda/schedule.h). With rows, or a beta that tensors share, it is four or
+five: stats, the sums of rows, the sums that are shared, beta, apply. Both ways give the same
+bits. Each further combination of dtypes takes one more of step, of stats and of apply, and
+strided tensors take copies. Nothing is read back from the device, a step can be captured in a
+CUDA graph, and two runs give the same bits.
 
 Not yet run on a GPU. The kernels were compiled for sm_80, sm_90 and sm_100, and their source
 was tested on the CPU, compiled by g++ with threads in place of CUDA's
