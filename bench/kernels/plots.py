@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,7 +118,8 @@ def _grouped_bars(axes: Axes, rows: list[Row], height: Callable[[Row], float | N
 
 
 def _wrapped(label: str) -> str:
-    return re.sub(r", | of ", lambda match: match.group().rstrip() + "\n", label)
+    """A label in two lines where it says how a model was scaled."""
+    return label.replace(", dimensions ", "\n")
 
 
 def draw_roofline(report: Report) -> Figure | None:
@@ -127,7 +127,7 @@ def draw_roofline(report: Report) -> Figure | None:
     rows = _measured(report)
     if not rows:
         return None
-    figure, axes = _new_figure(report, 11, 4.5)
+    figure, axes = _new_figure(report, 13, 4.5)
     lists = _grouped_bars(axes, rows, lambda row: row.bandwidth and row.bandwidth / 1e9)
     copies = {row.parameters: row.copy_bandwidth or 0.0 for row in rows}
     for i, label in enumerate(lists):
@@ -156,7 +156,7 @@ def draw_ratios(report: Report) -> Figure | None:
     ]
     if not dtypes:
         return None
-    figure = Figure(figsize=(11, 0.5 + 3.2 * len(dtypes)), layout="constrained")
+    figure = Figure(figsize=(13, 0.5 + 3.2 * len(dtypes)), layout="constrained")
     for axes, dtype in zip(figure.subplots(len(dtypes), squeeze=False).flat, dtypes, strict=True):
         rows = _measured(report, dtype)
         names = [name for name in _core(rows) if name.startswith("AM")]
@@ -225,7 +225,7 @@ def draw_contestants(report: Report) -> Figure | None:
             axes.text(median, y, f" {median:.2f}", va="center", fontsize=7)
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_xscale("log")
-        axes.margins(x=0.15)
+        axes.margins(x=0.2)
         axes.tick_params(labelsize=8)
         axes.set_xlabel(f"step time over {ADAMW_BASELINE}'s")
         axes.set_title(f"{group[0].parameters}, float32, warm", fontsize=9)
