@@ -106,7 +106,8 @@ def device_section(report: Report, folder: Path, root: Path) -> str:
         ]
     for label in _lists_of_everyone(report):
         parts += [
-            f"Every contestant on {label}, float32, caches warm:\n",
+            f"Every contestant on {label}, float32, caches warm. Launches are kernels, on the CPU "
+            "torch operators that call no other:\n",
             _table(list(_contestant_cells(report, label)), CONTESTANT_HEADERS),
         ]
     for name, words in PICTURES.items():

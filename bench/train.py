@@ -1,4 +1,7 @@
-"""python -m bench train: what the optimizer is of a training step, in a small GPT."""
+"""python -m bench train: what the optimizer is of a training step, in a small GPT.
+
+Not yet run on a GPU.
+"""
 
 from __future__ import annotations
 
