@@ -45,7 +45,7 @@ def emulated(monkeypatch):
         [
             "test_backends.py",
             "-k",
-            "cuda and (edges or random_shapes or in_lockstep or empty_group or leaves_gradients "
+            "cuda and (edges or random_shapes or empty_group or leaves_gradients "
             "or two_million and dtype0)",
         ],
     ],
