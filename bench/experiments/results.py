@@ -124,9 +124,11 @@ def _settings(grid: Grid) -> dict[str, Any]:
         "environment": environment() | {name: version(name) for name in PACKAGES},
         "texts": text_digests(),
         "seeds": grid.seeds,
-        "contestants": list(grid.contestants),
+        "contestants": {c.name: c.family for c in grid.contestants.values()},
         "tasks": {
             task.name: {
+                "group": task.group,
+                "measured": task.measured,
                 "steps": task.steps,
                 "weight_decay": task.weight_decay,
                 "lrs": {family: list(lrs) for family, lrs in task.lrs.items()},
