@@ -4,12 +4,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help test demo bench-cpu gpu-check check clean
+.PHONY: help test demo bench-cpu experiments gpu-check check clean
 
 help:
 	@echo "make test       the tests"
 	@echo "make demo       a small GPT trained with AdamW and with AMAdamW: table and picture"
 	@echo "make bench-cpu  the cpu backend's time against torch's fused AdamW"
+	@echo "make experiments  small models trained with each optimizer, in minutes; the README has hours"
 	@echo "make gpu-check  the GPU backends tested and timed, with PYTHON's own torch and triton"
 	@echo "make check      linters, formatters and type checker"
 	@echo "make clean      removes what was built, .venv included"
@@ -22,6 +23,9 @@ demo: .venv/installed
 
 bench-cpu: .venv/installed
 	$(BIN)/python -m bench.cpu
+
+experiments: .venv/installed
+	$(BIN)/python -m bench.experiments run --quick
 
 # Takes the machine's own torch, which knows its GPU.
 gpu-check:

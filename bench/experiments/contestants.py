@@ -36,7 +36,6 @@ class Contestant:
         make: the optimizer, from parameter groups and a learning rate.
         fixed_beta: its momentum where that is fixed; None for the others.
         lr_scale: what the grid's learning rate is multiplied by.
-        schedule_free: it has no schedule but warm-up, and is told when it is evaluated.
     """
 
     name: str
@@ -44,7 +43,6 @@ class Contestant:
     make: Callable[..., Optimizer]
     fixed_beta: float | None = None
     lr_scale: float = 1.0
-    schedule_free: bool = False
 
 
 def am_adamw(plane: str, scope: str, memory_lambda: float, cap: float | None = None) -> Contestant:
@@ -90,12 +88,7 @@ def _contestants() -> list[Contestant]:
             for memory_lambda in LAMBDAS
         ),
         *(am_adamw(plane, "tensor", 0.1, cap=HIGH_CAP) for plane in PLANES),
-        Contestant(
-            "schedule-free AdamW",
-            "adam",
-            partial(AdamWScheduleFree, betas=(0.9, BETA2)),
-            schedule_free=True,
-        ),
+        Contestant("schedule-free AdamW", "adam", partial(AdamWScheduleFree, betas=(0.9, BETA2))),
         Contestant("Lion", "adam", Lion),
     ]
 

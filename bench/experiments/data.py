@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from functools import cache
 from pydoc_data.topics import topics
 
@@ -48,15 +49,22 @@ def python_source() -> tuple[bytes, bytes]:
 
 @cache
 def documentation() -> tuple[bytes, bytes]:
-    """Training and held-out text: the topics of Python's own help(), English prose mostly."""
+    """Training and held-out text: the topics of Python's own help(), English prose mostly.
+
+    Many paragraphs stand under several topics. Those of the held-out topics are left out of
+    the training text.
+    """
     names = sorted(topics)
-    held_out = names[::HELD_OUT_EVERY]
-    training = [name for name in names if name not in held_out]
-    return _join(training), _join(held_out)
+    held_out = _paragraphs(names[::HELD_OUT_EVERY])
+    others = _paragraphs(name for i, name in enumerate(names) if i % HELD_OUT_EVERY)
+    training = [text for words, text in others.items() if words not in held_out]
+    return "\n\n".join(training).encode(), "\n\n".join(held_out.values()).encode()
 
 
-def _join(names: list[str]) -> bytes:
-    return "\n\n".join(topics[name] for name in names).encode()
+def _paragraphs(names: Iterable[str]) -> dict[str, str]:
+    """The topics' paragraphs, each once, by their words: indentation differs by topic."""
+    texts = (text for name in names for text in topics[name].split("\n\n"))
+    return {" ".join(text.split()): text for text in texts}
 
 
 def text_digests() -> dict[str, str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from bench.experiments.contestants import CONTESTANTS, Contestant
+from bench.experiments.data import text_digests
 from bench.experiments.tasks import TASKS, Task
 
 
@@ -22,11 +23,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """Every contestant on every task, at each learning rate, without and with warm-up."""
+    """Every contestant on every task, at each learning rate, without and with warm-up.
+
+    Attributes:
+        tasks, contestants: by name.
+        seeds: how many; they are 0, 1, 2...
+        texts: digests of the texts that the tasks read, for the results to name.
+    """
 
     tasks: Mapping[str, Task]
     contestants: Mapping[str, Contestant]
     seeds: int
+    texts: Callable[[], dict[str, str]] = text_digests
 
     def cells(self) -> list[Cell]:
         """All runs. Seed by seed and task by task: a cut-off leaves whole blocks behind."""

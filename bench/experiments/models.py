@@ -38,7 +38,8 @@ class ResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """[batch, 1, 8, 8] to logits, [batch, 10]."""
         x = F.max_pool2d(F.relu(self.norm(self.stem(images))), 2)
-        return self.head(self.blocks(x).mean((2, 3)))
+        logits: Tensor = self.head(self.blocks(x).mean((2, 3)))
+        return logits
 
 
 class ViT(nn.Module):
@@ -62,4 +63,5 @@ class ViT(nn.Module):
         x = self.patches(images).flatten(2).transpose(1, 2) + self.positions
         for layer in self.layers:
             x = layer(x)
-        return self.head(self.norm(x).mean(1))
+        logits: Tensor = self.head(self.norm(x).mean(1))
+        return logits

@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 
 from bench.experiments.runner import TRACKED
 from bench.experiments.table import Table
-from bench.experiments.verdicts import Interval, interval, log_ratio, tasks_of_kind
+from bench.experiments.verdicts import BASELINES, Interval, interval, log_ratio, tasks_of_kind
 
 COLUMNS = 4
+DEEP = ("gpt2", "gpt-large-python", "vit-digits", "resnet-digits")  # drawn by tensor
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 SHOWN = {
     "adam": {
@@ -32,6 +33,11 @@ SHOWN = {
         "AM-SGD anchored global": "#D55E00",
     },
 }
+
+
+def _shown(table: Table, family: str) -> dict[str, str]:
+    """Colours of those that are drawn in detail."""
+    return {name: colour for name, colour in SHOWN[family].items() if name in table.families}
 
 
 def _by_task(table: Table, draw: Callable[[Axes, str], None], title: str) -> Figure:
@@ -55,7 +61,7 @@ def loss_by_lr(table: Table, family: str) -> Figure:
     """Loss at the end by learning rate, means and ranges over the seeds."""
 
     def draw(ax: Axes, task: str) -> None:
-        for name, colour in SHOWN[family].items():
+        for name, colour in _shown(table, family).items():
             for warmup, style in ((False, "-"), (True, ":")):
                 losses = np.exp(table.log_losses(task, name, warmup))
                 lrs = table.lrs(task, name)
@@ -67,7 +73,7 @@ def loss_by_lr(table: Table, family: str) -> Figure:
         ax.set_yscale("log")
         if table.group(task) != "least squares":
             ax.yaxis.set_major_formatter("{x:.3g}")
-            ax.yaxis.set_minor_formatter("{x:.2g}")
+            ax.yaxis.set_minor_formatter("{x:.3g}")
             ax.tick_params(axis="y", which="minor", labelsize=7)
         ax.set_xlabel("learning rate")
 
@@ -83,14 +89,14 @@ def loss_curves(table: Table, family: str) -> Figure:
     """Training loss over the run at each one's best learning rate, of the first seed."""
 
     def draw(ax: Axes, task: str) -> None:
-        for name, colour in SHOWN[family].items():
+        for name, colour in _shown(table, family).items():
             run = table.best_runs(task, name, False)[0]
             places = (np.arange(len(run.curve)) + 0.5) / max(len(run.curve), 1)
             ax.plot(places, run.curve, marker=".", color=colour, label=name)
         ax.set_yscale("log")
         if table.group(task) != "least squares":
             ax.yaxis.set_major_formatter("{x:.3g}")
-            ax.yaxis.set_minor_formatter("{x:.2g}")
+            ax.yaxis.set_minor_formatter("{x:.3g}")
             ax.tick_params(axis="y", which="minor", labelsize=7)
         ax.set_xlabel("share of the run")
 
@@ -160,10 +166,14 @@ def _draw_ratio(ax: Axes, place: int, values: Sequence[float], mean: Interval) -
 def write_pictures(table: Table, folder: Path) -> dict[str, str]:
     """Draws all of them; file names and what each shows."""
     pictures: dict[str, tuple[Figure, str]] = {}
-    if tasks_of_kind(table, "learning"):
-        pictures["ratios-adam.png"] = (ratios(table, "AdamW 0.9"), "Loss ratios to AdamW 0.9")
-        pictures["ratios-sgd.png"] = (ratios(table, "SGD 0.9"), "Loss ratios to SGD 0.9")
-    for family, title in (("adam", "the Adam family"), ("sgd", "the SGD family")):
+    families = [family for family in SHOWN if family in table.families.values()]
+    for family in families:
+        title = {"adam": "the Adam family", "sgd": "the SGD family"}[family]
+        if tasks_of_kind(table, "learning"):
+            pictures[f"ratios-{family}.png"] = (
+                ratios(table, BASELINES[family]),
+                f"Loss ratios to {BASELINES[family]}, {title}",
+            )
         pictures[f"loss-by-lr-{family}.png"] = (
             loss_by_lr(table, family),
             f"Loss by learning rate, {title}",
@@ -172,7 +182,7 @@ def write_pictures(table: Table, folder: Path) -> dict[str, str]:
             loss_curves(table, family),
             f"Loss curves, {title}",
         )
-    deep = [task for task in ("gpt-large-python", "vit-digits", "resnet-digits") if task in table.seeds]
+    deep = [task for task in DEEP if task in table.seeds]
     if deep:
         pictures["beta-by-layer.png"] = (beta_by_layer(table, deep), "Beta by tensor and time")
     for name, (figure, _) in pictures.items():

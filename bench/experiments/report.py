@@ -15,6 +15,7 @@ from bench.experiments.results import Results, Run
 from bench.experiments.runner import TRACKED, WARMUP_SHARE
 from bench.experiments.table import Table
 from bench.experiments.verdicts import (
+    BASELINES,
     RULES,
     Interval,
     Verdict,
@@ -27,8 +28,47 @@ from bench.experiments.verdicts import (
 )
 
 REPORT = "report.md"
-BASELINES = {"adam": "AdamW 0.9", "sgd": "SGD 0.9"}
 DEFAULTS = {"adam": "AM-AdamW level tensor lambda 0.1", "sgd": "AM-SGD level global"}
+
+
+RUNS = """
+Initial weights, data and its order are the same for all contestants of a block. The learning rate
+falls to zero as a cosine, except for shifting-targets and for schedule-free AdamW, where it is
+constant after the warm-up. SGD gets 1 - momentum of the grid's learning rate, so that a point of
+the grid means the same size of steps for all of the family.
+
+The images are scikit-learn's digits: no package was found that carries a larger set. Nor was one
+found whose pretrained model is light enough to be installed for this alone: gpt-fine-tuning starts
+from a GPT that the task itself trains on Python source.
+
+**Each contestant's learning rate is picked on the same loss that it is then compared by**, for all
+of them alike. So is the best fixed beta, which favours the larger choice: the best of six values
+for AdamW, of four for SGD, against one contestant. The tasks are not independent: several share a
+text or a data set. Intervals are over tasks.
+"""
+RANKING = """
+Ratios of losses to {baseline}'s, each at its best learning rate: geometric mean over the tasks and
+95% t interval. Width: decades of learning rates as in claim (d), learning tasks. Edge: of how many
+tasks, without warm-up, the best learning rate is at an edge of the grid.
+"""
+OPTIONS = """
+Ratios of losses to that of the package's defaults, learning tasks. The cap is 0.9 - 0.1 lambda
+where none is named, and 0.9 in AM-SGD.
+"""
+BETAS = """
+AM-AdamW per tensor, lambda 0.1, at its best learning rate without warm-up, seed 0; and the beta1
+of the AdamW that did best on the task.
+"""
+COST = """
+CPU time of optimizer.step() in microseconds, the median of a run and then of all runs of the
+contestant; and its share of a whole step. Taken while other processes ran, on models so small that
+it is calls more than arithmetic; `python -m bench.cpu` measures the kernels.
+"""
+TASKS = """
+Loss at the best learning rate: mean, and standard deviation over the seeds. An asterisk: that
+learning rate is at an edge of the grid. Diverged: runs whose loss was not finite, of all learning
+rates. Beta: mean over steps and tensors at the best learning rate, without warm-up.
+"""
 
 
 def write_report(results: Results) -> None:
@@ -60,10 +100,7 @@ def report(table: Table, pictures: dict[str, str]) -> str:
         "## By learning rate",
         *(f"![{title}]({name})" for name, title in pictures.items() if name.startswith("loss")),
         "## Every task",
-        "Loss at the best learning rate: mean, and standard deviation over the seeds. An asterisk: "
-        "that learning rate is at an edge of the grid. Diverged: runs whose loss was not finite, of "
-        "all learning rates. Beta: mean over steps and tensors at the best learning rate, without "
-        "warm-up.",
+        TASKS.strip(),
         *(_task_table(table, task) for task in table.tasks),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -100,7 +137,7 @@ def _what_was_run(table: Table) -> str:
             settings["tasks"][task]["measured"],
             str(settings["tasks"][task]["steps"]),
             str(len(table.seeds[task])),
-            *(_span(settings["tasks"][task]["lrs"][family]) for family in ("adam", "sgd")),
+            *(_span(settings["tasks"][task]["lrs"].get(family)) for family in BASELINES),
         ]
         for task in table.tasks
     ]
@@ -112,14 +149,7 @@ def _what_was_run(table: Table) -> str:
         f"{len(table.runs) - used} runs of blocks (a task at a seed) that are not finished are not "
         "used.",
         f"Not finished at any seed: {', '.join(unfinished)}." if unfinished else "",
-        "Initial weights, data and its order are the same for all contestants of a block. The "
-        "learning rate falls to zero as a cosine, except for shifting-targets and for schedule-free "
-        "AdamW, where it is constant after the warm-up. SGD gets 1 - momentum of the grid's learning "
-        "rate, so that a point of the grid means the same size of steps for all of the family.",
-        "**Each contestant's learning rate is picked on the same loss that it is then compared by**, "
-        "for all of them alike, and the best fixed beta likewise, which favours the larger choice: "
-        "six values of beta against one for AdamW, four for SGD. The tasks are not independent "
-        "either: several share a text or a data set. Intervals are over tasks.",
+        RUNS.strip(),
         "Environment: " + ", ".join(f"{k} {v}" for k, v in settings["environment"].items()) + ".",
         _markdown(
             rows,
@@ -129,7 +159,9 @@ def _what_was_run(table: Table) -> str:
     return "\n\n".join(line for line in lines if line)
 
 
-def _span(lrs: Sequence[float]) -> str:
+def _span(lrs: Sequence[float] | None) -> str:
+    if lrs is None:
+        return "-"
     return f"{len(lrs)} from {lrs[0]:g} to {lrs[-1]:g}"
 
 
@@ -167,6 +199,11 @@ def _verdict_row(verdict: Verdict, decades: bool) -> list[str]:
     ]
 
 
+def _of_table(table: Table, by_family: dict[str, str]) -> dict[str, str]:
+    """Of a contestant for each family, those that were run."""
+    return {family: name for family, name in by_family.items() if name in table.families}
+
+
 # ---- tables ---------------------------------------------------------------------------
 
 
@@ -176,7 +213,7 @@ def _ranking(table: Table) -> str:
     if not learning:
         return ""
     sections = []
-    for family, baseline in BASELINES.items():
+    for family, baseline in _of_table(table, BASELINES).items():
         rows = []
         for name in (n for n in table.families if table.families[n] == family):
             ratios = [
@@ -187,14 +224,13 @@ def _ranking(table: Table) -> str:
             ]
             widths = [width(table, task, name, literal=False) for task in learning]
             edges = sum(table.at_edge(task, name, False) for task in table.tasks)
-            rows.append((ratios[0].mean, [name, *map(_ratio, ratios), f"{np.mean(widths):.2f}", edges]))
+            rows.append(
+                (ratios[0].mean, [name, *map(_ratio, ratios), f"{np.mean(widths):.2f}", edges])
+            )
         headers = ["", "learning, no warm-up", "learning, warm-up"]
         headers += ["convex, no warm-up", "convex, warm-up"] if convex else []
         sections += [
-            f"Ratios of losses to {baseline}'s, each at its best learning rate: geometric mean over "
-            "the tasks and 95% t interval. Width: decades of learning rates within 2% as in claim "
-            "(d), learning tasks. Edge: tasks whose best learning rate is at an edge of the grid, "
-            "without warm-up.",
+            RANKING.strip().format(baseline=baseline),
             _markdown(
                 [row for _, row in sorted(rows, key=lambda r: r[0])], [*headers, "width", "edge"]
             ),
@@ -208,7 +244,7 @@ def _options(table: Table) -> str:
     if not learning:
         return ""
     rows = []
-    for family, default in DEFAULTS.items():
+    for family, default in _of_table(table, DEFAULTS).items():
         for name in table.families:
             if table.families[name] == family and name.startswith("AM-") and name != default:
                 values = {
@@ -224,13 +260,8 @@ def _options(table: Table) -> str:
                         *(_ratio(interval(values[warmup])) for warmup in (False, True)),
                     ]
                 )
-    return (
-        "Ratios of losses to that of the package's defaults, learning tasks. The cap is "
-        "0.9 - 0.1 lambda where none is named.\n\n"
-        + _markdown(
-            rows, ["variant", "against", "better on", "without warm-up", "with warm-up"]
-        )
-    )
+    headers = ["variant", "against", "better on", "without warm-up", "with warm-up"]
+    return OPTIONS.strip() + "\n\n" + _markdown(rows, headers)
 
 
 def _beta_table(table: Table) -> str:
@@ -256,10 +287,7 @@ def _beta_table(table: Table) -> str:
         return ""
     headers = ["task", "plane", "mean", "first tenth", "sixth tenth", "last tenth"]
     headers += ["lowest tensor", "highest tensor", "best fixed"]
-    return (
-        "AM-AdamW per tensor, lambda 0.1, at its best learning rate without warm-up, seed 0; and "
-        "the beta1 of the AdamW that did best on the task.\n\n" + _markdown(rows, headers)
-    )
+    return BETAS.strip() + "\n\n" + _markdown(rows, headers)
 
 
 def _best_fixed_beta(table: Table, task: str) -> str:
@@ -268,7 +296,7 @@ def _best_fixed_beta(table: Table, task: str) -> str:
 
 def _cost(table: Table) -> str:
     names = [*DEFAULTS.values(), "AM-AdamW anchored tensor lambda 0.1", *BASELINES.values()]
-    names += ["schedule-free AdamW", "Lion"]
+    names = [n for n in (*names, "schedule-free AdamW", "Lion") if n in table.families]
     rows = []
     for task in table.tasks:
         of_task = {name: _costs(table, task, name) for name in names}
@@ -278,12 +306,8 @@ def _cost(table: Table) -> str:
             + [f"{of_task[name][0]:.0f}" for name in names]
             + [f"{micros / step:.0%}" for micros, step in shares]
         )
-    return (
-        "CPU time of optimizer.step() in microseconds, the median of a run and then of all runs of "
-        "the contestant; and its share of a whole step. Taken while other processes ran, on models "
-        "so small that it is calls more than arithmetic; `python -m bench.cpu` measures the kernels."
-        "\n\n" + _markdown(rows, ["task", *names, *(f"share, {n}" for n in ("AdamW", "AM-AdamW"))])
-    )
+    headers = ["task", *names, "share, AdamW", "share, AM-AdamW"]
+    return COST.strip() + "\n\n" + _markdown(rows, headers)
 
 
 def _costs(table: Table, task: str, name: str) -> tuple[float, float]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.environment import environment
-from bench.experiments.data import text_digests
 from bench.experiments.grid import Cell, Grid
 
 PACKAGES = ("scikit-learn", "schedulefree", "lion-pytorch")
@@ -66,13 +65,17 @@ def to_json(run: Run) -> str:
     row = row.pop("cell") | row
     short = {"curve", "betas", "beta", "optimizer_us", "step_us"}
     row = {k: _rounded(v, CURVE_DIGITS if k in short else DIGITS) for k, v in row.items()}
-    return json.dumps({k: v for k, v in row.items() if v not in (None, [])}, allow_nan=False, separators=(",", ":"))
+    return json.dumps(
+        {k: v for k, v in row.items() if v not in (None, [])},
+        allow_nan=False,
+        separators=(",", ":"),
+    )
 
 
 def from_json(line: str) -> Run:
     row = json.loads(line)
     cell = Cell(**{f.name: row.pop(f.name) for f in fields(Cell)})
-    defaults = {"loss": math.inf, "diverged_at": None, "beta": None, "curve": []}
+    defaults: dict[str, Any] = {"loss": math.inf, "diverged_at": None, "beta": None, "curve": []}
     run = Run(cell, **(defaults | row))
     run.curve = [math.inf if value is None else value for value in run.curve]
     return run
@@ -122,7 +125,7 @@ class Results:
 def _settings(grid: Grid) -> dict[str, Any]:
     return {
         "environment": environment() | {name: version(name) for name in PACKAGES},
-        "texts": text_digests(),
+        "texts": grid.texts(),
         "seeds": grid.seeds,
         "contestants": {c.name: c.family for c in grid.contestants.values()},
         "tasks": {

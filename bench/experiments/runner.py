@@ -13,6 +13,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 import torch
+from schedulefree import AdamWScheduleFree
 from torch.optim import Optimizer
 
 from bench.demo_model import tensor_label
@@ -53,14 +54,14 @@ def train(task: Task, contestant: Contestant, cell: Cell) -> Run:
     weight_decay = task.weight_decay if contestant.family == "adam" else 0.0
     optimizer = contestant.make(param_groups(model, weight_decay), lr=cell.lr)
     lr = contestant.lr_scale * cell.lr
-    cosine = task.cosine and not contestant.schedule_free
+    cosine = task.cosine and not isinstance(optimizer, AdamWScheduleFree)
 
     losses: list[float] = []
     betas: list[list[float]] = []
     optimizer_seconds: list[float] = []
     diverged_at: int | None = None
     start = time.thread_time()
-    _set_training(optimizer, contestant, True)
+    _set_training(optimizer, True)
     for step in range(task.steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * lr_factor(step, task.steps, cell.warmup, cosine)
@@ -70,7 +71,7 @@ def train(task: Task, contestant: Contestant, cell: Cell) -> Run:
         if not math.isfinite(losses[-1]):
             diverged_at = step
             break
-        loss.backward()
+        torch.autograd.backward(loss)
         step_start = time.thread_time()
         optimizer.step()
         optimizer_seconds.append(time.thread_time() - step_start)
@@ -78,7 +79,7 @@ def train(task: Task, contestant: Contestant, cell: Cell) -> Run:
             betas.append(torch.stack([optimizer.state[p]["beta"] for p in params]).tolist())
     seconds = time.thread_time() - start
 
-    _set_training(optimizer, contestant, False)
+    _set_training(optimizer, False)
     final = math.inf if diverged_at is not None else problem.measure(model, losses)
     if diverged_at is None and not math.isfinite(final):
         diverged_at = task.steps
@@ -98,9 +99,9 @@ def train(task: Task, contestant: Contestant, cell: Cell) -> Run:
     )
 
 
-def _set_training(optimizer: Optimizer, contestant: Contestant, training: bool) -> None:
+def _set_training(optimizer: Optimizer, training: bool) -> None:
     """Schedule-free keeps one set of weights for gradients and another for evaluation."""
-    if contestant.schedule_free:
+    if isinstance(optimizer, AdamWScheduleFree):
         (optimizer.train if training else optimizer.eval)()
 
 
@@ -113,7 +114,9 @@ def parts(values: Sequence[float]) -> list[Sequence[float]]:
 
 def _means_by_tensor(betas: list[list[float]]) -> list[list[float]]:
     """[steps][tensors] to [parts][tensors], means over the steps of each part."""
-    by_tensor = [[statistics.fmean(part) for part in parts(column)] for column in zip(*betas, strict=True)]
+    by_tensor = [
+        [statistics.fmean(part) for part in parts(column)] for column in zip(*betas, strict=True)
+    ]
     return [list(row) for row in zip(*by_tensor, strict=True)]
 
 
@@ -134,7 +137,14 @@ def _run(cell: Cell) -> Run:
 
 
 def run_cells(grid: Grid, cells: Iterable[Cell], workers: int) -> Iterator[Run]:
-    """The cells' runs, as they finish, each on one thread of one of the worker processes."""
+    """The cells' runs, as they finish: each on one thread of one of the worker processes.
+
+    Without workers, here and one after the other.
+    """
+    if not workers:
+        for cell in cells:
+            yield train(grid.tasks[cell.task], grid.contestants[cell.contestant], cell)
+        return
     torch.set_num_threads(1)  # before the fork, which threads of OpenMP would not survive
     context = multiprocessing.get_context("fork")
     with context.Pool(workers, _start_worker, (grid,)) as pool:

@@ -69,7 +69,8 @@ class Table:
         """Logarithms of the losses, [learning rates, seeds]."""
         rows = self.cells(task, contestant, warmup)
         losses = [[min(run.loss, run.untrained_loss) for run in row] for row in rows]
-        return np.log(np.maximum(losses, SOLVED))
+        logs: Array = np.log(np.maximum(losses, SOLVED))
+        return logs
 
     def best(self, task: str, contestant: str, warmup: bool) -> int:
         """Index of the learning rate with the lowest log loss on average over the seeds."""
@@ -77,7 +78,9 @@ class Table:
 
     def best_log_loss(self, task: str, contestant: str, warmup: bool) -> Array:
         """Log losses at the best learning rate, [seeds]."""
-        return self.log_losses(task, contestant, warmup)[self.best(task, contestant, warmup)]
+        best = self.best(task, contestant, warmup)
+        logs: Array = self.log_losses(task, contestant, warmup)[best]
+        return logs
 
     def best_runs(self, task: str, contestant: str, warmup: bool) -> list[Run]:
         """The runs at the best learning rate, of each seed."""

@@ -105,7 +105,8 @@ def least_squares(condition: float, steps: int, seed: int) -> Problem:
     targets = matrix @ normal(DIMENSIONS, 1)
 
     def objective(model: nn.Module, _: int = 0) -> Tensor:
-        return 0.5 * (model(matrix) - targets).square().sum()
+        loss: Tensor = 0.5 * (model(matrix) - targets).square().sum()
+        return loss
 
     start = objective(model).item()
     return Problem(model, objective, lambda model, _: objective(model).item() / start, 1.0)
@@ -188,7 +189,7 @@ def text(
 
     @torch.no_grad()
     def measure(model: nn.Module, _: Sequence[float] = ()) -> float:
-        return statistics.fmean(model(batch).item() for batch in held_out.split(64))
+        return statistics.fmean(model(batch).item() for batch in torch.split(held_out, 64))
 
     model = new_model(seed)
     return Problem(model, training_loss, measure, measure(model))
@@ -207,7 +208,7 @@ def pretrained_gpt() -> GPT:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, PRETRAINING_STEPS)
     for step in range(PRETRAINING_STEPS):
         optimizer.zero_grad()
-        problem.training_loss(model, step).backward()
+        torch.autograd.backward(problem.training_loss(model, step))
         optimizer.step()
         schedule.step()
     return model
@@ -237,9 +238,7 @@ def shifting_targets(steps: int, seed: int) -> Problem:
         (normal(INPUTS, HIDDEN) / INPUTS**0.5, normal(HIDDEN, 1) / HIDDEN**0.5) for _ in range(2)
     )
     angles = torch.arange(steps).view(-1, 1, 1) * (torch.pi / 2 / TURN)
-    hidden, out = (
-        angles.cos() * a + angles.sin() * b for a, b in zip(first, second, strict=True)
-    )
+    hidden, out = (angles.cos() * a + angles.sin() * b for a, b in zip(first, second, strict=True))
     targets = torch.tanh(2 * inputs @ hidden) @ out
 
     def training_loss(model: nn.Module, step: int) -> Tensor:
