@@ -34,14 +34,12 @@ class Contestant:
         name: as the results have it.
         family: "sgd" or "adam": which of a task's grids of learning rates it gets.
         make: the optimizer, from parameter groups and a learning rate.
-        fixed_beta: its momentum where that is fixed; None for the others.
         lr_scale: what the grid's learning rate is multiplied by.
     """
 
     name: str
     family: str
     make: Callable[..., Optimizer]
-    fixed_beta: float | None = None
     lr_scale: float = 1.0
 
 
@@ -66,14 +64,12 @@ def am_sgd(plane: str, scope: str) -> Contestant:
 
 def sgd(momentum: float) -> Contestant:
     make = partial(torch.optim.SGD, momentum=momentum, fused=True)
-    return Contestant(
-        f"SGD {momentum:g}", "sgd", make, fixed_beta=momentum, lr_scale=1.0 - momentum
-    )
+    return Contestant(f"SGD {momentum:g}", "sgd", make, lr_scale=1.0 - momentum)
 
 
 def adamw(beta1: float) -> Contestant:
     make = partial(torch.optim.AdamW, betas=(beta1, BETA2), fused=True)
-    return Contestant(f"AdamW {beta1:g}", "adam", make, fixed_beta=beta1)
+    return Contestant(f"AdamW {beta1:g}", "adam", make)
 
 
 def _contestants() -> list[Contestant]:

@@ -44,7 +44,7 @@ from a GPT that the task itself trains on Python source.
 **Each contestant's learning rate is picked on the same loss that it is then compared by**, for all
 of them alike. So is the best fixed beta, which favours the larger choice: the best of six values
 for AdamW, of four for SGD, against one contestant. The tasks are not independent: several share a
-text or a data set. Intervals are over tasks.
+text or a data set. Intervals are over tasks, and not corrected for their number.
 """
 RANKING = """
 Ratios of losses to {baseline}'s, each at its best learning rate: geometric mean over the tasks and

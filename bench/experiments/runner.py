@@ -16,6 +16,7 @@ import torch
 from schedulefree import AdamWScheduleFree
 from torch.optim import Optimizer
 
+from adamem_fused import AMSGD, AMAdamW
 from bench.demo_model import tensor_label
 from bench.experiments.contestants import Contestant, param_groups
 from bench.experiments.grid import Cell, Grid
@@ -75,7 +76,7 @@ def train(task: Task, contestant: Contestant, cell: Cell) -> Run:
         step_start = time.thread_time()
         optimizer.step()
         optimizer_seconds.append(time.thread_time() - step_start)
-        if "beta" in optimizer.state[params[0]]:
+        if isinstance(optimizer, (AMAdamW, AMSGD)):
             betas.append(torch.stack([optimizer.state[p]["beta"] for p in params]).tolist())
     seconds = time.thread_time() - start
 

@@ -19,6 +19,7 @@ MARGIN = 0.01  # "at least as good as" allows a loss higher by this share
 TOLERANCE = 0.02  # "within 2% of the best"
 DECADES_PER_LR = 0.5  # the grid's learning rates are half a decade apart
 
+# What Adaptive Memory would replace, by family, and the contestants that claims are made of.
 BASELINES = {"adam": "AdamW 0.9", "sgd": "SGD 0.9"}
 ADAPTIVE = (
     "AM-AdamW level tensor lambda 0.1",
@@ -26,7 +27,6 @@ ADAPTIVE = (
     "AM-SGD level global",
     "AM-SGD anchored global",
 )
-"""The contestants that claims are made of, and what each family's would replace."""
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decided"
 
