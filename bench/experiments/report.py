@@ -44,7 +44,9 @@ from a GPT that the task itself trains on Python source.
 **Each contestant's learning rate is picked on the same loss that it is then compared by**, for all
 of them alike. So is the best fixed beta, which favours the larger choice: the best of six values
 for AdamW, of four for SGD, against one contestant. The tasks are not independent: several share a
-text or a data set. Intervals are over tasks, and not corrected for their number.
+text or a data set. In comparisons a run that diverged, or ended above where it started, counts as
+the untrained model, and least squares below a millionth of its start as solved. Intervals are over
+tasks, and not corrected for their number.
 """
 RANKING = """
 Ratios of losses to {baseline}'s, each at its best learning rate: geometric mean over the tasks and
@@ -119,6 +121,12 @@ def _ratio(value: Interval) -> str:
     return f"{mean:.3f} ({low:.3f} to {high:.3f})"
 
 
+def _decades(value: Interval) -> str:
+    if not np.isfinite([value.low, value.high]).all():
+        return f"{value.mean:+.2f}"
+    return f"{value.mean:+.2f} ({value.low:+.2f} to {value.high:+.2f})"
+
+
 # ---- what was run ---------------------------------------------------------------------
 
 
@@ -186,7 +194,7 @@ def _verdict_row(verdict: Verdict, decades: bool) -> list[str]:
     values = list(verdict.per_task.values())
     better = sum(value > 0 if decades else value < 0 for value in values)
     mean = verdict.interval
-    number = f"{mean.mean:+.2f} ({mean.low:+.2f} to {mean.high:+.2f})" if decades else _ratio(mean)
+    number = _decades(mean) if decades else _ratio(mean)
     warmup = {True: "with", False: "without", None: "both"}[verdict.warmup]
     return [
         verdict.contestant,

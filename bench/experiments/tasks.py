@@ -201,7 +201,7 @@ PRETRAINING_STEPS = 500
 @cache
 def pretrained_gpt() -> GPT:
     """The medium GPT, trained on Python source by AdamW: where fine-tuning starts from."""
-    problem = text(data.python_source, partial(new_gpt, *MEDIUM), PRETRAINING_STEPS, 0)
+    problem = text(data.python_source, partial(new_gpt, *SHAPES["medium"]), PRETRAINING_STEPS, 0)
     model = problem.model
     assert isinstance(model, GPT)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
@@ -255,11 +255,9 @@ def shifting_targets(steps: int, seed: int) -> Problem:
 
 # ---- the list -------------------------------------------------------------------------
 
-SMALL, MEDIUM, LARGE = (24, 2, 1), (32, 2, 2), (48, 4, 3)  # width, heads, layers
+SHAPES = {"small": (24, 2, 1), "medium": (32, 2, 2), "large": (48, 4, 3)}  # width, heads, layers
 CONDITIONS = (1e2, 1e3, 1e4, 1e5, 1e6)
 TEXTS = {"python": data.python_source, "documentation": data.documentation}
-
-
 # 1, 3, 10, 30...: half a decade apart, near enough.
 HALF_DECADES = tuple(float(f"{m}e{exponent}") for exponent in range(-5, 4) for m in (1, 3))
 
@@ -270,9 +268,38 @@ def _lrs(sgd: float, adam: float, count: int = 6) -> dict[str, tuple[float, ...]
     return {family: HALF_DECADES[i : i + count] for family, i in starts.items()}
 
 
+def _gpts(size: str) -> list[Task]:
+    return [
+        Task(
+            f"gpt-{size}-{name}",
+            "text",
+            "held-out loss",
+            steps=100,
+            lrs=_lrs(0.03, 3e-4),
+            weight_decay=0.1,
+            cosine=True,
+            make=partial(text, load, partial(new_gpt, *SHAPES[size])),
+        )
+        for name, load in TEXTS.items()
+    ]
+
+
+def _digits(name: str, new_model: Callable[[], nn.Module]) -> Task:
+    return Task(
+        name,
+        "images",
+        "held-out loss",
+        steps=160,
+        lrs=_lrs(0.01, 3e-4),
+        weight_decay=0.05,
+        cosine=True,
+        make=partial(digit_images, new_model),
+    )
+
+
 def _tasks() -> list[Task]:
+    """All tasks, the quick ones first: a cut-off then leaves more of them."""
     convex = partial(Task, steps=200, weight_decay=0.0, cosine=True)
-    held_out = partial(Task, measured="held-out loss", cosine=True)
     return [
         *(
             convex(
@@ -298,52 +325,31 @@ def _tasks() -> list[Task]:
             lrs=_lrs(0.3, 3e-3, 7),
             make=partial(logistic_regression, data.digits, 10),
         ),
-        held_out(
-            "resnet-digits",
-            "images",
-            steps=160,
-            weight_decay=0.05,
-            lrs=_lrs(0.01, 3e-4),
-            make=partial(digit_images, partial(ResNet, 16, 2)),
-        ),
-        held_out(
-            "vit-digits",
-            "images",
-            steps=160,
-            weight_decay=0.05,
-            lrs=_lrs(0.01, 3e-4),
-            make=partial(digit_images, partial(ViT, 32, 4, 2)),
-        ),
-        *(
-            held_out(
-                f"gpt-{size}-{name}",
-                "text",
-                steps=100,
-                weight_decay=0.1,
-                lrs=_lrs(0.03, 3e-4),
-                make=partial(text, load, partial(new_gpt, *shape)),
-            )
-            for size, shape in (("small", SMALL), ("medium", MEDIUM), ("large", LARGE))
-            for name, load in TEXTS.items()
-        ),
-        held_out(
-            "gpt-fine-tuning",
-            "fine-tuning",
-            steps=80,
-            weight_decay=0.1,
-            lrs=_lrs(0.01, 1e-4),
-            make=fine_tuning,
-        ),
         Task(
             "shifting-targets",
             "shifting targets",
             "loss on each batch before it is trained on, over the run",
             steps=200,
+            lrs=_lrs(0.01, 1e-3),
             weight_decay=0.0,
             cosine=False,
-            lrs=_lrs(0.01, 1e-3),
             make=shifting_targets,
         ),
+        *_gpts("small"),
+        Task(
+            "gpt-fine-tuning",
+            "fine-tuning",
+            "held-out loss",
+            steps=80,
+            lrs=_lrs(0.01, 1e-4),
+            weight_decay=0.1,
+            cosine=True,
+            make=fine_tuning,
+        ),
+        _digits("resnet-digits", partial(ResNet, 16, 2)),
+        *_gpts("medium"),
+        _digits("vit-digits", partial(ViT, 32, 4, 2)),
+        *_gpts("large"),
     ]
 
 
