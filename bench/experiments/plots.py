@@ -40,6 +40,17 @@ def _shown(table: Table, family: str) -> dict[str, str]:
     return {name: colour for name, colour in SHOWN[family].items() if name in table.families}
 
 
+def _log_losses(ax: Axes) -> None:
+    """A logarithmic axis, whose labels are plain numbers where they stay short."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    if high / low < 1000:
+        ax.yaxis.set_major_formatter("{x:g}")
+    if high / low < 10:
+        ax.yaxis.set_minor_formatter("{x:.3g}")
+        ax.tick_params(axis="y", which="minor", labelsize=7)
+
+
 def _by_task(table: Table, draw: Callable[[Axes, str], None], title: str) -> Figure:
     """A panel for each task, with one legend above all of them."""
     rows = math.ceil(len(table.tasks) / COLUMNS)
@@ -70,11 +81,7 @@ def loss_by_lr(table: Table, family: str) -> Figure:
                 if not warmup:
                     ax.fill_between(lrs, losses.min(1), losses.max(1), color=colour, alpha=0.15)
         ax.set_xscale("log")
-        ax.set_yscale("log")
-        if table.group(task) != "least squares":
-            ax.yaxis.set_major_formatter("{x:.3g}")
-            ax.yaxis.set_minor_formatter("{x:.3g}")
-            ax.tick_params(axis="y", which="minor", labelsize=7)
+        _log_losses(ax)
         ax.set_xlabel("learning rate")
 
     return _by_task(
@@ -93,11 +100,7 @@ def loss_curves(table: Table, family: str) -> Figure:
             run = table.best_runs(task, name, False)[0]
             places = (np.arange(len(run.curve)) + 0.5) / max(len(run.curve), 1)
             ax.plot(places, run.curve, marker=".", color=colour, label=name)
-        ax.set_yscale("log")
-        if table.group(task) != "least squares":
-            ax.yaxis.set_major_formatter("{x:.3g}")
-            ax.yaxis.set_minor_formatter("{x:.3g}")
-            ax.tick_params(axis="y", which="minor", labelsize=7)
+        _log_losses(ax)
         ax.set_xlabel("share of the run")
 
     return _by_task(
