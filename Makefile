@@ -4,16 +4,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help test demo bench bench-cpu gpu-check check clean
+.PHONY: help test demo bench bench-cpu experiments gpu-check check clean
 
 help:
-	@echo "make test       the tests"
-	@echo "make demo       a small GPT trained with AdamW and with AMAdamW: table and picture"
-	@echo "make bench-cpu  step times on the CPU against torch's AdamW and SGD, and README's section"
-	@echo "make bench      the same on the GPU, with PYTHON's own torch; README stays as it is"
-	@echo "make gpu-check  the GPU backends tested and timed, with PYTHON's own torch and triton"
-	@echo "make check      linters, formatters and type checker"
-	@echo "make clean      removes what was built, .venv included"
+	@echo "make test         the tests"
+	@echo "make demo         a small GPT trained with AdamW and with AMAdamW: table and picture"
+	@echo "make bench-cpu    step times on the CPU against torch's AdamW and SGD, and README's section"
+	@echo "make bench        the same on the GPU, with PYTHON's own torch; README stays as it is"
+	@echo "make experiments  small models trained with each optimizer, in minutes"
+	@echo "make gpu-check    the GPU backends tested and timed, with PYTHON's own torch and triton"
+	@echo "make check        linters, formatters and type checker"
+	@echo "make clean        removes what was built, .venv included"
 
 test: .venv/installed
 	$(BIN)/python -m pytest
@@ -25,6 +26,9 @@ bench-cpu: .venv/installed
 	$(BIN)/python -m bench kernels --device cpu
 	$(BIN)/python -m bench train --device cpu
 	$(BIN)/python -m bench readme
+
+experiments: .venv/installed
+	$(BIN)/python -m bench.experiments run --quick
 
 # These take the machine's own torch, which knows its GPU.
 bench:

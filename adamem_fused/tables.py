@@ -1,4 +1,4 @@
-"""The tables through which the Triton kernels find a step's tensors.
+"""The tables through which the Triton and the CUDA kernels find a step's tensors.
 
 What depends on the tensors' shapes and dtypes (`Layout`) is made once; the addresses are
 looked at every step and uploaded when one has changed. Nothing that was uploaded is ever

@@ -1,0 +1,1 @@
+"""Training experiments: does Adaptive Memory train better? Tasks, contestants, runs and report."""

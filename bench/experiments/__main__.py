@@ -1,0 +1,119 @@
+"""Trains small models with Adaptive Memory and with what it would replace, and reports.
+
+    python -m bench.experiments run            # the runs behind the committed report: hours
+    python -m bench.experiments run --quick    # as many tables and pictures, in minutes
+    python -m bench.experiments run --gpt2     # GPT-2 small's layers; needs a GPU
+    python -m bench.experiments report         # the report again, from the results on disk
+
+A run that was interrupted goes on where it stopped. Data, initial weights and order are the
+same for all contestants, and the same every time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from bench.arguments import COUNT, output_folder
+from bench.experiments import gpt2
+from bench.experiments.grid import FULL, Grid, quick_grid
+from bench.experiments.report import write_report
+from bench.experiments.results import Results
+from bench.experiments.runner import run_cells
+
+RESULTS = Path("bench/results/experiments")
+GPT2_RESULTS = Path("bench/results/experiments-gpt2")
+QUICK_RESULTS = Path("build/experiments-quick")
+REFUSED = 2
+INTERRUPTED = 130  # exit status: 128 + SIGINT, as a shell has it
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.experiments",
+        description="Trains small models with Adaptive Memory optimizers and with others, and "
+        "writes a report with a verdict for each claim.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train what is not in the results yet, then report")
+    which = run.add_mutually_exclusive_group()
+    which.add_argument(
+        "--quick", action="store_true", help="fewer steps, learning rates and seeds: minutes"
+    )
+    which.add_argument(
+        "--gpt2", action="store_true", help="GPT-2 small's layers, on a GPU (not yet run on one)"
+    )
+    run.add_argument(
+        "--workers", type=COUNT, default=os.cpu_count(), help="processes (default: every core)"
+    )
+    run.add_argument(
+        "--out", type=output_folder, help=f"folder (default: {RESULTS}, of --quick {QUICK_RESULTS})"
+    )
+    report = commands.add_parser("report", help="write the report of results that are there")
+    report.add_argument("--out", type=output_folder, default=RESULTS, help="folder")
+    args = parser.parse_args(argv)
+    if args.out is None:
+        folder = QUICK_RESULTS if args.quick else GPT2_RESULTS if args.gpt2 else RESULTS
+        args.out = output_folder(str(folder))
+    return args
+
+
+def prepare(args: argparse.Namespace) -> tuple[Grid, Results]:
+    """The grid, and the folder ready for its runs.
+
+    Raises:
+        RuntimeError: it needs a GPU and there is none.
+        ValueError: the folder holds other runs.
+    """
+    if args.gpt2:
+        gpt2.gpu()
+    grid = quick_grid() if args.quick else gpt2.GRID if args.gpt2 else FULL
+    results = Results(args.out)
+    results.open_for(grid)
+    return grid, results
+
+
+def run(grid: Grid, results: Results, workers: int) -> int:
+    """Runs what is missing. Interrupted, it leaves the finished runs and a report of them."""
+    cells = grid.cells()
+    done = {run.cell for run in results}
+    missing = [cell for cell in cells if cell not in done]
+    status = 0
+    with tqdm(total=len(cells), initial=len(cells) - len(missing), unit="run") as bar:
+        try:
+            for finished in run_cells(grid, missing, workers):
+                results.add(finished)
+                bar.set_postfix_str(finished.cell.task, refresh=False)
+                bar.update()
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+    write_report(results)
+    return status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+        0; 2 where the runs asked for cannot be made here; 130 where it was interrupted.
+    """
+    args = parse_args(argv)
+    if args.command == "report":
+        write_report(Results(args.out))
+        return 0
+    try:
+        grid, results = prepare(args)
+    except (RuntimeError, ValueError) as error:
+        print(f"bench.experiments: {error}", file=sys.stderr)
+        return REFUSED
+    # A GPU takes one run at a time, and a process that is forked cannot use it.
+    return run(grid, results, workers=0 if args.gpt2 else args.workers)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,78 @@
+"""The data: all of it comes with Python or scikit-learn, and nothing is downloaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from functools import cache
+from pydoc_data.topics import topics
+
+import torch
+from sklearn.datasets import load_breast_cancer, load_digits
+from torch import Tensor
+
+from bench.demo_text import HELD_OUT_FILES, TRAINING_FILES, read_text, standard_library
+
+HELD_OUT_EVERY = 5  # one example, or topic of the documentation, in five is held out
+SPLIT_SEED = 0  # one split for all seeds of a run
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor]:
+    """Handwritten digits: [1797, 1, 8, 8] float32 in [0, 1], and labels of 10 classes."""
+    data = load_digits()
+    images = torch.tensor(data.images / 16.0, dtype=torch.float32)
+    return images.unsqueeze(1), torch.tensor(data.target)
+
+
+@cache
+def breast_cancer() -> tuple[Tensor, Tensor]:
+    """Cell measurements: [569, 30] float64, standardised, and labels of 2 classes."""
+    data = load_breast_cancer()
+    features = torch.tensor(data.data, dtype=torch.float64)
+    return (features - features.mean(0)) / features.std(0), torch.tensor(data.target)
+
+
+def split(count: int) -> tuple[Tensor, Tensor]:
+    """Indices of the training examples and of the held-out ones, the same at every call."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED))
+    held_out = count // HELD_OUT_EVERY
+    return order[held_out:], order[:held_out]
+
+
+@cache
+def python_source() -> tuple[bytes, bytes]:
+    """Training and held-out text: source files of the standard library, as in the demo."""
+    folder = standard_library()
+    return read_text(TRAINING_FILES, folder).content, read_text(HELD_OUT_FILES, folder).content
+
+
+@cache
+def documentation() -> tuple[bytes, bytes]:
+    """Training and held-out text: the topics of Python's own help(), English prose mostly.
+
+    Many paragraphs stand under several topics. Those of the held-out topics are left out of
+    the training text.
+    """
+    names = sorted(topics)
+    held_out = _paragraphs(names[::HELD_OUT_EVERY])
+    others = _paragraphs(name for i, name in enumerate(names) if i % HELD_OUT_EVERY)
+    training = [text for words, text in others.items() if words not in held_out]
+    return "\n\n".join(training).encode(), "\n\n".join(held_out.values()).encode()
+
+
+def _paragraphs(names: Iterable[str]) -> dict[str, str]:
+    """The topics' paragraphs, each once, by their words: indentation differs by topic."""
+    texts = (text for name in names for text in topics[name].split("\n\n"))
+    return {" ".join(text.split()): text for text in texts}
+
+
+def text_digests() -> dict[str, str]:
+    """SHA-256 of each text: another Python version has others, and so other numbers."""
+    return {
+        name: hashlib.sha256(b"".join(parts)).hexdigest()
+        for name, parts in (
+            ("python_source", python_source()),
+            ("documentation", documentation()),
+        )
+    }

@@ -1,0 +1,66 @@
+"""The grid: which runs there are, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from bench.experiments.contestants import CONTESTANTS, Contestant
+from bench.experiments.data import text_digests
+from bench.experiments.tasks import TASKS, Task
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: what is trained on what, how. Also the key of its row in the results."""
+
+    task: str
+    contestant: str
+    lr: float
+    warmup: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every contestant on every task, at each learning rate, without and with warm-up.
+
+    Attributes:
+        tasks, contestants: by name.
+        seeds: how many; they are 0, 1, 2...
+        texts: digests of the texts that the tasks read, for the results to name.
+    """
+
+    tasks: Mapping[str, Task]
+    contestants: Mapping[str, Contestant]
+    seeds: int
+    texts: Callable[[], dict[str, str]] = text_digests
+
+    def cells(self) -> list[Cell]:
+        """All runs. Seed by seed and task by task: a cut-off leaves whole blocks behind."""
+        return [
+            Cell(task.name, contestant.name, lr, warmup, seed)
+            for seed in range(self.seeds)
+            for task in self.tasks.values()
+            for warmup in (False, True)
+            for contestant in self.contestants.values()
+            for lr in task.lrs[contestant.family]
+        ]
+
+
+FULL = Grid(TASKS, CONTESTANTS, seeds=3)
+
+QUICK_STEPS = 10  # a task's steps are divided by this
+
+
+def quick_grid() -> Grid:
+    """The full grid's tasks and contestants, with fewer steps, learning rates and seeds."""
+    tasks = {
+        task.name: replace(
+            task,
+            steps=task.steps // QUICK_STEPS,
+            lrs={family: lrs[1::2] for family, lrs in task.lrs.items()},
+        )
+        for task in TASKS.values()
+    }
+    return Grid(tasks, CONTESTANTS, seeds=2)
