@@ -28,6 +28,7 @@ from bench.experiments.verdicts import (
     above,
     below,
     interval,
+    sign_test,
     verdicts,
 )
 
@@ -377,6 +378,12 @@ def test_interval_is_students():
     assert found.mean == 2.0
     assert found.high - 2.0 == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
     assert 2.0 - found.low == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+
+
+def test_sign_test_is_the_binomial_one_without_ties():
+    assert sign_test([-1.0, -2.0, -0.1, -0.5, -3.0]) == pytest.approx(2 / 2**5)
+    assert sign_test([-1.0, -2.0, -0.1, -0.5, 3.0, 0.0]) == pytest.approx(2 * 6 / 2**5)
+    assert sign_test([0.0, 0.0]) == 1.0
 
 
 def test_diverged_run_counts_as_the_untrained_model():

@@ -22,6 +22,7 @@ from bench.experiments.verdicts import (
     best_fixed,
     interval,
     log_ratio,
+    sign_test,
     tasks_of_kind,
     verdicts,
     width,
@@ -46,7 +47,9 @@ of them alike. So is the best fixed beta, which favours the larger choice: the b
 for AdamW, of four for SGD, against one contestant. The tasks are not independent: several share a
 text or a data set. In comparisons a run that diverged, or ended above where it started, counts as
 the untrained model, and least squares below a millionth of its start as solved. Intervals are over
-tasks, and not corrected for their number.
+tasks, and not corrected for their number. Classification losses differ by more than those of text,
+so that one task can widen an interval: the number of tasks on which a contestant is better, and the
+p of a sign test on it, stand beside, though no verdict is made of them.
 """
 RANKING = """
 Ratios of losses to {baseline}'s, each at its best learning rate: geometric mean over the tasks and
@@ -183,7 +186,7 @@ def _verdict_section(found: Iterable[Verdict]) -> str:
     sections = []
     for claim, of_claim in by_claim.items():
         decades = claim.startswith("d")
-        headers = ["contestant", "against", "tasks", "warm-up", "better on"]
+        headers = ["contestant", "against", "tasks", "warm-up", "better on", "sign test"]
         headers += ["decades more" if decades else "ratio of losses", "verdict"]
         rows = [_verdict_row(verdict, decades) for verdict in of_claim]
         sections += [f"**({claim})** {RULES[claim]}", _markdown(rows, headers)]
@@ -202,6 +205,7 @@ def _verdict_row(verdict: Verdict, decades: bool) -> list[str]:
         verdict.tasks,
         warmup,
         f"{better} of {len(values)}",
+        f"{sign_test(values):.2g}",
         number,
         f"**{verdict.outcome}**",
     ]

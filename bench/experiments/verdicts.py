@@ -70,6 +70,12 @@ def interval(values: Sequence[float] | Array) -> Interval:
     return Interval(mean, float(low), float(high))
 
 
+def sign_test(values: Sequence[float]) -> float:
+    """Two-sided p of as many values on one side of 0, were both sides as likely."""
+    signs = [value < 0 for value in values if value != 0]
+    return float(stats.binomtest(sum(signs), len(signs)).pvalue) if signs else 1.0
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A claim about a contestant on a group of tasks.
