@@ -244,3 +244,10 @@ def test_a_description_tells_what_has_changed(monkeypatch, cls, change, structur
     assert pointers == [tensor.data_ptr() for tensors in batch.lists() for tensor in tensors]
     change(batch)
     assert (tables.describe(batch)[1] != structure) == structure_changes
+
+
+def test_a_description_refuses_what_is_not_a_tensor():
+    batch = batch_of(AMAdamW)
+    batch.steps[1] = 1.0
+    with pytest.raises(TypeError, match="list of tensors holds a float"):
+        tables.describe(batch)
