@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 Lr: TypeAlias = "float | Tensor"
@@ -143,3 +144,13 @@ def check(params: list[Tensor], others: dict[str, list[Tensor]]) -> None:
                 raise ValueError(
                     f"{name} of tensor {i} is on {tensor.device}, its parameter on {param.device}"
                 )
+
+
+def check_rows(rows: Tensor, params: list[Tensor]) -> None:
+    """Raises ValueError unless rows are as `*_stats` gives them, for kernels that do not look."""
+    n, device = len(params), params[0].device
+    if rows.shape != (n, 2) or rows.dtype != torch.float64 or rows.device != device:
+        raise ValueError(
+            f"rows has to be a float64 tensor of shape [{n}, 2] on {device}, not "
+            f"{rows.dtype} {list(rows.shape)} on {rows.device}"
+        )

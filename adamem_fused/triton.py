@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adamem_fused.batch import AdamWBatch, Batch, SGDBatch
+from adamem_fused.batch import AdamWBatch, Batch, SGDBatch, check_rows
 from adamem_fused.tables import Opened, Tables, open_tables
 
 name = "triton"
@@ -193,13 +193,8 @@ def _apply(
     found_inf: Tensor | None,
 ) -> None:
     device, n = batch.params[0].device, len(batch.params)
-    if rows is not None and (
-        rows.shape != (n, 2) or rows.dtype != torch.float64 or rows.device != device
-    ):
-        raise ValueError(
-            f"rows has to be a float64 tensor of shape [{n}, 2] on {device}, not "
-            f"{rows.dtype} {list(rows.shape)} on {rows.device}"
-        )
+    if rows is not None:
+        check_rows(rows, batch.params)
     config = _config(device)
     with _on(device):
         opened = _open(batch, kernels)
