@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from operator import attrgetter
 from typing import Any, ClassVar, TypeAlias, cast, overload
@@ -124,12 +124,14 @@ def as_real(tensor: Tensor) -> Tensor:
 class Work:
     """A batch, the backend that is to do it, and the parameters that it came from.
 
-    A tensor of the batch is its parameter's shard on this rank, or the parameter itself.
+    A tensor of the batch is its parameter's shard on this rank, or, unless some are `sharded`,
+    the parameter itself.
     """
 
     backend: Backend
     batch: Any
     params: list[Tensor] = field(default_factory=list)
+    sharded: bool = False
 
     def here(self, tensor: Tensor | None) -> Tensor | None:
         """A scalar of another device (GradScaler's may be on one) on this batch's."""
@@ -185,10 +187,17 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     # What a backend keeps from step to step, by its name and the device.
     _caches: dict[tuple[str, torch.device], dict[str, Any]]
+    # The last ordinary step's parameters and their state.
+    _last: Batch
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        self._caches = {}
+        self._forget()
         super().__init__(params, defaults)
+
+    def _forget(self) -> None:
+        """Drops what is kept from step to step, of which a step can do without all."""
+        self._caches = {}
+        self._last = self._new_batch()
 
     # ---- what a subclass gives ----------------------------------------------------
 
@@ -359,7 +368,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """
         if ops.extension is None or torch.compiler.is_compiling():
             return []
-        batch = self._new_batch()
+        # Into the lists of the last step: thousands of references need not be taken anew.
+        anew: dict[str, Any] = {"grads": [], "hypers": [], "group_sizes": [], "shared": []}
+        batch = replace(self._last, **anew)
         sizes = ops.extension.gather(
             [group["params"] for group in self.param_groups],
             self.state,
@@ -367,6 +378,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             batch.lists(),
         )
         if sizes is None or not batch.params:
+            self._last = self._new_batch()
             return []
         device = batch.params[0].device
         groups = [g for g, size in zip(self.param_groups, sizes, strict=True) if size > 0]
@@ -387,6 +399,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             )
             self._init_group(group, *lists)
             params = lists[0]
+            sharded = sharding.any_dtensor(params)
             lists = self._as_plain(lists)
             # In the order of the parameters: the same on every rank, as collectives need it.
             devices = dict.fromkeys(map(attrgetter("device"), params))
@@ -396,6 +409,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 if work is None:
                     work = self._new_work(backend, device, self._new_batch())
                     works[backend.name, device] = work
+                work.sharded = work.sharded or sharded
                 size = len(work.batch.params)
                 targets = (*work.batch.lists(), work.params)
                 for values, target in zip((*lists, params), targets, strict=True):
@@ -440,7 +454,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         # With several batches the sums come first all the same: they are where a backend
         # raises, before any batch has been changed.
         rows: list[Tensor] | None = None
-        shards = sharding.find_shards(work.params for work in works)
+        shards = sharding.find_shards(work.params if work.sharded else [] for work in works)
         if (
             len(works) > 1
             or shards
@@ -578,7 +592,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._caches = {}  # which is neither copied nor pickled
+        self._forget()  # neither copied nor pickled
         # Optimizer gives every optimizer this option of its own, which a step of this class
         # does not have.
         self.defaults.pop("differentiable", None)

@@ -94,12 +94,11 @@ def find_shards(batches: Iterable[list[Tensor]]) -> Shards:
     """Where in the batches, each a list of parameters, the sharded ones are."""
     shards: Shards = {}
     for batch, params in enumerate(batches):
-        if any_dtensor(params):
-            for index, param in enumerate(params):
-                if _is_dtensor(param):
-                    for group in _process_groups(param):
-                        key = group, param.to_local().device
-                        shards.setdefault(key, []).append((batch, index))
+        for index, param in enumerate(params):
+            if _is_dtensor(param):
+                for group in _process_groups(param):
+                    key = group, param.to_local().device
+                    shards.setdefault(key, []).append((batch, index))
     return shards
 
 

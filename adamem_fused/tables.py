@@ -35,21 +35,29 @@ def _data_lists(batch: Batch) -> tuple[list[Tensor], ...]:
     return batch.lists()[: 2 + len(batch.memories)]
 
 
-def describe(batch: Batch) -> tuple[bytes, Any]:
-    """The addresses of the batch's tensors, list by list, and all else that tables depend on.
+class Description(NamedTuple):
+    """What tables are made of, hyperparameters aside."""
 
-    The latter is comparable: dtypes, devices, shapes, strides and group sizes. In C++, where
-    the extension is there, it takes a tenth of the time.
+    addresses: bytes  # of the tensors, list by list, in words of 64 bits
+    structure: Any  # all else about them: dtypes, devices, shapes and strides
+    group_sizes: list[int]
+
+
+def describe(batch: Batch, last: Description | None = None) -> Description:
+    """What the batch's tables are made of; in the objects of the last step, where it is the same.
+
+    In C++, where the extension is there, it takes a tenth of the time.
     """
     lists, data = batch.lists(), 2 + len(batch.memories)
     if ops.extension is not None:
-        addresses, structure = ops.extension.describe(lists, data)
-        return addresses, (batch.group_sizes, structure)
+        known = (b"", b"") if last is None else last[:2]
+        addresses, structure = ops.extension.describe(lists, data, *known)
+        return Description(addresses, structure, batch.group_sizes)
     addresses = b"".join(array("q", map(Tensor.data_ptr, tensors)) for tensors in lists)
     attributes = attrgetter("dtype", "device", "layout", "shape")
-    structure = [list(map(attributes, tensors)) for tensors in lists]
+    others = [list(map(attributes, tensors)) for tensors in lists]
     strides = [list(map(Tensor.stride, tensors)) for tensors in lists[:data]]
-    return addresses, (batch.group_sizes, structure, strides)
+    return Description(addresses, (others, strides), batch.group_sizes)
 
 
 def _check(batch: Batch) -> None:
@@ -107,12 +115,11 @@ def upload(words: Tensor, device: torch.device, pinned: Tensor | None = None) ->
 class Layout:
     """Chunks, buckets and scratch memory for tensors of one structure."""
 
-    def __init__(self, batch: Batch, structure: Any, chunk: int, coefficients: int) -> None:
+    def __init__(self, batch: Batch, chunk: int, coefficients: int) -> None:
         _check(batch)
         params = batch.params
         device = params[0].device
         n = len(params)
-        self.structure = structure
         data = _data_lists(batch)
         scalars = batch.lists()[len(data) :]
         dense = [torch.empty_like(param, device="meta").stride() for param in params]
@@ -188,7 +195,8 @@ class Tables(NamedTuple):
     """The uploaded tables of one step's tensors."""
 
     layout: Layout
-    content: bytes  # of what was uploaded, to see whether it has changed
+    description: Description
+    content: tuple[bytes, ...]  # what was uploaded, to see whether it has changed
     addresses: Tensor  # [lists, tensors] int64; copies stand in for strided tensors
     lrs: Tensor  # [groups] int64
     hypers: Tensor  # [groups, columns] float64
@@ -225,14 +233,15 @@ def open_tables(batch: Batch, chunk: int, coefficients: int) -> Opened:
     state may have been given other memory.
     """
     device = batch.params[0].device
-    addresses, structure = describe(batch)
     last: Tables | None = batch.cache.get("tables")
-    if last is not None and structure == last.layout.structure:
+    description = describe(batch, None if last is None else last.description)
+    if last is not None and description[1:] == last.description[1:]:
         layout = last.layout
     elif _is_capturing(device):
         raise RuntimeError(_NOT_PREPARED)
     else:
-        layout = Layout(batch, structure, chunk, coefficients)
+        layout = Layout(batch, chunk, coefficients)
+    addresses = description.addresses
     lists = batch.lists()
     if layout.strided:
         lists = tuple(map(list, lists))
@@ -245,18 +254,21 @@ def open_tables(batch: Batch, chunk: int, coefficients: int) -> Opened:
     hypers = [_place_lr(h, device) for h in batch.hypers]
     lrs = array("q", [_lr_word(h.lr) for h in hypers])
     values = array("d", chain.from_iterable(map(_hyper_values, hypers, batch.shared)))
-    content = addresses + lrs.tobytes() + values.tobytes()
+    content = addresses, lrs.tobytes(), values.tobytes()
     if last is not None and last.layout is layout and last.content == content:
         tables = last
     else:
-        words = _upload(content, layout, batch)
+        words = _upload(b"".join(content), layout, batch)
         sizes = [len(lists) * len(batch.params), len(lrs), len(values)]
         on_device, lr_words, table = torch.split(words, sizes)
-        tables = Tables(layout, content, on_device, lr_words, table.view(torch.float64))
+        tables = Tables(
+            layout, description, content, on_device, lr_words, table.view(torch.float64)
+        )
     batch.cache["tables"] = tables
     if _is_capturing(device):
         # The graph reads them whenever it is replayed, whatever later steps bring.
-        batch.cache.setdefault("captured", []).append((tables, lists))
+        kept = tuple(map(list, lists))  # the batch's own are filled anew at every step
+        batch.cache.setdefault("captured", []).append((tables, kept))
     elif device.type != "cpu" and layout.spare is None:
         count = tables.addresses.numel() + tables.lrs.numel() + tables.hypers.numel()
         layout.spare = torch.empty(count, dtype=torch.int64, pin_memory=True)

@@ -35,10 +35,10 @@ bool is_plain(const Tensor& tensor) {
   return (tensor.key_set().raw_repr() & ~allowed) == 0;
 }
 
-const Tensor& tensor_of(const py::handle& object) {
-  TORCH_CHECK_TYPE(THPVariable_Check(object.ptr()), "a list of tensors holds a ",
-                   Py_TYPE(object.ptr())->tp_name);
-  return THPVariable_Unpack(object.ptr());
+const Tensor& tensor_of(PyObject* object) {
+  TORCH_CHECK_TYPE(is_exact(object) || THPVariable_Check(object), "a list of tensors holds a ",
+                   Py_TYPE(object)->tp_name);
+  return THPVariable_Unpack(object);
 }
 
 // References to a list's tensors; unless all are plain, `plain` becomes false.
@@ -46,11 +46,17 @@ TensorRefs refs_of(const py::list& list, bool& plain) {
   TensorRefs refs;
   refs.reserve(list.size());
   for (const py::handle object : list) {
-    refs.push_back(tensor_of(object));
+    refs.push_back(tensor_of(object.ptr()));
     plain = plain && is_exact(object.ptr());
   }
   for_each_ahead(refs, [&](size_t i) { plain = plain && is_plain(refs[i]); });
   return refs;
+}
+
+PyObject* const* items_of(const py::handle& list) {
+  TORCH_CHECK_TYPE(PyList_Check(list.ptr()), "expected a list, not a ",
+                   Py_TYPE(list.ptr())->tp_name);
+  return PySequence_Fast_ITEMS(list.ptr());
 }
 
 // ---- gather: the tensors of a step ------------------------------------------------
@@ -59,55 +65,90 @@ TensorRefs refs_of(const py::list& list, bool& plain) {
 // the dict: then it takes no hash, which for a tensor is a call into Python.
 class Cursor {
  public:
-  explicit Cursor(PyObject* dict) : dict_(dict) { advance(); }
+  explicit Cursor(PyObject* dict) : dict_(dict) {}
 
   // A borrowed value, or null.
   PyObject* find(PyObject* key) {
-    if (key == key_) {
-      PyObject* value = value_;
-      advance();
-      return value;
-    }
+    if (is_next(key)) return value_;
     PyObject* value = PyDict_GetItemWithError(dict_, key);
     if (value == nullptr && PyErr_Occurred()) throw python_error();
     return value;
   }
 
   // Steps over a key that is not needed.
-  void skip(PyObject* key) {
-    if (key == key_) advance();
-  }
+  void skip(PyObject* key) { is_next(key); }
 
  private:
-  void advance() {
-    if (!PyDict_Next(dict_, &position_, &key_, &value_)) key_ = nullptr;
+  bool is_next(PyObject* key) {
+    if (!ahead_ && !PyDict_Next(dict_, &position_, &key_, &value_)) key_ = nullptr;
+    ahead_ = key != key_;
+    return !ahead_;
   }
 
   PyObject* dict_;
   Py_ssize_t position_ = 0;
   PyObject *key_ = nullptr, *value_ = nullptr;
+  bool ahead_ = false;  // key_ is still to be met
+};
+
+// A list that is filled anew. What is in its place already stays there: to take and give back
+// references to thousands of tensors takes as long as to look at them.
+class Filling {
+ public:
+  explicit Filling(const py::handle& list) : list_(list.ptr()) {
+    TORCH_CHECK_TYPE(PyList_Check(list_), "gather fills lists, not a ", Py_TYPE(list_)->tp_name);
+  }
+
+  // Whether the item is in place, `ahead` places after the next.
+  bool holds(PyObject* item, Py_ssize_t ahead = 0) const {
+    return size_ + ahead < PyList_GET_SIZE(list_) && PyList_GET_ITEM(list_, size_ + ahead) == item;
+  }
+
+  // What it puts out of its place goes to `replaced`: dropping a tensor may run any code.
+  void put(PyObject* item, std::vector<py::object>& replaced) {
+    if (size_ == PyList_GET_SIZE(list_)) {
+      if (PyList_Append(list_, item) != 0) throw python_error();
+    } else if (!holds(item)) {
+      replaced.push_back(py::reinterpret_steal<py::object>(PyList_GET_ITEM(list_, size_)));
+      PyList_SET_ITEM(list_, size_, py::handle(item).inc_ref().ptr());
+    }
+    ++size_;
+  }
+
+  // Drops what is left of a longer filling.
+  void finish() {
+    if (PyList_SetSlice(list_, size_, PyList_GET_SIZE(list_), nullptr) != 0) throw python_error();
+  }
+
+ private:
+  PyObject* list_;
+  Py_ssize_t size_ = 0;
 };
 
 // Gathers a run of parameters at a time, in loops of which each asks for what the next one
-// reads: waiting for memory is nearly all that these lookups do.
+// reads: waiting for memory is most of what these lookups do.
 class Gatherer {
  public:
-  static constexpr Py_ssize_t kRun = 256;
+  static constexpr size_t kRun = 64;
 
   Gatherer(const py::dict& state, const py::tuple& names, const py::tuple& lists)
-      : states_(state.ptr()), names_(names), lists_(lists) {}
+      : states_(state.ptr()), lists_(lists.begin(), lists.end()) {
+    for (const py::handle name : names) names_.push_back(name.ptr());
+  }
 
-  // Appends a run's tensors to the lists; false where one of them is not ordinary.
-  bool add(PyObject* const* params, Py_ssize_t n) {
+  // Adds a run's tensors to the lists; false where one of them is not ordinary.
+  bool add(PyObject* const* params, size_t n) {
     entries_.clear();
     values_.clear();
-    for (Py_ssize_t i = 0; i < n; ++i) {
+    for (size_t i = 0; i < n; ++i) {
       if (!is_exact(params[i])) return false;
       prefetch_impl(THPVariable_Unpack(params[i]));
     }
-    for (Py_ssize_t i = 0; i < n; ++i) {
+    for (size_t i = 0; i < n; ++i)
+      __builtin_prefetch(THPVariable_Unpack(params[i]).unsafeGetTensorImpl()->autograd_meta());
+    for (size_t i = 0; i < n; ++i) {
       const Tensor& param = THPVariable_Unpack(params[i]);
-      const Tensor& grad = param.grad();
+      const Tensor& grad = param.unsafeGetTensorImpl()->grad();
       if (!grad.defined()) {
         states_.skip(params[i]);
         continue;
@@ -122,36 +163,36 @@ class Gatherer {
     }
     for (const Entry& entry : entries_) {
       if (!is_plain(*entry.grad)) return false;
-      const char* keys =
-          reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(entry.state)->ma_keys);
-      for (size_t offset = 0; offset < 256; offset += 64) __builtin_prefetch(keys + offset);
+      prefetch(reinterpret_cast<PyDictObject*>(entry.state)->ma_keys, 256);
     }
-    for (const Entry& entry : entries_) {
-      Cursor values(entry.state);
-      for (const py::handle name : names_) {
-        PyObject* value = values.find(name.ptr());
+    for (size_t i = 0; i < entries_.size(); ++i) {
+      Cursor values(entries_[i].state);
+      for (size_t k = 0; k < names_.size(); ++k) {
+        PyObject* value = values.find(names_[k]);
         if (value == nullptr) return false;
-        __builtin_prefetch(value);
+        if (!lists_[2 + k].holds(value, i)) __builtin_prefetch(value);
         values_.push_back(value);
       }
     }
-    auto value = values_.begin();
-    for (size_t i = 0; i < entries_.size(); ++i) {
-      for (size_t k = 0; k < names_.size(); ++k, ++value) {
-        if (!is_exact(*value)) return false;
-        append(2 + k, *value);
-      }
-    }
+    PyObject* const* value = values_.data();
     for (const Entry& entry : entries_) {
       const auto grad = py::reinterpret_steal<py::object>(THPVariable_Wrap(*entry.grad));
       if (!is_exact(grad.ptr())) return false;
-      append(0, entry.param);
-      append(1, grad.ptr());
+      lists_[0].put(entry.param, replaced_);
+      lists_[1].put(grad.ptr(), replaced_);
+      for (size_t k = 2; k < lists_.size(); ++k, ++value) {
+        if (!lists_[k].holds(*value) && !is_exact(*value)) return false;
+        lists_[k].put(*value, replaced_);
+      }
     }
     return true;
   }
 
-  Py_ssize_t last_run() const { return static_cast<Py_ssize_t>(entries_.size()); }
+  size_t last_run() const { return entries_.size(); }
+
+  void finish() {
+    for (Filling& list : lists_) list.finish();
+  }
 
  private:
   struct Entry {
@@ -160,18 +201,16 @@ class Gatherer {
     PyObject* state;
   };
 
-  void append(size_t k, PyObject* tensor) {
-    if (PyList_Append(PyTuple_GET_ITEM(lists_.ptr(), k), tensor) != 0) throw python_error();
-  }
-
   Cursor states_;
-  const py::tuple &names_, &lists_;
+  std::vector<PyObject*> names_;
+  std::vector<Filling> lists_;
   std::optional<c10::Device> device_;
   std::vector<Entry> entries_;
   std::vector<PyObject*> values_;
+  std::vector<py::object> replaced_;
 };
 
-// Appends to `lists` the parameters that have a gradient, the gradients, and their state by
+// Fills `lists` with the parameters that have a gradient, the gradients, and their state by
 // name, a list for each; returns how many tensors each group has. None where one of them is
 // not ordinary: not a plain real tensor with a plain gradient and whole state, or not on the
 // device of the others.
@@ -185,22 +224,53 @@ py::object gather(const py::list& groups, const py::dict& state, const py::tuple
     if (!PyList_Check(group.ptr())) return py::none();
     const auto params = py::reinterpret_borrow<py::list>(group);
     PyObject* const* items = PySequence_Fast_ITEMS(params.ptr());
-    const auto n = static_cast<Py_ssize_t>(params.size());
-    Py_ssize_t size = 0;
-    for (Py_ssize_t begin = 0; begin < n; begin += Gatherer::kRun) {
+    const size_t n = params.size();
+    size_t size = 0;
+    for (size_t begin = 0; begin < n; begin += Gatherer::kRun) {
       if (!gatherer.add(items + begin, std::min(Gatherer::kRun, n - begin))) return py::none();
       size += gatherer.last_run();
     }
     sizes.append(size);
   }
+  gatherer.finish();
   return sizes;
 }
 
 // ---- describe: what tables are made of --------------------------------------------
 
-py::bytes as_bytes(const std::vector<int64_t>& words) {
-  return py::bytes(reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t));
-}
+// Words that are expected to be the last step's: they are compared with these, and written
+// only from the first that differs.
+class Words {
+ public:
+  explicit Words(const py::bytes& last) : bytes_(last) {
+    char* buffer = nullptr;
+    Py_ssize_t length = 0;
+    if (PyBytes_AsStringAndSize(last.ptr(), &buffer, &length) != 0) throw python_error();
+    last_ = reinterpret_cast<const int64_t*>(buffer);
+    last_size_ = static_cast<size_t>(length) / sizeof(int64_t);
+  }
+
+  void push_back(int64_t word) {
+    if (same_ < last_size_ && words_.empty() && last_[same_] == word)
+      ++same_;
+    else
+      words_.push_back(word);
+  }
+
+  // The last step's object where all is the same.
+  py::bytes bytes() const {
+    if (words_.empty() && same_ == last_size_) return bytes_;
+    std::string all(reinterpret_cast<const char*>(last_), same_ * sizeof(int64_t));
+    all.append(reinterpret_cast<const char*>(words_.data()), words_.size() * sizeof(int64_t));
+    return py::bytes(all);
+  }
+
+ private:
+  py::bytes bytes_;
+  const int64_t* last_;
+  size_t last_size_, same_ = 0;  // the number of words that are the same so far
+  std::vector<int64_t> words_;
+};
 
 // dtype, device, layout and number of dimensions in a word.
 int64_t kind_of(const Tensor& t) {
@@ -210,26 +280,27 @@ int64_t kind_of(const Tensor& t) {
 }
 
 // The addresses of the tensors, list by list, and all else about them that tables are made
-// of: dtypes, devices, layouts, shapes, and for the first `data` lists their strides.
-py::tuple describe(const py::tuple& lists, size_t data) {
-  std::vector<int64_t> addresses, structure;
+// of: dtypes, devices, layouts, shapes, and for the first `data` lists their strides. Where
+// they are what they were, the very objects that are given as the last ones.
+py::tuple describe(const py::tuple& lists, size_t data, const py::bytes& last_addresses,
+                   const py::bytes& last_structure) {
+  Words addresses(last_addresses), structure(last_structure);
   for (size_t k = 0; k < lists.size(); ++k) {
-    const py::list list = lists[k];
-    TensorRefs refs;
-    refs.reserve(list.size());
-    for (const py::handle object : list) refs.push_back(tensor_of(object));
-    addresses.reserve(lists.size() * refs.size());
-    structure.reserve(lists.size() * refs.size() * 4);
-    for_each_ahead(refs, [&](size_t i) {
-      const Tensor& t = refs[i];
+    PyObject* const* items = items_of(lists[k]);
+    const size_t n = py::len(lists[k]);
+    for (size_t i = 0; i < n; ++i) {
+      if (i + 48 < n) __builtin_prefetch(items[i + 48]);
+      if (i + 24 < n) prefetch_impl(tensor_of(items[i + 24]));
+      if (i + 12 < n) prefetch_storage(tensor_of(items[i + 12]));
+      const Tensor& t = tensor_of(items[i]);
       addresses.push_back(reinterpret_cast<int64_t>(t.data_ptr()));
       structure.push_back(kind_of(t));
       for (const int64_t size : t.sizes()) structure.push_back(size);
       if (k < data)
         for (const int64_t stride : t.strides()) structure.push_back(stride);
-    });
+    }
   }
-  return py::make_tuple(as_bytes(addresses), as_bytes(structure));
+  return py::make_tuple(addresses.bytes(), structure.bytes());
 }
 
 // ---- steps without the dispatcher -------------------------------------------------

@@ -26,17 +26,22 @@ class TensorRefs {
   std::vector<const at::Tensor*> refs_;
 };
 
-// Asks for a TensorImpl ahead of its use, all cache lines of it. Tensors lie all over memory,
-// and thousands of them do not fit in the fast caches.
-inline void prefetch_impl(const at::Tensor& tensor) {
-  const char* impl = reinterpret_cast<const char*>(tensor.unsafeGetTensorImpl());
-  for (size_t offset = 0; offset < sizeof(c10::TensorImpl); offset += 64)
-    __builtin_prefetch(impl + offset);
+// Asks for all cache lines of `size` bytes ahead of their use: they may begin anywhere in one.
+inline void prefetch(const void* data, size_t size) {
+  const char* bytes = static_cast<const char*>(data);
+  for (size_t offset = 0; offset < size; offset += 64) __builtin_prefetch(bytes + offset);
+  __builtin_prefetch(bytes + size - 1);
 }
 
-// Its StorageImpl, where the address of its data is; once the TensorImpl is there.
+// Tensors lie all over memory, and thousands of them do not fit in the fast caches.
+inline void prefetch_impl(const at::Tensor& tensor) {
+  prefetch(tensor.unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
+}
+
+// Its StorageImpl, once the TensorImpl is there: its first 64 bytes have the address of the
+// data, and whether that may be had without more ado.
 inline void prefetch_storage(const at::Tensor& tensor) {
-  __builtin_prefetch(tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
+  prefetch(tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl(), 64);
 }
 
 // Calls f(i) for the tensors of a list in order, each one asked for in time.

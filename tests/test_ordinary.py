@@ -1,5 +1,7 @@
 """The walk over a step's tensors in C++ against the one in Python, and where it gives way."""
 
+import weakref
+
 import pytest
 import torch
 from cases import OPTIMIZERS, assert_same_bits, parameters, set_gradients
@@ -79,6 +81,60 @@ def test_state_in_another_order_is_found(cls):
     for param in params[::2]:
         optimizer.state[param] = dict(reversed(optimizer.state.pop(param).items()))
     assert_collects_alike(optimizer)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_step_sees_what_the_last_one_had_not(cls):
+    params = make_params(100)
+    optimizer = stepped(cls, params[:90])
+    assert_collects_alike(optimizer)
+
+    for name, value in optimizer.state[params[70]].items():
+        optimizer.state[params[70]][name] = value.clone()
+    assert_collects_alike(optimizer)
+    for param in (params[0], params[64], params[89]):  # all later ones move up
+        param.grad = None
+    assert_collects_alike(optimizer)
+    set_gradients(optimizer, step=1)
+    assert_collects_alike(optimizer)
+    optimizer.add_param_group({"params": params[90:]})
+    set_gradients(optimizer, step=2)
+    optimizer.step()
+    assert_collects_alike(optimizer)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_step_keeps_no_gradient(cls):
+    params = make_params()
+    optimizer = stepped(cls, params)
+    optimizer.step()
+    grads = [weakref.ref(param.grad) for param in params]
+    optimizer.zero_grad()
+    assert [grad() for grad in grads] == [None] * len(params)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_old_state_is_let_go(cls):
+    params = make_params()
+    optimizer = stepped(cls, params)
+
+    def replace_state(optimizer):
+        for state in optimizer.state.values():
+            state.update({name: value.clone() for name, value in state.items()})
+        optimizer.step()
+
+    def load(optimizer):
+        optimizer.load_state_dict(optimizer.state_dict())
+
+    def step_another_way(optimizer):
+        params[0].grad = params[0].grad.as_subclass(Subclass)
+        replace_state(optimizer)
+
+    for let_go in (replace_state, load, step_another_way):
+        optimizer.step()
+        old = [weakref.ref(v) for state in optimizer.state.values() for v in state.values()]
+        let_go(optimizer)
+        assert [value() for value in old] == [None] * len(old), let_go.__name__
 
 
 class Subclass(torch.Tensor):
@@ -238,12 +294,18 @@ def test_a_description_tells_what_has_changed(monkeypatch, cls, change, structur
     batch = batch_of(cls)
     if not in_cpp:
         monkeypatch.setattr(ops, "extension", None)
-    addresses, structure = tables.describe(batch)
-    assert tables.describe(batch) == (addresses, structure)
-    pointers = memoryview(addresses).cast("q").tolist()
+    first = tables.describe(batch)
+    again = tables.describe(batch, first)
+    assert again == first
+    if in_cpp:
+        assert again.addresses is first.addresses and again.structure is first.structure
+    pointers = memoryview(first.addresses).cast("q").tolist()
     assert pointers == [tensor.data_ptr() for tensors in batch.lists() for tensor in tensors]
     change(batch)
-    assert (tables.describe(batch)[1] != structure) == structure_changes
+    changed = tables.describe(batch, first)
+    assert (changed[1:] != first[1:]) == structure_changes
+    assert changed == tables.describe(batch)
+    assert tables.describe(batch, changed) == changed
 
 
 def test_a_description_refuses_what_is_not_a_tensor():
