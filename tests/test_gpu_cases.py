@@ -87,7 +87,10 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def make_params(shapes=SHAPES, dtype=torch.float32, seed=0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    return [
+        torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_()
+        for shape in shapes
+    ]
 
 
 def set_grads(params: list[Tensor], step: int, dtype=None) -> None:
