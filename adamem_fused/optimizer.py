@@ -88,12 +88,14 @@ def scalar_dtype(param: Tensor) -> torch.dtype:
 
 
 def loss_value(loss: Any) -> Tensor:
-    """A closure's loss as a 0-dim float64 tensor on its device, for gap="loss"."""
+    """A closure's loss as a 0-dim float64 tensor, on its device or the CPU, for gap="loss"."""
     if loss is None:
         raise RuntimeError('gap="loss" needs the loss: call step(closure)')
     if not isinstance(loss, (Real, Tensor)) or (isinstance(loss, Tensor) and loss.numel() != 1):
         raise ValueError(f'gap="loss" needs a loss of one number, and the closure gave {loss!r}')
-    return torch.as_tensor(loss, dtype=torch.float64).detach().reshape(())
+    if isinstance(loss, Tensor):
+        return loss.detach().double().reshape(())
+    return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
 
 
 def over_lr(value: Lr, lr: Lr) -> Lr:
@@ -563,7 +565,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             raise ValueError(f"loaded state has no {name}")
         value = state[name]
         if name in self.scalars and isinstance(value, Real):
-            value = torch.tensor(value, dtype=scalar_dtype(param))
+            value = torch.tensor(value, dtype=scalar_dtype(param), device=param.device)
         if not isinstance(value, Tensor):
             raise TypeError(f"loaded state {name} is a {type(value).__name__}, not a tensor")
         shape = param.shape if name in self.memories else torch.Size([])
