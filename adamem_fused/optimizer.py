@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from numbers import Real
@@ -288,8 +289,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        loss_gap = any(group["gap"] == "loss" for group in self.param_groups)
-        current_loss = loss_value(loss) if loss_gap else None
+        current_loss = self._current_loss(loss)
         try:
             self._run(self._collect(), current_loss)
         except Exception:
@@ -459,10 +459,21 @@ class AdaptiveMemoryOptimizer(Optimizer):
             self._apply(
                 work.backend, work.batch, work_rows, work.here(grad_scale), work.here(found_inf)
             )
-        if loss is not None:
+        if loss is not None and works:
             self._keep_loss(loss, found_inf)
 
     # ---- gap="loss" ---------------------------------------------------------------
+
+    def _current_loss(self, loss: Any) -> Tensor | None:
+        """The closure's loss where a group has gap="loss"; NaN where none is there or needed.
+
+        torch.distributed.checkpoint makes state by a step without a closure at lr 0, where the
+        gap is left out.
+        """
+        lrs = [group["lr"] for group in self.param_groups if group["gap"] == "loss"]
+        if not lrs:
+            return None
+        return loss_value(math.nan if loss is None and not any(lrs) else loss)
 
     @property
     def _model_state(self) -> dict[str, Any]:

@@ -128,8 +128,10 @@ def test_groups_without_parameters_and_without_gradients(cls, backend, options):
     assert "step" not in optimizer.state.get(idle, {})
     param.grad = None
     before = snapshot(optimizer)
-    optimizer.step(lambda: 1.0)
+    optimizer.step(lambda: 2.0)
     assert snapshot(optimizer) == before
+    nothing = cls([{"params": []}], backend=backend, **options)
+    assert nothing.step(lambda: 1.0) == 1.0
 
 
 # ---- schedules --------------------------------------------------------------------
