@@ -252,10 +252,11 @@ class AdaptiveMemoryOptimizer(Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """GradScaler's question: does step() unscale and skip on found_inf, on the device?"""
+        # Of each device once: the scaler asks several times a step.
         return all(
-            backends.choose(group, param.device).fused
+            backends.choose(group, device).fused
             for group in self.param_groups
-            for param in group["params"]
+            for device in {param.device for param in group["params"]}
         )
 
     # ---- a step -------------------------------------------------------------------
@@ -435,7 +436,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         scaled = grad_scale is not None or found_inf is not None
-        if scaled and not self._step_supports_amp_scaling:
+        if scaled and not all(work.backend.fused for work in works):
             raise RuntimeError("grad_scale and found_inf need a fused backend for every parameter")
 
         # Where no tensor's beta waits for another's, a backend may do both passes at once.
