@@ -59,7 +59,7 @@ class AMAdamW(AdaptiveMemoryOptimizer):
 
     Raises:
         ValueError: a hyperparameter out of range.
-        TypeError: parameters that are neither floating-point nor complex.
+        TypeError: parameters to train that are neither floating-point nor complex.
         RuntimeError: a backend that was asked for and is not there.
     """
 

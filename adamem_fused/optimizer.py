@@ -238,16 +238,21 @@ class AdaptiveMemoryOptimizer(Optimizer):
         super().add_param_group(param_group)
         try:
             for param in self.param_groups[-1]["params"]:
-                if param.dtype not in _FLOATING + _COMPLEX:
-                    raise TypeError(
-                        f"{type(self).__name__} optimizes floating-point and complex tensors, "
-                        f"not {param.dtype}"
-                    )
+                # A frozen one may be of any dtype: quantized weights, say.
+                if param.requires_grad:
+                    self._check_dtype(param)
                 backends.choose(self.param_groups[-1], param.device)
                 sharding.check_param(param)
         except Exception:
             del self.param_groups[known:]
             raise
+
+    def _check_dtype(self, param: Tensor) -> None:
+        if param.dtype not in _FLOATING + _COMPLEX:
+            raise TypeError(
+                f"{type(self).__name__} optimizes floating-point and complex tensors, "
+                f"not {param.dtype}"
+            )
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -279,6 +284,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             The closure's loss, or None without a closure.
 
         Raises:
+            TypeError: a gradient of a parameter that is neither floating-point nor complex.
             RuntimeError: a sparse gradient; gap="loss" without a closure; a backend that
                 was asked for and is not there.
             ValueError: a hyperparameter that has become bad; state of the wrong shape; with
@@ -334,6 +340,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             values.extend([state[name] for state in states])
 
     def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
+        self._check_dtype(param)
         memories = {
             name: torch.zeros_like(
                 param, dtype=memory_dtype(param), memory_format=torch.preserve_format
