@@ -59,7 +59,7 @@ class AMAdamW(AdaptiveMemoryOptimizer):
 
     Raises:
         ValueError: a hyperparameter out of range.
-        TypeError: parameters that are neither floating-point nor complex.
+        TypeError: parameters to train that are neither floating-point nor complex.
         RuntimeError: a backend that was asked for and is not there.
     """
 
@@ -164,13 +164,13 @@ class AMAdamW(AdaptiveMemoryOptimizer):
             )
         if "step" not in state:
             raise ValueError("loaded state has no step")
-        dtype = scalar_dtype(param)
-        step = torch.as_tensor(state["step"], dtype=dtype)
-        beta1 = torch.tensor(group["betas"][0], dtype=dtype)
+        like: dict[str, Any] = {"dtype": scalar_dtype(param), "device": param.device}
+        step = torch.as_tensor(state["step"], **like)
+        beta1 = torch.tensor(group["betas"][0], **like)
         return {
             **{name: state[name] for name in self.memories if name in state},
             "step": step,
             "beta_prod": beta1**step,
-            "prev_lr": torch.as_tensor(group["lr"], dtype=dtype),
+            "prev_lr": torch.as_tensor(group["lr"], **like),
             "beta": beta1,
         }

@@ -58,7 +58,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
 
     Raises:
         ValueError: a hyperparameter out of range.
-        TypeError: parameters that are neither floating-point nor complex.
+        TypeError: parameters to train that are neither floating-point nor complex.
         RuntimeError: a backend that was asked for and is not there.
     """
 
@@ -144,10 +144,10 @@ class AMSGD(AdaptiveMemoryOptimizer):
         """
         if "momentum_buffer" in state and state["momentum_buffer"] is None:
             return {}
-        dtype = scalar_dtype(param)
+        like: dict[str, Any] = {"dtype": scalar_dtype(param), "device": param.device}
         return {
             **state,
-            "step": torch.ones((), dtype=dtype),
-            "prev_lr": torch.as_tensor(group["lr"], dtype=dtype),
-            "beta": torch.as_tensor(group.get("momentum", 0.0), dtype=dtype),
+            "step": torch.ones((), **like),
+            "prev_lr": torch.as_tensor(group["lr"], **like),
+            "beta": torch.as_tensor(group.get("momentum", 0.0), **like),
         }

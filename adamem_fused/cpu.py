@@ -34,7 +34,7 @@ def _lrs(batch: Batch) -> Tensor:
         return torch.stack(
             [torch.as_tensor(lr, dtype=torch.float64, device=device).reshape(()) for lr in lrs]
         )
-    return torch.tensor(lrs, dtype=torch.float64)
+    return torch.tensor(lrs, dtype=torch.float64, device="cpu")
 
 
 def _hypers(batch: Batch) -> list[float]:

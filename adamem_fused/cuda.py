@@ -205,10 +205,10 @@ def _plan(batch: Batch, kernels: _Kernels, layout: Layout, step: _Step) -> _Plan
 
 def _items(counts: dict[int, int], ahead: ctypes.c_int64) -> Tensor:
     """A bucket's items in the order of csrc/cuda/schedule.h, [items, 2] int32."""
-    names = torch.tensor(list(counts), dtype=torch.int32)
-    chunks = torch.tensor(list(counts.values()), dtype=torch.int64)
+    names = torch.tensor(list(counts), dtype=torch.int32, device="cpu")
+    chunks = torch.tensor(list(counts.values()), dtype=torch.int64, device="cpu")
     total = int((chunks + chunks.clamp(min=1)).sum())
-    items = torch.empty(total, 2, dtype=torch.int32)
+    items = torch.empty(total, 2, dtype=torch.int32, device="cpu")
     _library().adamem_make_items(
         ctypes.c_void_p(chunks.data_ptr()),
         ctypes.c_void_p(names.data_ptr()),

@@ -6,7 +6,7 @@ a pass over memory of its own, so it is many times slower than a fused backend.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def _pick(tensors: list[Tensor], indices: list[int]) -> list[Tensor]:
+def _pick(tensors: Sequence[Tensor], indices: list[int]) -> list[Tensor]:
     return [tensors[i] for i in indices]
 
 
@@ -67,8 +67,13 @@ def _over_lr(lr: Lr, value: Tensor) -> Tensor:
     return value / lr if lr != 0 else torch.zeros_like(value)
 
 
-def _clip_beta(rows: Tensor, beta_max: float) -> Tensor:
-    num, den = rows.unbind(-1)
+def _in_order(rows: dict[int, Tensor]) -> Tensor:
+    """The rows by index as one tensor. An index on the host would make a GPU's step wait."""
+    return torch.stack([rows[i] for i in range(len(rows))])
+
+
+def _clip_beta(rows: list[Tensor], beta_max: float) -> Tensor:
+    num, den = torch.stack(rows).unbind(-1)
     return torch.where(den == 0, torch.zeros_like(num), (num / den).clamp(0, beta_max))
 
 
@@ -136,7 +141,7 @@ def _adamw_terms(batch: AdamWBatch, indices: list[int], h: AdamWHyper) -> _AdamW
 def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
     batch.check()
-    rows = batch.params[0].new_zeros(len(batch.params), 2, dtype=torch.float64)
+    rows: dict[int, Tensor] = {}
     for group, indices in _parts(batch, batch.exp_avgs):
         h = batch.hypers[group]
         x, g, d, _, denominator, damped = _adamw_terms(batch, indices, h)
@@ -159,8 +164,8 @@ def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
             num = num + (1 + h.weight_decay * lr) * _over_lr(lr, gap)
         torch._foreach_mul_(e, e)
         den = _sums(torch._foreach_mul(e, weight))
-        rows[indices] = torch.stack([num, den], dim=1)
-    return rows
+        rows.update(zip(indices, torch.stack([num, den], dim=1).unbind(), strict=True))
+    return _in_order(rows)
 
 
 def adamw_apply(
@@ -168,11 +173,12 @@ def adamw_apply(
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
     rows = adamw_stats(batch, None) if rows is None else rows
+    by_tensor = rows.unbind()
     for group, indices in _parts(batch, batch.exp_avgs):
         h = batch.hypers[group]
         x, g, d, v, denominator, damped = _adamw_terms(batch, indices, h)
         steps = _pick(batch.steps, indices)
-        beta = _clip_beta(rows[indices], h.beta_max)
+        beta = _clip_beta(_pick(by_tensor, indices), h.beta_max)
         beta = torch.where(_column(steps) == 0, torch.full_like(beta, h.beta_max), beta)
 
         # d = ((1 - beta) g + (beta + lambda P) d) / (1 + lambda P)
@@ -215,7 +221,7 @@ def _sgd_terms(
 def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
     batch.check()
-    rows = batch.params[0].new_zeros(len(batch.params), 2, dtype=torch.float64)
+    rows: dict[int, Tensor] = {}
     for group, indices in _parts(batch, batch.momentum_buffers):
         h = batch.hypers[group]
         _, g, d = _sgd_terms(batch, indices, h)
@@ -230,8 +236,9 @@ def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
         # A first step has no memory: d = g, and both sums are 0.
         part = torch.stack([num, den], dim=1)
         first = _column(_pick(batch.steps, indices)) == 0
-        rows[indices] = torch.where(first[:, None], torch.zeros_like(part), part)
-    return rows
+        part = torch.where(first[:, None], torch.zeros_like(part), part)
+        rows.update(zip(indices, part.unbind(), strict=True))
+    return _in_order(rows)
 
 
 def sgd_apply(
@@ -239,12 +246,13 @@ def sgd_apply(
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
     rows = sgd_stats(batch, None) if rows is None else rows
+    by_tensor = rows.unbind()
     for group, indices in _parts(batch, batch.momentum_buffers):
         h = batch.hypers[group]
         x, g, d = _sgd_terms(batch, indices, h)
         steps = _pick(batch.steps, indices)
         first = _column(steps) == 0
-        beta = _clip_beta(rows[indices], h.beta_max)
+        beta = _clip_beta(_pick(by_tensor, indices), h.beta_max)
         beta = torch.where(first, torch.zeros_like(beta), beta)
 
         # d = ((beta + lambda) d + (1 - beta) g) / (1 + lambda), and g at the first step

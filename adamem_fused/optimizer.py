@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from numbers import Real
@@ -88,12 +89,14 @@ def scalar_dtype(param: Tensor) -> torch.dtype:
 
 
 def loss_value(loss: Any) -> Tensor:
-    """A closure's loss as a 0-dim float64 tensor on its device, for gap="loss"."""
+    """A closure's loss as a 0-dim float64 tensor, on its device or the CPU, for gap="loss"."""
     if loss is None:
         raise RuntimeError('gap="loss" needs the loss: call step(closure)')
     if not isinstance(loss, (Real, Tensor)) or (isinstance(loss, Tensor) and loss.numel() != 1):
         raise ValueError(f'gap="loss" needs a loss of one number, and the closure gave {loss!r}')
-    return torch.as_tensor(loss, dtype=torch.float64).detach().reshape(())
+    if isinstance(loss, Tensor):
+        return loss.detach().double().reshape(())
+    return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
 
 
 def over_lr(value: Lr, lr: Lr) -> Lr:
@@ -244,24 +247,30 @@ class AdaptiveMemoryOptimizer(Optimizer):
         super().add_param_group(param_group)
         try:
             for param in self.param_groups[-1]["params"]:
-                if param.dtype not in _FLOATING + _COMPLEX:
-                    raise TypeError(
-                        f"{type(self).__name__} optimizes floating-point and complex tensors, "
-                        f"not {param.dtype}"
-                    )
+                # A frozen one may be of any dtype: quantized weights, say.
+                if param.requires_grad:
+                    self._check_dtype(param)
                 backends.choose(self.param_groups[-1], param.device)
                 sharding.check_param(param)
         except Exception:
             del self.param_groups[known:]
             raise
 
+    def _check_dtype(self, param: Tensor) -> None:
+        if param.dtype not in _FLOATING + _COMPLEX:
+            raise TypeError(
+                f"{type(self).__name__} optimizes floating-point and complex tensors, "
+                f"not {param.dtype}"
+            )
+
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """GradScaler's question: does step() unscale and skip on found_inf, on the device?"""
+        # Of each device once: the scaler asks several times a step.
         return all(
-            backends.choose(group, param.device).fused
+            backends.choose(group, device).fused
             for group in self.param_groups
-            for param in group["params"]
+            for device in {param.device for param in group["params"]}
         )
 
     # ---- a step -------------------------------------------------------------------
@@ -284,6 +293,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             The closure's loss, or None without a closure.
 
         Raises:
+            TypeError: a gradient of a parameter that is neither floating-point nor complex.
             RuntimeError: a sparse gradient; gap="loss" without a closure; a backend that
                 was asked for and is not there.
             ValueError: a hyperparameter that has become bad; state of the wrong shape; with
@@ -295,8 +305,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        loss_gap = any(group["gap"] == "loss" for group in self.param_groups)
-        current_loss = loss_value(loss) if loss_gap else None
+        current_loss = self._current_loss(loss)
         try:
             self._run(self._collect(), current_loss)
         except Exception:
@@ -340,6 +349,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             values.extend([state[name] for state in states])
 
     def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
+        self._check_dtype(param)
         memories = {
             name: torch.zeros_like(
                 param, dtype=memory_dtype(param), memory_format=torch.preserve_format
@@ -447,7 +457,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         scaled = grad_scale is not None or found_inf is not None
-        if scaled and not self._step_supports_amp_scaling:
+        if scaled and not all(work.backend.fused for work in works):
             raise RuntimeError("grad_scale and found_inf need a fused backend for every parameter")
 
         # Where no tensor's beta waits for another's, a backend may do both passes at once.
@@ -471,10 +481,21 @@ class AdaptiveMemoryOptimizer(Optimizer):
             self._apply(
                 work.backend, work.batch, work_rows, work.here(grad_scale), work.here(found_inf)
             )
-        if loss is not None:
+        if loss is not None and works:
             self._keep_loss(loss, found_inf)
 
     # ---- gap="loss" ---------------------------------------------------------------
+
+    def _current_loss(self, loss: Any) -> Tensor | None:
+        """The closure's loss where a group has gap="loss"; NaN where none is there or needed.
+
+        torch.distributed.checkpoint makes state by a step without a closure at lr 0, where the
+        gap is left out.
+        """
+        lrs = [group["lr"] for group in self.param_groups if group["gap"] == "loss"]
+        if not lrs:
+            return None
+        return loss_value(math.nan if loss is None and not any(lrs) else loss)
 
     @property
     def _model_state(self) -> dict[str, Any]:
@@ -577,7 +598,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             raise ValueError(f"loaded state has no {name}")
         value = state[name]
         if name in self.scalars and isinstance(value, Real):
-            value = torch.tensor(value, dtype=scalar_dtype(param))
+            value = torch.tensor(value, dtype=scalar_dtype(param), device=param.device)
         if not isinstance(value, Tensor):
             raise TypeError(f"loaded state {name} is a {type(value).__name__}, not a tensor")
         shape = param.shape if name in self.memories else torch.Size([])

@@ -113,7 +113,7 @@ def _gradient(g: Tensor, maximize: bool) -> Tensor:
 def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
     batch.check()
-    rows = torch.zeros(len(batch.params), 2, dtype=torch.float64)
+    rows = torch.zeros(len(batch.params), 2, dtype=torch.float64, device="cpu")
     for h, group in zip(batch.hypers, group_slices(batch), strict=True):
         for i in range(group.start, group.stop):
             num, den = _adamw_sums(
@@ -168,7 +168,7 @@ def _decayed(x: Tensor, g: Tensor, h: SGDHyper) -> Tensor:
 def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
     batch.check()
-    rows = torch.zeros(len(batch.params), 2, dtype=torch.float64)
+    rows = torch.zeros(len(batch.params), 2, dtype=torch.float64, device="cpu")
     for h, group in zip(batch.hypers, group_slices(batch), strict=True):
         for i in range(group.start, group.stop):
             if float(batch.steps[i]) == 0:

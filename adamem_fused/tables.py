@@ -144,8 +144,10 @@ class Layout:
             for i, count in zip(places, counts, strict=True):
                 first_chunk[i] = self.chunks
                 self.chunks += count
+            # On the CPU whatever torch.set_default_device says, as all that is uploaded.
+            repeats = torch.tensor(counts, device="cpu")
             chunk_tensors.append(
-                torch.tensor(places, dtype=torch.int32).repeat_interleave(torch.tensor(counts))
+                torch.tensor(places, dtype=torch.int32, device="cpu").repeat_interleave(repeats)
             )
             if self.chunks > begin:
                 self.buckets.append(Bucket(dtypes, begin, self.chunks - begin))
@@ -154,7 +156,8 @@ class Layout:
             sum(1 << k for k, scalar in enumerate(own) if scalar.dtype == torch.float64)
             for own in zip(*scalars, strict=True)
         ]
-        table = torch.tensor([numels, groups, first_chunk, doubles], dtype=torch.int64)
+        columns = [numels, groups, first_chunk, doubles]
+        table = torch.tensor(columns, dtype=torch.int64, device="cpu")
         self.table = upload(table, device)
         self.chunk_tensors = upload(torch.cat(chunk_tensors), device)
         self.partials = torch.empty(2, self.chunks, dtype=torch.float64, device=device)
@@ -271,7 +274,7 @@ def open_tables(batch: Batch, chunk: int, coefficients: int) -> Opened:
         batch.cache.setdefault("captured", []).append((tables, kept))
     elif device.type != "cpu" and layout.spare is None:
         count = tables.addresses.numel() + tables.lrs.numel() + tables.hypers.numel()
-        layout.spare = torch.empty(count, dtype=torch.int64, pin_memory=True)
+        layout.spare = torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=True)
     return Opened(tables, lists, hypers)
 
 

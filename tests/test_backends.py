@@ -29,6 +29,7 @@ from cases import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamem_fused import AMAdamW
 from adamem_fused.backends import BACKENDS
@@ -275,3 +276,26 @@ def test_a_step_leaves_gradients_as_they_were(backend, cls, dtype):
         take_step(optimizer, step)
         for param, grad in zip(parameters(optimizer), before, strict=True):
             assert torch.equal(bits(param.grad), bits(grad))
+
+
+class Indexing(TorchDispatchMode):
+    """Counts indexing with numbers from the host: on a GPU a copy that is waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_a_foreach_step_waits_for_no_copy_of_indices(cls, scope):
+    groups = [Group([(3,), (4,)]), Group([(5,)], torch.bfloat16), Group([(2,)], torch.float64)]
+    optimizer = make_optimizer(cls, groups, "foreach", beta_scope=scope)
+    set_gradients(optimizer, step=0)
+    with Indexing() as indexing:
+        optimizer.step()
+    assert indexing.count == 0

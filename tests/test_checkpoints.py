@@ -8,7 +8,11 @@ import pytest
 import torch
 from cases import OPTIMIZERS, Group, backends, bits, make_optimizer, parameters, set_gradients
 from snapshot import snapshot
-from torch.nn import Parameter
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn import Linear, Parameter
 
 from adamem_fused import AMSGD, AMAdamW
 
@@ -71,6 +75,22 @@ def test_training_with_the_gap_of_losses_goes_on_bit_for_bit(cls, plane):
     for ours, theirs in zip(parameters(resumed), parameters(straight), strict=True):
         ours.data.copy_(theirs.data)
     assert snapshot(train(resumed, 3, start=3)) == snapshot(train(straight, 3, start=3))
+
+
+@both
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_set_optimizer_state_dict_loads_the_state_of_the_gap_of_losses(cls, tensor_lr):
+    """torch makes the state that it loads into by a step at lr 0, without a closure."""
+    lr = torch.tensor(0.1) if tensor_lr else 0.1
+    model, other = Linear(3, 2), Linear(3, 2)
+    straight, resumed = (
+        cls(m.parameters(), lr=lr, gap="loss", beta_scope="global") for m in (model, other)
+    )
+    saved = get_optimizer_state_dict(model, train(straight, 3))
+    kept = [param.detach().clone() for param in other.parameters()]
+    set_optimizer_state_dict(other, resumed, saved)
+    assert state_tensors(resumed) == state_tensors(straight)
+    assert all(map(torch.equal, other.parameters(), kept))
 
 
 @both

@@ -174,16 +174,30 @@ def test_option_of_another_optimizer_is_refused(cls, option):
 
 
 @both
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
-def test_integer_parameters_are_refused(cls, dtype):
-    param = torch.zeros(3, dtype=dtype)
-    with pytest.raises(TypeError, match=f"{cls.__name__} optimizes floating.*not {dtype}"):
+def test_parameters_of_other_dtypes_are_refused(cls):
+    message = f"{cls.__name__} optimizes floating.*not torch.float8_e4m3fn"
+    param = torch.zeros(3, dtype=torch.float8_e4m3fn, requires_grad=True)
+    with pytest.raises(TypeError, match=message):
         cls([param])
     optimizer = stepped(cls)
     before = snapshot(optimizer)
-    with pytest.raises(TypeError, match=f"not {dtype}"):
+    with pytest.raises(TypeError, match=message):
         optimizer.add_param_group({"params": [parameter(2), param]})
     assert snapshot(optimizer) == before
+
+
+@both
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn])
+def test_frozen_parameters_may_be_of_any_dtype(cls, backend, dtype):
+    """Quantized weights, say, beside those that are trained."""
+    frozen, param = torch.ones(3).to(dtype), parameter(2)
+    optimizer = cls([frozen, param], backend=backend)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert frozen not in optimizer.state
+    frozen.grad = torch.ones_like(frozen)
+    assert_step_raises_and_changes_nothing(optimizer, TypeError, f"optimizes floating.*not {dtype}")
 
 
 @both

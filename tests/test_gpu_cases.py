@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import os
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -87,7 +88,10 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def make_params(shapes=SHAPES, dtype=torch.float32, seed=0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    return [
+        torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_()
+        for shape in shapes
+    ]
 
 
 def set_grads(params: list[Tensor], step: int, dtype=None) -> None:
@@ -420,6 +424,23 @@ def test_state_that_was_set_to_a_wrong_shape_is_refused(backend, cls):
     with pytest.raises(ValueError, match=rf"{memory} of tensor 0 has shape \[3\]"):
         optimizer.step()
     assert all(map(torch.equal, params, before))
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_default_device_is_not_that_of_a_step(backend, cls):
+    """torch.set_default_device("cuda"), say: what is uploaded is still made on the CPU."""
+
+    def train(context):
+        params = make_params([(300,), (4,)])
+        optimizer = cls(params, backend=backend, lr=0.05)
+        for step in range(2):
+            set_grads(params, step)
+            with context:
+                optimizer.step()
+        return params
+
+    for here, elsewhere in zip(train(nullcontext()), train(torch.device("meta")), strict=True):
+        assert torch.equal(here, elsewhere)
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)

@@ -16,14 +16,10 @@ def test_without_a_gpu_it_says_so(capsys):
     assert "no GPU" in capsys.readouterr().err
 
 
-def test_the_parameter_lists_are_whole():
-    for shapes, tensors, numel in (
-        (gpu_cases.gpt2_small(), 148, 124_439_808),
-        (gpu_cases.resnet50(), 161, 25_557_032),
-        (gpu_cases.llama2_7b(), 291, 6_738_415_616),
-    ):
-        assert len(shapes) == tensors
-        assert sum(map(math.prod, shapes)) == numel
+def test_a_whole_llama_has_all_parameters():
+    shapes = gpu_cases.llama2_7b(layers=32)
+    assert len(shapes) == 291
+    assert sum(map(math.prod, shapes)) == 6_738_415_616
 
 
 @pytest.mark.parametrize("gib, layers", [(8, 1), (80, 12), (140, 23), (1000, 32)])

@@ -128,8 +128,10 @@ def test_groups_without_parameters_and_without_gradients(cls, backend, options):
     assert "step" not in optimizer.state.get(idle, {})
     param.grad = None
     before = snapshot(optimizer)
-    optimizer.step(lambda: 1.0)
+    optimizer.step(lambda: 2.0)
     assert snapshot(optimizer) == before
+    nothing = cls([{"params": []}], backend=backend, **options)
+    assert nothing.step(lambda: 1.0) == 1.0
 
 
 # ---- schedules --------------------------------------------------------------------
@@ -363,6 +365,26 @@ def test_zero_grad_that_does_not_set_to_none(cls, backend):
     assert is_finite(optimizer)
     optimizer.zero_grad()
     assert param.grad is None
+
+
+@both
+@every_backend
+@pytest.mark.parametrize("options", [{}, {"gap": "loss", "beta_scope": "global"}])
+def test_default_device_is_not_that_of_a_step(cls, backend, options):
+    """torch.set_default_device says where new tensors go; a step's are where its parameters are."""
+    trained = []
+    for device in ("cpu", "meta"):
+        param = Parameter(torch.linspace(-1, 1, 5))
+        optimizer = cls([param], backend=backend, **options)
+        for step in range(3):
+            fixed_gradients([param], step)
+            with torch.device(device):
+                optimizer.step(lambda step=step: 1.0 / (1 + step))
+        trained.append(snapshot(optimizer))
+    with torch.device("meta"):
+        optimizer.load_state_dict(optimizer.state_dict())
+    trained.append(snapshot(optimizer))
+    assert trained[0] == trained[1] == trained[2]
 
 
 @both

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench import gpu_cases
 from bench.kernels.contestants import ADAMW_BASELINE, SGD_BASELINE
 
 # A median that is no surer than this, relatively, may differ by 10% in another run.
@@ -200,7 +201,7 @@ TARGETS = (
     Target("decoder-300", "AMAdamW cpu", "AMAdamW foreach", 1 / 4),
     *[
         Target(name, f"AMAdamW {backend}", ADAMW_BASELINE, at_most)
-        for backend in ("cuda", "triton")
-        for name, at_most in (("2^28", 1.6), ("gpt2-small", 1.15), ("5000x1000", 0.5))
+        for name, targets in gpu_cases.TARGETS.items()
+        for backend, at_most in targets.items()
     ],
 )
