@@ -139,15 +139,14 @@ AM_INLINE V gradient(V g, const C& c) {
   return Scaled ? g * V(c.grad_factor) : g;
 }
 
-template <class V, class T>
-AM_INLINE V adamw_exp_avg_sq(V g, V v, const AdamWCoefficients<T>& c) {
-  return fma(g * g, V(c.one_minus_beta2), v * V(c.beta2));
-}
-
-// P = bias_correction1 (sqrt(v / bias_correction2) + eps)
-template <class V, class T>
-AM_INLINE V adamw_denominator(V v, const AdamWCoefficients<T>& c) {
-  return sqrt(v * V(c.v_scale)) + V(c.eps);
+// Replaces v by the new one, and gives the square root in
+// P = bias_correction1 (sqrt(v / bias_correction2) + eps). A function of its own, as the CPU
+// kernels call it ahead of the rest.
+template <bool Scaled, class V, class T>
+AM_INLINE V adamw_root(V g, V& v, const AdamWCoefficients<T>& c) {
+  g = gradient<Scaled>(g, c);
+  v = fma(g * g, V(c.one_minus_beta2), v * V(c.beta2));
+  return sqrt(v * V(c.v_scale));
 }
 
 // Adds one element's part of num (the gap included) and den. With M = 1 / (P (1 + lambda P)),
@@ -157,9 +156,9 @@ AM_INLINE V adamw_denominator(V v, const AdamWCoefficients<T>& c) {
 //       = M (D u + e^2) + mu x u
 // x is read only where Decay.
 template <bool Scaled, bool Decay, class V, class T>
-AM_INLINE void adamw_sums(V g, V d, V v, V x, const AdamWCoefficients<T>& c, V& num, V& den) {
+AM_INLINE void adamw_sums(V g, V d, V root, V x, const AdamWCoefficients<T>& c, V& num, V& den) {
   g = gradient<Scaled>(g, c);
-  const V p = adamw_denominator(adamw_exp_avg_sq(g, v, c), c);
+  const V p = root + V(c.eps);
   const V damping = fma(p, V(c.memory_lambda), V(T(1)));
   const V m = V(T(1)) / (p * damping);
   const V e = d - g;
@@ -170,13 +169,12 @@ AM_INLINE void adamw_sums(V g, V d, V v, V x, const AdamWCoefficients<T>& c, V& 
   den = fma(e2, m, den);
 }
 
-// Updates one element's d, v and x with the beta of its tensor. With the new d before its
+// Updates one element's d and x with the beta of its tensor. With the new d before its
 // division, n = (1 - beta) g + (beta + lambda P) d: d = n / (1 + lambda P), d / P = n M.
 template <bool Scaled, class V, class T>
-AM_INLINE void adamw_update(V g, V& d, V& v, V& x, T beta, const AdamWCoefficients<T>& c) {
+AM_INLINE void adamw_update(V g, V& d, V root, V& x, T beta, const AdamWCoefficients<T>& c) {
   g = gradient<Scaled>(g, c);
-  v = adamw_exp_avg_sq(g, v, c);
-  const V p = adamw_denominator(v, c);
+  const V p = root + V(c.eps);
   const V m = V(T(1)) / (p * fma(p, V(c.memory_lambda), V(T(1))));
   const V n = fma(g, V(T(1) - beta), fma(p, V(c.memory_lambda), V(beta)) * d);
   const V step = n * m;

@@ -183,7 +183,7 @@ def test_200_steps_of_low_precision_stay_close(backend, cls, dtype):
 
 # Around a pack's lanes, a block of the float32 sums, a chunk, what is small, and a wave.
 SIZES = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 1023, 1024, 1025, 1039, 1041)
-SIZES += (16383, 16384, 16385, 32768, 32769, 262143, 262144, 262145)
+SIZES += (4095, 4096, 4097, 8191, 16383, 16385, 32768, 32769, 65536, 65537, 262144, 262145)
 
 
 @pytest.mark.parametrize("backend", backends("reference"))

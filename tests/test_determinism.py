@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 # Small, medium and large ones for the cpu backend's schedule, many more than threads.
 SHAPES = ((300_001,), (5,), (33_000,), (), (0, 2), (70_000,), (16_385,), *((100,),) * 40)
+SHAPES += ((65_536,), (65_537,), (12_289,))
 STEPS = 4
 
 
@@ -83,7 +84,7 @@ def test_the_seam_and_the_single_call_give_the_same_bits(cls, threads):
 def test_a_tensor_does_not_depend_on_its_neighbours(cls):
     """Alone, in another order or among others: the same bits, where each has its own beta."""
     together = optimizer_after(cls, beta_scope="tensor")
-    for i in (0, 1, 2, 3, 6, 20):
+    for i in (0, 1, 2, 3, 6, 20, 47, 48, 49):
         params = [parameters(make_optimizer(cls, [Group(SHAPES)]))[i]]
         alone = cls(params, backend="cpu", weight_decay=0.1, beta_scope="tensor")
         backwards = make_optimizer(cls, [Group(SHAPES)], "cpu")

@@ -12,11 +12,6 @@ namespace am::cpu {
 // for the others, and the arithmetic is done in it.
 enum DType { kFloat32, kFloat64, kBFloat16, kFloat16, kNumDTypes };
 
-// A partial sum covers this many elements, whatever the number of threads: the same bits
-// with any. 256 KiB of float32 g, d, v and x, so that a chunk's update finds in L2 what its
-// sums have read.
-constexpr int64_t kChunk = 16384;
-
 struct AdamWChunk {
   void* param;
   const void* grad;

@@ -10,6 +10,9 @@ namespace {
 using namespace am;
 using namespace am::cpu;
 
+// Else a lambda that is called twice is not inlined.
+#define AM_INLINE_LAMBDA __attribute__((always_inline))
+
 // Sums run in float lanes for this many elements and are then added to double lanes,
 // so that a float32 sum's rounding error does not grow with the tensor.
 constexpr int64_t kBlock = 1024;
@@ -55,6 +58,22 @@ AM_INLINE void prefetch(const P*... p) {
   (__builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes), ...);
 }
 
+// Calls finish(i, start(i)) for every pack of numel elements from begin on, with start() one pack
+// ahead: while a square root is being taken the processor finds other work to do, of which it
+// sees only some hundred instructions ahead. 10 to 13 % of a step in cache (two cores, AVX2).
+template <int64_t kLanes, class Start, class Finish>
+AM_INLINE void one_ahead(int64_t begin, int64_t numel, Start start, Finish finish) {
+  if (numel == 0) return;
+  const int64_t last = begin + numel - kLanes;
+  auto started = start(begin);
+  for (int64_t i = begin; i < last; i += kLanes) {
+    const auto next = start(i + kLanes);
+    finish(i, started);
+    started = next;
+  }
+  finish(last, started);
+}
+
 // Calls f with what the coefficients leave out: no scaling, no weight decay.
 template <class Coefficients, class F>
 AM_INLINE auto specialize(const Coefficients& c, F f) {
@@ -86,11 +105,17 @@ struct AdamW {
             T(c.decay)};
   }
 
+  template <bool Scaled>
+  AM_INLINE Pack<T> sum_root(const S* g, const T* v, const Coefficients& c) {
+    Pack<T> new_v = load(v);
+    return adamw_root<Scaled>(load(g), new_v, c);
+  }
+
   template <bool Scaled, bool Decay>
-  AM_INLINE void sum_pack(const S* x, const S* g, const T* d, const T* v, const Coefficients& c,
+  AM_INLINE void sum_pack(const S* x, const S* g, const T* d, Pack<T> root, const Coefficients& c,
                           LaneSums<T>& sums) {
-    adamw_sums<Scaled, Decay>(load(g), load(d), load(v), Decay ? load(x) : Pack<T>(T(0)), c,
-                              sums.num, sums.den);
+    adamw_sums<Scaled, Decay>(load(g), load(d), root, Decay ? load(x) : Pack<T>(T(0)), c, sums.num,
+                              sums.den);
   }
 
   template <bool Scaled, bool Decay>
@@ -102,20 +127,27 @@ struct AdamW {
     const int64_t whole = chunk.numel - chunk.numel % kLanes;
     Accumulator<T> accumulator;
     for (int64_t begin = 0; begin < whole; begin += kBlock) {
-      const int64_t end = begin + kBlock < whole ? begin + kBlock : whole;
+      const int64_t numel = begin + kBlock < whole ? kBlock : whole - begin;
       LaneSums<T> sums;
-      for (int64_t i = begin; i < end; i += kLanes) {
-        prefetch(g + i, d + i, v + i);
-        if constexpr (Decay) prefetch(x + i);
-        sum_pack<Scaled, Decay>(x + i, g + i, d + i, v + i, c, sums);
-      }
+      one_ahead<kLanes>(
+          begin, numel,
+          [&](int64_t i) AM_INLINE_LAMBDA {
+            prefetch(g + i, v + i);
+            return sum_root<Scaled>(g + i, v + i, c);
+          },
+          [&](int64_t i, Pack<T> root) AM_INLINE_LAMBDA {
+            prefetch(d + i);
+            if constexpr (Decay) prefetch(x + i);
+            sum_pack<Scaled, Decay>(x + i, g + i, d + i, root, c, sums);
+          });
       accumulator.add(sums);
     }
     if (const int64_t rest = chunk.numel - whole) {
       const Tail<S, kLanes> tail_x(x + whole, rest), tail_g(g + whole, rest);
       const Tail<T, kLanes> tail_d(d + whole, rest), tail_v(v + whole, rest);
       LaneSums<T> sums;
-      sum_pack<Scaled, Decay>(tail_x.lanes, tail_g.lanes, tail_d.lanes, tail_v.lanes, c, sums);
+      sum_pack<Scaled, Decay>(tail_x.lanes, tail_g.lanes, tail_d.lanes,
+                              sum_root<Scaled>(tail_g.lanes, tail_v.lanes, c), c, sums);
       accumulator.add(sums, rest);
     }
     return accumulator.total();
@@ -126,12 +158,20 @@ struct AdamW {
         cast(c), [&](auto scaled, auto decay) { return sum_chunk<scaled, decay>(chunk, cast(c)); });
   }
 
+  // Stores the new v.
   template <bool Scaled>
-  AM_INLINE void update_pack(S* x, const S* g, T* d, T* v, const Coefficients& c, T beta) {
-    Pack<T> new_d = load(d), new_v = load(v), new_x = load(x);
-    adamw_update<Scaled>(load(g), new_d, new_v, new_x, beta, c);
-    store(d, new_d);
+  AM_INLINE Pack<T> update_root(const S* g, T* v, const Coefficients& c) {
+    Pack<T> new_v = load(v);
+    const Pack<T> root = adamw_root<Scaled>(load(g), new_v, c);
     store(v, new_v);
+    return root;
+  }
+
+  template <bool Scaled>
+  AM_INLINE void update_pack(S* x, const S* g, T* d, Pack<T> root, const Coefficients& c, T beta) {
+    Pack<T> new_d = load(d), new_x = load(x);
+    adamw_update<Scaled>(load(g), new_d, root, new_x, beta, c);
+    store(d, new_d);
     store(x, new_x);
   }
 
@@ -142,13 +182,16 @@ struct AdamW {
     T* d = static_cast<T*>(chunk.exp_avg);
     T* v = static_cast<T*>(chunk.exp_avg_sq);
     const int64_t whole = chunk.numel - chunk.numel % kLanes;
-    for (int64_t i = 0; i < whole; i += kLanes)
-      update_pack<Scaled>(x + i, g + i, d + i, v + i, c, beta);
+    one_ahead<kLanes>(
+        0, whole, [&](int64_t i) AM_INLINE_LAMBDA { return update_root<Scaled>(g + i, v + i, c); },
+        [&](int64_t i, Pack<T> root)
+            AM_INLINE_LAMBDA { update_pack<Scaled>(x + i, g + i, d + i, root, c, beta); });
     if (const int64_t rest = chunk.numel - whole) {
       Tail<S, kLanes> tail_x(x + whole, rest);
       const Tail<S, kLanes> tail_g(g + whole, rest);
       Tail<T, kLanes> tail_d(d + whole, rest), tail_v(v + whole, rest);
-      update_pack<Scaled>(tail_x.lanes, tail_g.lanes, tail_d.lanes, tail_v.lanes, c, beta);
+      const Pack<T> root = update_root<Scaled>(tail_g.lanes, tail_v.lanes, c);
+      update_pack<Scaled>(tail_x.lanes, tail_g.lanes, tail_d.lanes, root, c, beta);
       tail_x.write(x + whole, rest);
       tail_d.write(d + whole, rest);
       tail_v.write(v + whole, rest);

@@ -4,7 +4,8 @@
 //
 // A step reads every tensor twice, for its sums and for its update, and is as fast
 // as the second reading is served from cache. Hence three sizes of tensor:
-//   small   one thread does its sums and its update at once;
+//   small   one thread does its sums and its update at once, if that is no more than
+//           its share of the step;
 //   medium  waves of tensors that fit in the caches together: all threads do the
 //           wave's sums, then all do its updates, each thread its own chunks again;
 //   large   a wave of its own; the updates walk backwards, so that they begin with
@@ -44,9 +45,11 @@ class Schedule {
   // Both at once, where no tensor's beta waits for another's sums.
   void step() {
     std::vector<Job*> small, wave;
-    int64_t wave_numel = 0;
+    int64_t wave_numel = 0, total = 0;
+    for (const Job& job : jobs_) total += job.numel;
+    const int64_t largest_small = std::min(kSmall, std::max(kMinCost, total / threads_));
     for (Job& job : jobs_) {
-      if (job.numel <= kSmall) {
+      if (job.numel <= largest_small) {
         small.push_back(&job);
         continue;
       }
@@ -63,7 +66,7 @@ class Schedule {
   }
 
  private:
-  static constexpr int64_t kSmall = 2 * kChunk;
+  static constexpr int64_t kSmall = 1 << 15;
   static constexpr int64_t kWave = 1 << 18;
   // What a tensor costs beside its elements, in elements.
   static constexpr int64_t kTensorCost = 256;
@@ -83,26 +86,36 @@ class Schedule {
     return jobs;
   }
 
-  // Splits items into runs of about equal cost, one a thread, and calls
-  // f(first, last) for each.
+  // Splits items into runs of about equal cost, one a thread, and calls f(first, last) for
+  // each. An item goes where its middle lies.
   template <class F>
   void split(const std::vector<int64_t>& costs, F f) {
-    std::vector<int64_t> ends(costs.size());
+    std::vector<int64_t> middles(costs.size());
     int64_t total = 0;
-    for (size_t i = 0; i < costs.size(); ++i) ends[i] = total += costs[i];
+    for (size_t i = 0; i < costs.size(); ++i) {
+      middles[i] = total + costs[i] / 2;
+      total += costs[i];
+    }
     const int64_t parts = std::max<int64_t>(1, std::min(threads_, total / kMinCost));
     const auto boundary = [&](int64_t part) -> int64_t {
-      if (part == parts) return static_cast<int64_t>(ends.size());
-      return std::lower_bound(ends.begin(), ends.end(), total * part / parts + 1) - ends.begin();
+      if (part == parts) return static_cast<int64_t>(middles.size());
+      return std::lower_bound(middles.begin(), middles.end(), total * part / parts) -
+             middles.begin();
     };
     parallel_for_(parts, [&](int64_t part) { f(boundary(part), boundary(part + 1)); });
   }
 
+  // A partial sum covers this many elements. A chunk costs some 40 ns beside its elements, and
+  // too few of them leave threads without work.
+  static int64_t chunk_numel(const Job& job) { return job.numel <= 1 << 16 ? 1 << 12 : 1 << 14; }
+
   static std::vector<Item> chunks(const std::vector<Job*>& jobs) {
     std::vector<Item> items;
-    for (Job* job : jobs)
-      for (int64_t begin = 0; begin < job->numel; begin += kChunk)
-        items.push_back({job, begin, std::min(kChunk, job->numel - begin), {0.0, 0.0}});
+    for (Job* job : jobs) {
+      const int64_t chunk = chunk_numel(*job);
+      for (int64_t begin = 0; begin < job->numel; begin += chunk)
+        items.push_back({job, begin, std::min(chunk, job->numel - begin), {0.0, 0.0}});
+    }
     return items;
   }
 
@@ -152,15 +165,16 @@ class Schedule {
   }
 
   static void step_one(Job& job) {
+    const int64_t chunk = chunk_numel(job);
     job.sums = {0.0, 0.0};
-    for (int64_t begin = 0; begin < job.numel; begin += kChunk) {
-      const Sums part = job.sum_chunk(begin, std::min(kChunk, job.numel - begin));
+    for (int64_t begin = 0; begin < job.numel; begin += chunk) {
+      const Sums part = job.sum_chunk(begin, std::min(chunk, job.numel - begin));
       job.sums.num += part.num;
       job.sums.den += part.den;
     }
     job.set_beta();
-    for (int64_t begin = (job.numel - 1) / kChunk * kChunk; begin >= 0; begin -= kChunk)
-      job.update_chunk(begin, std::min(kChunk, job.numel - begin));
+    for (int64_t begin = (job.numel - 1) / chunk * chunk; begin >= 0; begin -= chunk)
+      job.update_chunk(begin, std::min(chunk, job.numel - begin));
   }
 
   std::vector<Job>& jobs_;

@@ -220,13 +220,10 @@ std::vector<size_t> group_of_tensors(const Groups& groups, size_t tensors, size_
 
 // ---- jobs: one tensor of a step ---------------------------------------------------
 
-// Scalars are kept as they were read; the coefficients are made where a chunk is worked
-// on, by the thread that does it.
-
 struct AdamWJob {
   Views<2> views;
-  AdamWHyper hyper;
-  double grad_scale, step, beta_prod, prev_lr;
+  AdamWCoefficients<double> coefficients;
+  double lr, beta_max, step, beta_prod;
   bool shared;
   int64_t numel;
   Sums sums{0.0, 0.0};
@@ -236,22 +233,19 @@ struct AdamWJob {
     return {views.param_at(begin), views.grad_at(begin), views.memory_at(0, begin),
             views.memory_at(1, begin), n};
   }
-  AdamWCoefficients<double> coefficients() const {
-    return adamw_coefficients<double>(hyper, step, beta_prod, prev_lr, grad_scale);
-  }
   Sums sum_chunk(int64_t begin, int64_t n) const {
-    return kernels().adamw_sums[views.dtype](chunk(begin, n), coefficients());
+    return kernels().adamw_sums[views.dtype](chunk(begin, n), coefficients);
   }
-  void set_beta() { beta = adamw_beta(sums.num, sums.den, hyper.beta_max, step); }
+  void set_beta() { beta = adamw_beta(sums.num, sums.den, beta_max, step); }
   void update_chunk(int64_t begin, int64_t n) const {
-    kernels().adamw_update[views.dtype](chunk(begin, n), coefficients(), beta);
+    kernels().adamw_update[views.dtype](chunk(begin, n), coefficients, beta);
   }
 };
 
 struct SGDJob {
   Views<1> views;
-  SGDHyper hyper;
-  double grad_scale, step, prev_lr;
+  SGDCoefficients<double> coefficients;
+  double lr, beta_max, step;
   bool shared;
   int64_t numel;
   Sums sums{0.0, 0.0};
@@ -260,19 +254,16 @@ struct SGDJob {
   SGDChunk chunk(int64_t begin, int64_t n) const {
     return {views.param_at(begin), views.grad_at(begin), views.memory_at(0, begin), n};
   }
-  SGDCoefficients<double> coefficients() const {
-    return sgd_coefficients<double>(hyper, prev_lr, grad_scale);
-  }
   // A first step has no memory: d = g, and both sums are zero.
   Sums sum_chunk(int64_t begin, int64_t n) const {
     return step == 0.0 ? Sums{0.0, 0.0}
-                       : kernels().sgd_sums[views.dtype](chunk(begin, n), coefficients());
+                       : kernels().sgd_sums[views.dtype](chunk(begin, n), coefficients);
   }
-  void set_beta() { beta = sgd_beta(sums.num, sums.den, hyper.beta_max, step); }
+  void set_beta() { beta = sgd_beta(sums.num, sums.den, beta_max, step); }
   void update_chunk(int64_t begin, int64_t n) const {
     double keep, take;
-    sgd_mixture(beta, hyper.memory_lambda, step, &keep, &take);
-    kernels().sgd_update[views.dtype](chunk(begin, n), coefficients(), keep, take);
+    sgd_mixture(beta, coefficients.memory_lambda, step, &keep, &take);
+    kernels().sgd_update[views.dtype](chunk(begin, n), coefficients, keep, take);
   }
 };
 
@@ -372,12 +363,14 @@ std::vector<AdamWJob> adamw_jobs(const AdamWTensors& t, const Groups& groups,
                    {"exp_avg", "exp_avg_sq"}, i);
     job.numel = job.views.numel;
     const double* row = &groups.hypers[group_of[i] * kAdamWColumns];
-    job.hyper = adamw_hyper(row, lrs[group_of[i]]);
     job.shared = row[kAdamWColumns - 1] != 0.0;
-    job.grad_scale = scale;
     job.step = read(t.steps[i], "step", i);
     job.beta_prod = read(t.beta_prods[i], "beta_prod", i);
-    job.prev_lr = read(t.prev_lrs[i], "prev_lr", i);
+    const AdamWHyper hyper = adamw_hyper(row, lrs[group_of[i]]);
+    job.lr = hyper.lr;
+    job.beta_max = hyper.beta_max;
+    job.coefficients = adamw_coefficients<double>(hyper, job.step, job.beta_prod,
+                                                  read(t.prev_lrs[i], "prev_lr", i), scale);
   });
   return jobs;
 }
@@ -400,7 +393,7 @@ void adamw_apply_(const AdamWTensors& t, const OptionalTensor& rows, const Group
     job.views.store(t.params[i], {&t.exp_avgs[i], &t.exp_avg_sqs[i]});
     write(t.steps[i], job.step + 1.0);
     write(t.beta_prods[i], job.beta_prod * job.beta);
-    write(t.prev_lrs[i], job.hyper.lr);
+    write(t.prev_lrs[i], job.lr);
     write(t.betas[i], job.beta);
   });
 }
@@ -427,11 +420,12 @@ std::vector<SGDJob> sgd_jobs(const SGDTensors& t, const Groups& groups,
     job.views.open(t.params[i], t.grads[i], {&t.momentum_buffers[i]}, {"momentum_buffer"}, i);
     job.numel = job.views.numel;
     const double* row = &groups.hypers[group_of[i] * kSGDColumns];
-    job.hyper = sgd_hyper(row, lrs[group_of[i]]);
     job.shared = row[kSGDColumns - 1] != 0.0;
-    job.grad_scale = scale;
     job.step = read(t.steps[i], "step", i);
-    job.prev_lr = read(t.prev_lrs[i], "prev_lr", i);
+    const SGDHyper hyper = sgd_hyper(row, lrs[group_of[i]]);
+    job.lr = hyper.lr;
+    job.beta_max = hyper.beta_max;
+    job.coefficients = sgd_coefficients<double>(hyper, read(t.prev_lrs[i], "prev_lr", i), scale);
   });
   return jobs;
 }
@@ -453,7 +447,7 @@ void sgd_apply_(const SGDTensors& t, const OptionalTensor& rows, const Groups& g
     const SGDJob& job = jobs[i];
     job.views.store(t.params[i], {&t.momentum_buffers[i]});
     write(t.steps[i], job.step + 1.0);
-    write(t.prev_lrs[i], job.hyper.lr);
+    write(t.prev_lrs[i], job.lr);
     write(t.betas[i], job.beta);
   });
 }

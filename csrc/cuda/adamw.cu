@@ -101,10 +101,12 @@ struct AdamW : AdamWTensor {
           if (Decay) chunk.x.template load_vector<Use::kAgain>(k, x);
 #pragma unroll
           for (int j = 0; j < kVector; ++j)
-            adamw_sums<true, Decay>(g[j], d[j], v[j], x[j], c, num, den);
+            adamw_sums<true, Decay>(g[j], d[j], adamw_root<true>(g[j], v[j], c), x[j], c, num, den);
         },
         [&](int k) {
-          adamw_sums<true, Decay>(chunk.g.load(k), chunk.d.load(k), chunk.v.load(k),
+          const T g = chunk.g.load(k);
+          T v = chunk.v.load(k);
+          adamw_sums<true, Decay>(g, chunk.d.load(k), adamw_root<true>(g, v, c),
                                   Decay ? chunk.x.load(k) : T(0), c, num, den);
         });
   }
@@ -127,15 +129,19 @@ struct AdamW : AdamWTensor {
           chunk.v.template load_vector<Use::kLast>(k, v);
           chunk.x.template load_vector<Use::kLast>(k, x);
 #pragma unroll
-          for (int j = 0; j < kVector; ++j)
-            adamw_update<true>(g[j], d[j], v[j], x[j], u.beta, u.coefficients);
+          for (int j = 0; j < kVector; ++j) {
+            const T root = adamw_root<true>(g[j], v[j], u.coefficients);
+            adamw_update<true>(g[j], d[j], root, x[j], u.beta, u.coefficients);
+          }
           chunk.d.store_vector(k, d);
           chunk.v.store_vector(k, v);
           chunk.x.store_vector(k, x);
         },
         [&](int k) {
+          const T g = chunk.g.load(k);
           T d = chunk.d.load(k), v = chunk.v.load(k), x = chunk.x.load(k);
-          adamw_update<true>(chunk.g.load(k), d, v, x, u.beta, u.coefficients);
+          const T root = adamw_root<true>(g, v, u.coefficients);
+          adamw_update<true>(g, d, root, x, u.beta, u.coefficients);
           chunk.d.store(k, d);
           chunk.v.store(k, v);
           chunk.x.store(k, x);
