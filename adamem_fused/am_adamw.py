@@ -117,8 +117,8 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         check_number("epsilon value", group["eps"], 0.0)
         check_options(group)
 
-    def _new_batch(self) -> AdamWBatch:
-        return AdamWBatch()
+    def _new_batch(self, *lists: Any) -> AdamWBatch:
+        return AdamWBatch(*lists)
 
     def _hyper(self, group: dict[str, Any]) -> AdamWHyper:
         return AdamWHyper(

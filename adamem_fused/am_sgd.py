@@ -104,8 +104,8 @@ class AMSGD(AdaptiveMemoryOptimizer):
         check_number("beta_max value", group["beta_max"], 0.0, 1.0)
         check_options(group)
 
-    def _new_batch(self) -> SGDBatch:
-        return SGDBatch()
+    def _new_batch(self, *lists: Any) -> SGDBatch:
+        return SGDBatch(*lists)
 
     def _hyper(self, group: dict[str, Any]) -> SGDHyper:
         return SGDHyper(

@@ -8,6 +8,8 @@ same bits with any number of threads and on any of the three.
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,9 @@ def _lrs(batch: Batch) -> Tensor:
         return torch.stack(
             [torch.as_tensor(lr, dtype=torch.float64, device=device).reshape(()) for lr in lrs]
         )
-    return torch.tensor(lrs, dtype=torch.float64, device="cpu")
+    if torch.compiler.is_compiling():
+        return torch.tensor(lrs, dtype=torch.float64, device="cpu")
+    return torch.frombuffer(array("d", lrs), dtype=torch.float64)  # a third of the time
 
 
 def _hypers(batch: Batch) -> list[float]:

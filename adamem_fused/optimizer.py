@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from numbers import Real
 from operator import attrgetter
 from typing import Any, ClassVar, TypeAlias, cast, overload
@@ -33,6 +33,8 @@ _COMPLEX = (torch.complex64, torch.complex128)
 
 def check_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:
     """Raises ValueError unless low <= value < high. NaN is not in any range."""
+    if type(value) is float and low <= value < high:
+        return  # asked several times a step, and isinstance with Real is slow
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not low <= value < high:
         allowed = f">= {low}" if high == float("inf") else f"in [{low}, {high})"
@@ -190,8 +192,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     # What a backend keeps from step to step, by its name and the device.
     _caches: dict[tuple[str, torch.device], dict[str, Any]]
-    # The last ordinary step's parameters and their state.
-    _last: Batch
+    # The lists of the last ordinary step, without gradients.
+    _last: tuple[list[Tensor], ...]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._forget()
@@ -200,7 +202,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def _forget(self) -> None:
         """Drops what is kept from step to step, of which a step can do without all."""
         self._caches = {}
-        self._last = self._new_batch()
+        self._last = self._new_batch().lists()
 
     # ---- what a subclass gives ----------------------------------------------------
 
@@ -208,7 +210,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """Raises ValueError or TypeError on a bad value in a complete parameter group."""
         raise NotImplementedError
 
-    def _new_batch(self) -> Batch:
+    def _new_batch(self, *lists: Any) -> Batch:
+        """A batch without parameter groups; its lists are empty ones where none are given."""
         raise NotImplementedError
 
     def _hyper(self, group: dict[str, Any]) -> Any:
@@ -379,8 +382,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
         if ops.extension is None or torch.compiler.is_compiling():
             return []
         # Into the lists of the last step: thousands of references need not be taken anew.
-        anew: dict[str, Any] = {"grads": [], "hypers": [], "group_sizes": [], "shared": []}
-        batch = replace(self._last, **anew)
+        lists = list(self._last)
+        lists[GRADS] = []
+        batch = self._new_batch(*lists)
         sizes = ops.extension.gather(
             [group["params"] for group in self.param_groups],
             self.state,
@@ -388,7 +392,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             batch.lists(),
         )
         if sizes is None or not batch.params:
-            self._last = self._new_batch()
+            self._last = self._new_batch().lists()
             return []
         device = batch.params[0].device
         groups = [g for g, size in zip(self.param_groups, sizes, strict=True) if size > 0]
