@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string_view>
 #include <vector>
 
 #include "cpu/step.h"
@@ -238,39 +239,12 @@ py::object gather(const py::list& groups, const py::dict& state, const py::tuple
 
 // ---- describe: what tables are made of --------------------------------------------
 
-// Words that are expected to be the last step's: they are compared with these, and written
-// only from the first that differs.
-class Words {
- public:
-  explicit Words(const py::bytes& last) : bytes_(last) {
-    char* buffer = nullptr;
-    Py_ssize_t length = 0;
-    if (PyBytes_AsStringAndSize(last.ptr(), &buffer, &length) != 0) throw python_error();
-    last_ = reinterpret_cast<const int64_t*>(buffer);
-    last_size_ = static_cast<size_t>(length) / sizeof(int64_t);
-  }
-
-  void push_back(int64_t word) {
-    if (same_ < last_size_ && words_.empty() && last_[same_] == word)
-      ++same_;
-    else
-      words_.push_back(word);
-  }
-
-  // The last step's object where all is the same.
-  py::bytes bytes() const {
-    if (words_.empty() && same_ == last_size_) return bytes_;
-    std::string all(reinterpret_cast<const char*>(last_), same_ * sizeof(int64_t));
-    all.append(reinterpret_cast<const char*>(words_.data()), words_.size() * sizeof(int64_t));
-    return py::bytes(all);
-  }
-
- private:
-  py::bytes bytes_;
-  const int64_t* last_;
-  size_t last_size_, same_ = 0;  // the number of words that are the same so far
-  std::vector<int64_t> words_;
-};
+// The words as bytes: `last` itself, if it is these.
+py::bytes as_bytes(const std::vector<int64_t>& words, const py::bytes& last) {
+  const std::string_view bytes(reinterpret_cast<const char*>(words.data()),
+                               words.size() * sizeof(int64_t));
+  return bytes == std::string_view(last) ? last : py::bytes(bytes.data(), bytes.size());
+}
 
 // dtype, device, layout and number of dimensions in a word.
 int64_t kind_of(const Tensor& t) {
@@ -284,23 +258,28 @@ int64_t kind_of(const Tensor& t) {
 // they are what they were, the very objects that are given as the last ones.
 py::tuple describe(const py::tuple& lists, size_t data, const py::bytes& last_addresses,
                    const py::bytes& last_structure) {
-  Words addresses(last_addresses), structure(last_structure);
+  std::vector<int64_t> addresses, structure;
   for (size_t k = 0; k < lists.size(); ++k) {
     PyObject* const* items = items_of(lists[k]);
     const size_t n = py::len(lists[k]);
+    TensorRefs refs;
+    refs.reserve(n);
     for (size_t i = 0; i < n; ++i) {
-      if (i + 48 < n) __builtin_prefetch(items[i + 48]);
-      if (i + 24 < n) prefetch_impl(tensor_of(items[i + 24]));
-      if (i + 12 < n) prefetch_storage(tensor_of(items[i + 12]));
-      const Tensor& t = tensor_of(items[i]);
+      if (i + 16 < n) __builtin_prefetch(items[i + 16]);
+      refs.push_back(tensor_of(items[i]));
+    }
+    addresses.reserve(lists.size() * n);
+    structure.reserve(lists.size() * n * 4);
+    for_each_ahead(refs, [&](size_t i) {
+      const Tensor& t = refs[i];
       addresses.push_back(reinterpret_cast<int64_t>(t.data_ptr()));
       structure.push_back(kind_of(t));
       for (const int64_t size : t.sizes()) structure.push_back(size);
       if (k < data)
         for (const int64_t stride : t.strides()) structure.push_back(stride);
-    }
+    });
   }
-  return py::make_tuple(addresses.bytes(), structure.bytes());
+  return py::make_tuple(as_bytes(addresses, last_addresses), as_bytes(structure, last_structure));
 }
 
 // ---- steps without the dispatcher -------------------------------------------------
