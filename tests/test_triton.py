@@ -248,7 +248,7 @@ def test_tables_of_a_captured_step_are_kept_and_a_new_layout_is_refused(launches
     params = make_params(2)
     optimizer = AMAdamW(params, backend="triton")
     launches.step(optimizer)
-    monkeypatch.setattr(tables, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(tables, "is_capturing", lambda device: True)
     launches.step(optimizer)
     captured = launches.addresses
     (cache,) = optimizer._caches.values()
@@ -259,7 +259,7 @@ def test_tables_of_a_captured_step_are_kept_and_a_new_layout_is_refused(launches
     params.pop().grad = None
     with pytest.raises(RuntimeError, match="take a step with the same parameters"):
         optimizer.step()
-    monkeypatch.setattr(tables, "_is_capturing", lambda device: False)
+    monkeypatch.setattr(tables, "is_capturing", lambda device: False)
     launches.step(optimizer)
     assert cache["captured"] == [kept]
     assert launches.addresses.data_ptr() != captured.data_ptr()
@@ -270,7 +270,7 @@ def test_a_captured_upload_takes_the_block_that_was_put_aside(launches, monkeypa
     optimizer = AMAdamW([param], backend="triton")
     launches.step(optimizer)
     layout, old = layout_of(optimizer), param.grad
-    monkeypatch.setattr(tables, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(tables, "is_capturing", lambda device: True)
     param.grad = old.clone()
     with pytest.raises(RuntimeError, match="take a step with the same parameters"):
         optimizer.step()

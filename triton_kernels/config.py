@@ -6,39 +6,35 @@ from typing import NamedTuple
 
 
 class Config(NamedTuple):
-    chunk: int  # elements that one program of the stats and apply kernels walks over
+    chunk: int  # elements that a program of the stats and apply kernels walks over
     block: int  # elements it holds at a time; a divisor of chunk
     num_warps: int
     num_stages: int
-    partials: int  # partial sums of a tensor that are added at a time, by one warp
-    shared_partials: int  # the same over all tensors, by num_warps
+    partials: int  # partial sums that are added at a time
+    programs: int  # of the step kernel, on each multiprocessor
 
 
 # Predicted, not measured yet: `python -m bench.gpu_check` measures. A block of 8 elements a
-# thread is one 16-byte access of bfloat16 and two of float32. Compiled for sm_90 that takes
-# 77 registers in AM-AdamW's stats and 52 in its apply, so that a multiprocessor holds 6 and 9
-# programs of 128 threads, each with 8 accesses under way. A chunk of 16 blocks spreads a
-# program's set-up (a dozen dependent loads, scalars in float64) over enough data, and still
-# cuts GPT-2's matrices into chunks for every multiprocessor. Stages are for loads through
+# thread is one 16-byte access of bfloat16 and two of float32. Stages are for loads through
 # shared memory; 1 is none, as the programs side by side hide the latency.
 # By (vendor, major compute capability); an unknown device takes its vendor's last line.
 CONFIGS: dict[tuple[str, int], Config] = {
     ("cuda", 8): Config(
-        chunk=16384, block=1024, num_warps=4, num_stages=1, partials=512, shared_partials=2048
+        chunk=2048, block=1024, num_warps=4, num_stages=1, partials=2048, programs=4
     ),
     ("cuda", 9): Config(
-        chunk=16384, block=1024, num_warps=4, num_stages=1, partials=512, shared_partials=2048
+        chunk=2048, block=1024, num_warps=4, num_stages=1, partials=2048, programs=4
     ),
     ("cuda", 10): Config(
-        chunk=16384, block=1024, num_warps=4, num_stages=1, partials=512, shared_partials=2048
+        chunk=2048, block=1024, num_warps=4, num_stages=1, partials=2048, programs=4
     ),
     # A warp has 64 threads here.
     ("hip", 9): Config(
-        chunk=16384, block=2048, num_warps=4, num_stages=1, partials=512, shared_partials=2048
+        chunk=4096, block=2048, num_warps=4, num_stages=1, partials=2048, programs=4
     ),
     # Triton's interpreter takes milliseconds a program, whatever its size.
     ("interpreter", 0): Config(
-        chunk=16384, block=16384, num_warps=1, num_stages=1, partials=512, shared_partials=2048
+        chunk=16384, block=16384, num_warps=1, num_stages=1, partials=2048, programs=2
     ),
 }
 
