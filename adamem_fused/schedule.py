@@ -84,9 +84,7 @@ def _make_plan(batch: Batch, layout: Layout, chunk: int, ahead: Callable[[Bucket
     device = batch.params[0].device
     items = [
         tables.upload(make_items([*counts], [*counts.values()], ahead(bucket)), device)
-        for bucket, counts in zip(
-            layout.buckets, _chunk_counts(batch, layout, chunk), strict=True
-        )
+        for bucket, counts in zip(layout.buckets, _chunk_counts(batch, layout, chunk), strict=True)
     ]
     control = torch.zeros(4 + 2 * len(batch.params), dtype=torch.int32, device=device)
     return Plan(layout, items, control)

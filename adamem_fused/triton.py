@@ -130,11 +130,12 @@ def _arithmetic(dtypes: tuple[torch.dtype, ...]) -> tuple[Any, ...]:
         torch.bfloat16: tl.bfloat16,
         torch.float16: tl.float16,
     }
+    return (*(names[dtype] for dtype in dtypes), tl.float64 if _float64(dtypes) else tl.float32)
+
+
+def _float64(dtypes: tuple[torch.dtype, ...]) -> bool:
     param, _, *memories = dtypes
-    return (
-        *(names[dtype] for dtype in dtypes),
-        tl.float64 if torch.float64 in (param, *memories) else tl.float32,
-    )
+    return torch.float64 in (param, *memories)
 
 
 def _launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
@@ -193,9 +194,7 @@ def _launch_step(
             len(items),
             *_arithmetic(bucket.dtypes),
             DECAY=_decay(batch),
-            CHUNK=config.chunk,
-            BLOCK=config.block,
-            STAGES=config.num_stages,
+            **config.walk(_float64(bucket.dtypes)),
             PARTIALS=config.partials,
             num_warps=config.num_warps,
         )
@@ -221,9 +220,7 @@ def _launch_stats(
             bucket.first_chunk,
             *_arithmetic(bucket.dtypes),
             DECAY=_decay(batch),
-            CHUNK=config.chunk,
-            BLOCK=config.block,
-            STAGES=config.num_stages,
+            **config.walk(_float64(bucket.dtypes)),
             num_warps=config.num_warps,
         )
 
@@ -289,9 +286,7 @@ def _launch_apply(
             n,
             bucket.first_chunk + bucket.chunks - 1,
             *_arithmetic(bucket.dtypes),
-            CHUNK=config.chunk,
-            BLOCK=config.block,
-            STAGES=config.num_stages,
+            **config.walk(_float64(bucket.dtypes)),
             num_warps=config.num_warps,
         )
 
