@@ -411,6 +411,30 @@ def test_two_runs_give_the_same_bits(backend, cls):
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_one_launch_gives_the_bits_of_several(backend, cls, monkeypatch):
+    """With a step in between that found_inf leaves out: the next launch finds all in order."""
+    shapes = [(1300,), (0, 3)]
+
+    def run():
+        params = [param for dtype in TOLERANCE for param in make_params(shapes, dtype)]
+        optimizer = cls(params, backend=backend, lr=0.05, weight_decay=0.1, beta_scope="tensor")
+        optimizer.found_inf = torch.zeros((), device=DEVICE)
+        optimizer.grad_scale = torch.ones((), device=DEVICE)
+        for step in range(3):
+            set_grads(params, step)
+            optimizer.found_inf.fill_(float(step == 1))
+            optimizer.step()
+        assert {optimizer.state[param]["step"].item() for param in params} == {2}
+        assert any(0.001 < optimizer.state[param]["beta"] < 0.88 for param in params)
+        return [t for p in params for t in (p.detach(), *optimizer.state[p].values())]
+
+    one = run()
+    monkeypatch.setattr(BACKENDS[backend], "_plan", lambda *args: None)
+    for first, second in zip(one, run(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_state_that_was_set_to_a_wrong_shape_is_refused(backend, cls):
     params = make_params([(8,), (40,)])
     optimizer = cls(params, backend=backend)
