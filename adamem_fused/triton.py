@@ -1,11 +1,11 @@
 """The triton backend: the kernels of triton_kernels/, for tensors on a GPU.
 
-Where no tensor's beta waits for another's, a step is one launch, whatever the number of
-tensors, made to read most tensors from memory once (schedule.py). With rows it is
-stats, beta, apply; where tensors share one beta a fourth adds up their sums. Both ways give the
-same bits. Each further combination of dtypes takes one more of step, of stats and of apply, and
-strided tensors take copies. Nothing is read back from the device, a step can be captured in a
-CUDA graph, and two runs give the same bits.
+Where no tensor's beta waits for another's, a step is one launch, whatever the number of tensors,
+made to read most tensors from memory once (schedule.py; config.py has what was predicted of it).
+With rows, or a beta that tensors share, it is four: stats, the sums of rows or those that are
+shared, beta, apply. Both ways give the same bits. Each further combination of dtypes takes one
+more of step, of stats and of apply, and strided tensors take copies. Nothing is read back from
+the device, a step can be captured in a CUDA graph, and two runs give the same bits.
 
 Not yet run on a GPU. It was tested under Triton's interpreter, which TRITON_INTERPRET=1 turns
 on and which takes tensors on the CPU, and compiled ahead of time for sm_80, sm_90, sm_100 and
