@@ -10,15 +10,18 @@ A program takes the interpreter some 50 ms, so tensors and steps are few.
 from __future__ import annotations
 
 import gc
+import inspect
 import os
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
-from adamem_fused import AMSGD, AMAdamW, triton
+from adamem_fused import AMSGD, AMAdamW, schedule, triton
 from adamem_fused.backends import BACKENDS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -430,6 +433,54 @@ def test_one_launch_gives_the_bits_of_several(backend, cls, monkeypatch):
 
     one = run()
     monkeypatch.setattr(BACKENDS[backend], "_plan", lambda *args: None)
+    for first, second in zip(one, run(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.fixture
+def programs_side_by_side(monkeypatch):
+    """Triton's interpreter runs a launch's programs one after the other; this, on threads."""
+    from triton.runtime import interpreter
+
+    def run(executor, *args, **kwargs):
+        constants = {k: v for k, v in kwargs.items() if k in executor.arg_names}
+        scope = interpreter._patch_lang(executor.fn)
+        values = {
+            name: value if name in executor.constexprs else interpreter._implicit_cvt(value)
+            for name, value in inspect.getcallargs(executor.fn, *args, **constants).items()
+        }
+        (programs,) = executor.grid
+        interpreter.interpreter_builder.set_grid_dim(programs, 1, 1)
+        with ThreadPoolExecutor(programs) as pool:
+            done = [pool.submit(executor.fn, **values) for _ in range(programs)]
+        scope.restore()
+        for each in done:
+            each.result()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", run)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="elsewhere programs run side by side in every test")
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_programs_side_by_side_give_the_bits_of_one(cls, monkeypatch, request):
+    """With updates right behind their sums, so that most have to wait."""
+    make_items = schedule.make_items
+    monkeypatch.setattr(schedule, "make_items", lambda *args: make_items(*args[:2], ahead=0))
+
+    def run():
+        params = make_params([(1300,), (5,), (0,), (700,), (3,)])
+        optimizer = cls(params, backend="triton", lr=0.05, beta_scope="tensor")
+        for step in range(2):
+            set_grads(params, step)
+            optimizer.step()
+        return [t for p in params for t in (p.detach(), *optimizer.state[p].values())]
+
+    one = run()
+    request.getfixturevalue("programs_side_by_side")
     for first, second in zip(one, run(), strict=True):
         assert torch.equal(first, second)
 
