@@ -46,22 +46,19 @@ def make_items(tensors: list[int], chunks: list[int], ahead: int) -> Tensor:
     updates = torch.tensor(chunks, dtype=torch.int64)
     sums = updates.clamp(min=1)
     ends = sums.cumsum(0)
-
-    def each(counts: Tensor, own: Tensor) -> Tensor:
-        return own.repeat_interleave(counts)
-
     sum_places = torch.arange(int(sums.sum()))
-    sum_chunks = sum_places - each(sums, ends - sums)
-    update_chunks = each(updates, updates.cumsum(0)) - 1 - torch.arange(int(updates.sum()))
+    sum_chunks = sum_places - (ends - sums).repeat_interleave(sums)
+    update_places = torch.arange(int(updates.sum()))
+    update_chunks = updates.cumsum(0).repeat_interleave(updates) - 1 - update_places
     items = torch.stack(
         [
-            torch.cat([each(sums, names), each(updates, names)]),
+            torch.cat([names.repeat_interleave(sums), names.repeat_interleave(updates)]),
             torch.cat([sum_chunks, ~update_chunks]).to(torch.int32),
         ],
         dim=1,
     )
     # A tensor's updates stand before the sums at place end + ahead.
-    order = torch.cat([2 * sum_places, each(updates, 2 * (ends + ahead) - 1)])
+    order = torch.cat([2 * sum_places, (2 * (ends + ahead) - 1).repeat_interleave(updates)])
     return items[order.argsort(stable=True)]
 
 

@@ -43,7 +43,8 @@ def claim_item(control):
 @triton.jit
 def read_item(items, k):
     """A tensor and one of its chunks: its sums, or, where negative, the update of ~chunk."""
-    return tl.load(items + 2 * k).to(tl.int64), tl.load(items + 2 * k + 1).to(tl.int64)
+    item = items + 2 * k.to(tl.int64)
+    return tl.load(item).to(tl.int64), tl.load(item + 1).to(tl.int64)
 
 
 @triton.jit
