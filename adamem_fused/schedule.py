@@ -42,13 +42,14 @@ def make_items(tensors: list[int], chunks: list[int], ahead: int) -> Tensor:
     Tensors have so many chunks each. One without elements has an item too, sums of nothing, so
     that its beta is taken.
     """
-    names = torch.tensor(tensors, dtype=torch.int32)
-    updates = torch.tensor(chunks, dtype=torch.int64)
+    # On the CPU whatever torch.set_default_device says.
+    names = torch.tensor(tensors, dtype=torch.int32, device="cpu")
+    updates = torch.tensor(chunks, dtype=torch.int64, device="cpu")
     sums = updates.clamp(min=1)
     ends = sums.cumsum(0)
-    sum_places = torch.arange(int(sums.sum()))
+    sum_places = torch.arange(int(sums.sum()), device="cpu")
     sum_chunks = sum_places - (ends - sums).repeat_interleave(sums)
-    update_places = torch.arange(int(updates.sum()))
+    update_places = torch.arange(int(updates.sum()), device="cpu")
     update_chunks = updates.cumsum(0).repeat_interleave(updates) - 1 - update_places
     items = torch.stack(
         [
