@@ -1,7 +1,7 @@
 """The cuda backend: the kernels of csrc/cuda, for tensors on an NVIDIA GPU.
 
 Where no tensor's beta waits for another's, a step is one launch, made to read most tensors
-from memory once (csrc/cuda/schedule.h). With rows, or a beta that tensors share, it is four or
+from memory once (schedule.py). With rows, or a beta that tensors share, it is four or
 five: stats, the sums of rows, the sums that are shared, beta, apply. Both ways give the same
 bits. Each further combination of dtypes takes one more of step, of stats and of apply, and
 strided tensors take copies. Nothing is read back from the device, a step can be captured in a
@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adamem_fused import cpu, cuda_library
+from adamem_fused import cpu, cuda_library, schedule
 from adamem_fused.batch import AdamWBatch, Batch, SGDBatch, check_rows
-from adamem_fused.tables import Layout, Opened, Tables, open_tables, upload
+from adamem_fused.schedule import Plan
+from adamem_fused.tables import Bucket, Layout, Opened, Tables, open_tables
 
 name = "cuda"
 fused = True
@@ -140,89 +141,10 @@ def _on(device: torch.device) -> Iterator[ctypes.c_void_p]:
         yield ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
 
 
-# ---- the schedule of a step in one launch ---------------------------------------------
-
-
-class _Plan(NamedTuple):
-    """The schedules of a layout's buckets, and the memory that they point to."""
-
-    layout: Layout
-    schedules: list[_Schedule]
-    memory: list[Tensor]
-
-
-def _chunk_counts(batch: Batch, layout: Layout) -> list[dict[int, int]]:
-    """For each bucket its tensors' numbers of chunks.
-
-    Tensors without elements belong to no bucket. They have a beta too: the first takes them.
-    """
-    places = {bucket.dtypes: i for i, bucket in enumerate(layout.buckets)}
-    counts: list[dict[int, int]] = [{} for _ in layout.buckets]
-    chunk = _library().adamem_chunk()
-    lists = (batch.params, batch.grads, *batch.memories.values())
-    for i, tensors in enumerate(zip(*lists, strict=True)):
-        numel = tensors[0].numel()
-        bucket = places[tuple(tensor.dtype for tensor in tensors)] if numel else 0
-        counts[bucket][i] = -(-numel // chunk)
-    return counts
-
-
-def _make_plan(batch: Batch, kernels: _Kernels, layout: Layout, step: _Step) -> _Plan:
-    device = batch.params[0].device
-    control = torch.zeros(2 + len(batch.params), dtype=torch.int64, device=device)
-    plan = _Plan(layout, [], [control])
-    for bucket, counts in zip(layout.buckets, _chunk_counts(batch, layout), strict=True):
-        ahead = ctypes.c_int64()
-        _call(kernels.chunks_ahead, step, _bucket(bucket), ctypes.byref(ahead))
-        items = upload(_items(counts, ahead), device)
-        plan.memory.append(items)
-        plan.schedules.append(
-            _Schedule(
-                items=items.data_ptr(),
-                count=len(items),
-                control=control.data_ptr(),
-                progress=control[2:].data_ptr(),
-            )
-        )
-    return plan
-
-
-def _plan(batch: Batch, kernels: _Kernels, layout: Layout, step: _Step) -> _Plan | None:
-    """The layout's plan; None where there is nothing to plan, or no time for it."""
-    plan: _Plan | None = batch.cache.get("plan")
-    device = batch.params[0].device
-    capturing = device.type != "cpu" and torch.cuda.is_current_stream_capturing()
-    if plan is None or plan.layout is not layout:
-        # Pinning memory is not allowed while a graph is captured.
-        if not layout.buckets or capturing:
-            return None
-        plan = batch.cache["plan"] = _make_plan(batch, kernels, layout, step)
-    if capturing:
-        # The graph uses it whenever it is replayed, whatever later steps bring.
-        batch.cache.setdefault("captured", []).append(plan)
-    return plan
-
-
-def _items(counts: dict[int, int], ahead: ctypes.c_int64) -> Tensor:
-    """A bucket's items in the order of csrc/cuda/schedule.h, [items, 2] int32."""
-    names = torch.tensor(list(counts), dtype=torch.int32, device="cpu")
-    chunks = torch.tensor(list(counts.values()), dtype=torch.int64, device="cpu")
-    total = int((chunks + chunks.clamp(min=1)).sum())
-    items = torch.empty(total, 2, dtype=torch.int32, device="cpu")
-    _library().adamem_make_items(
-        ctypes.c_void_p(chunks.data_ptr()),
-        ctypes.c_void_p(names.data_ptr()),
-        ctypes.c_int64(len(counts)),
-        ahead,
-        ctypes.c_void_p(items.data_ptr()),
-    )
-    return items
-
-
 # ---- stats and apply ------------------------------------------------------------------
 
 
-def _bucket(bucket: Any) -> _Bucket:
+def _bucket(bucket: Bucket) -> _Bucket:
     codes = [_DTYPES[dtype] for dtype in bucket.dtypes]
     # AM-SGD has one memory; its kernels do not look at a second.
     codes += codes[-1:] * (4 - len(codes))
@@ -265,6 +187,21 @@ def _open(batch: Batch, kernels: _Kernels) -> Opened:
     return open_tables(batch, _library().adamem_chunk(), kernels.coefficients)
 
 
+def _plan(batch: Batch, kernels: _Kernels, layout: Layout, step: _Step) -> Plan | None:
+    def ahead(bucket: Bucket) -> int:
+        chunks = ctypes.c_int64()
+        _call(kernels.chunks_ahead, step, _bucket(bucket), ctypes.byref(chunks))
+        return chunks.value
+
+    return schedule.find_plan(batch, layout, _library().adamem_chunk(), ahead)
+
+
+def _schedules(plan: Plan) -> list[_Schedule]:
+    control = plan.control.data_ptr()
+    progress = plan.control[4:].data_ptr()
+    return [_Schedule(items.data_ptr(), len(items), control, progress) for items in plan.items]
+
+
 def _stats(batch: Batch, kernels: _Kernels, grad_scale: Tensor | None) -> Tensor:
     device = batch.params[0].device
     rows = torch.empty(len(batch.params), 2, dtype=torch.float64, device=device)
@@ -302,8 +239,8 @@ def _apply(
         buckets = [_bucket(bucket) for bucket in layout.buckets]
         plan = _plan(batch, kernels, layout, step) if rows is None else None
         if plan is not None:
-            for bucket, schedule in zip(buckets, plan.schedules, strict=True):
-                _call(kernels.step, step, bucket, schedule, stream)
+            for bucket, order in zip(buckets, _schedules(plan), strict=True):
+                _call(kernels.step, step, bucket, order, stream)
         else:
             if rows is None or shared:
                 for bucket in buckets:

@@ -219,7 +219,7 @@ class Opened(NamedTuple):
                 batch.lists()[k][i].copy_(self.lists[k][i])
 
 
-def _is_capturing(device: torch.device) -> bool:
+def is_capturing(device: torch.device) -> bool:
     return device.type != "cpu" and torch.cuda.is_current_stream_capturing()
 
 
@@ -240,7 +240,7 @@ def open_tables(batch: Batch, chunk: int, coefficients: int) -> Opened:
     description = describe(batch, None if last is None else last.description)
     if last is not None and description[1:] == last.description[1:]:
         layout = last.layout
-    elif _is_capturing(device):
+    elif is_capturing(device):
         raise RuntimeError(_NOT_PREPARED)
     else:
         layout = Layout(batch, chunk, coefficients)
@@ -268,7 +268,7 @@ def open_tables(batch: Batch, chunk: int, coefficients: int) -> Opened:
             layout, description, content, on_device, lr_words, table.view(torch.float64)
         )
     batch.cache["tables"] = tables
-    if _is_capturing(device):
+    if is_capturing(device):
         # The graph reads them whenever it is replayed, whatever later steps bring.
         kept = tuple(map(list, lists))  # the batch's own are filled anew at every step
         batch.cache.setdefault("captured", []).append((tables, kept))
@@ -286,7 +286,7 @@ def _upload(content: bytes, layout: Layout, batch: Batch) -> Tensor:
     """
     device = batch.params[0].device
     host = torch.frombuffer(bytearray(content), dtype=torch.int64)
-    if not _is_capturing(device):
+    if not is_capturing(device):
         return upload(host, device)
     pinned, layout.spare = layout.spare, None
     if pinned is None:

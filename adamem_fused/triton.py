@@ -1,9 +1,11 @@
 """The triton backend: the kernels of triton_kernels/, for tensors on a GPU.
 
-A step is three launches, whatever the number of tensors: stats, beta, apply; a fourth adds
-up the sums of tensors that share one beta. Each further combination of dtypes takes one more
-of stats and of apply, and strided tensors take copies. Nothing is read back from the device,
-a step can be captured in a CUDA graph, and two runs give the same bits.
+Where no tensor's beta waits for another's, a step is one launch, whatever the number of tensors,
+made to read most tensors from memory once (schedule.py; config.py has what was predicted of it).
+With rows, or a beta that tensors share, it is four: stats, the sums of rows or those that are
+shared, beta, apply. Both ways give the same bits. Each further combination of dtypes takes one
+more of step, of stats and of apply, and strided tensors take copies. Nothing is read back from
+the device, a step can be captured in a CUDA graph, and two runs give the same bits.
 
 Not yet run on a GPU. It was tested under Triton's interpreter, which TRITON_INTERPRET=1 turns
 on and which takes tensors on the CPU, and compiled ahead of time for sm_80, sm_90, sm_100 and
@@ -21,8 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from adamem_fused import schedule
 from adamem_fused.batch import AdamWBatch, Batch, SGDBatch, check_rows
-from adamem_fused.tables import Opened, Tables, open_tables
+from adamem_fused.schedule import Plan
+from adamem_fused.tables import Bucket, Layout, Opened, Tables, open_tables
 
 name = "triton"
 fused = True
@@ -54,6 +58,7 @@ class _Kernels(NamedTuple):
     stats: Any
     beta: Any
     apply: Any
+    step: Any
     sum_rows: Any
     sum_shared: Any
     hypers: int  # columns of the table
@@ -65,31 +70,33 @@ class _Kernels(NamedTuple):
 
 @functools.cache
 def _adamw() -> _Kernels:
-    from adamem_fused.triton_kernels import kernels as k
+    from adamem_fused.triton_kernels import adamw, sums, tables
 
     return _Kernels(
-        stats=k.adamw_stats,
-        beta=k.adamw_beta,
-        apply=k.adamw_apply,
-        sum_rows=k.sum_rows,
-        sum_shared=k.sum_shared,
-        hypers=k.ADAMW_HYPERS.value,
-        coefficients=k.ADAMW_COEFFICIENTS.value,
+        stats=adamw.adamw_stats,
+        beta=adamw.adamw_beta,
+        apply=adamw.adamw_apply,
+        step=adamw.adamw_step,
+        sum_rows=sums.sum_rows,
+        sum_shared=sums.sum_shared,
+        hypers=tables.ADAMW_HYPERS.value,
+        coefficients=adamw.COEFFICIENTS.value,
     )
 
 
 @functools.cache
 def _sgd() -> _Kernels:
-    from adamem_fused.triton_kernels import kernels as k
+    from adamem_fused.triton_kernels import sgd, sums, tables
 
     return _Kernels(
-        stats=k.sgd_stats,
-        beta=k.sgd_beta,
-        apply=k.sgd_apply,
-        sum_rows=k.sum_rows,
-        sum_shared=k.sum_shared,
-        hypers=k.SGD_HYPERS.value,
-        coefficients=k.SGD_COEFFICIENTS.value,
+        stats=sgd.sgd_stats,
+        beta=sgd.sgd_beta,
+        apply=sgd.sgd_apply,
+        step=sgd.sgd_step,
+        sum_rows=sums.sum_rows,
+        sum_shared=sums.sum_shared,
+        hypers=tables.SGD_HYPERS.value,
+        coefficients=sgd.COEFFICIENTS.value,
     )
 
 
@@ -104,6 +111,15 @@ def _config(device: torch.device) -> Any:
 
 
 @functools.cache
+def _programs(device: torch.device) -> int:
+    """How many programs of the step kernel are to run at a time."""
+    each: int = _config(device).programs
+    if device.type == "cpu":
+        return each
+    return each * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
 def _arithmetic(dtypes: tuple[torch.dtype, ...]) -> tuple[Any, ...]:
     """Triton's names for a bucket's dtypes, and that of the arithmetic."""
     import triton.language as tl
@@ -114,11 +130,12 @@ def _arithmetic(dtypes: tuple[torch.dtype, ...]) -> tuple[Any, ...]:
         torch.bfloat16: tl.bfloat16,
         torch.float16: tl.float16,
     }
+    return (*(names[dtype] for dtype in dtypes), tl.float64 if _float64(dtypes) else tl.float32)
+
+
+def _float64(dtypes: tuple[torch.dtype, ...]) -> bool:
     param, _, *memories = dtypes
-    return (
-        *(names[dtype] for dtype in dtypes),
-        tl.float64 if torch.float64 in (param, *memories) else tl.float32,
-    )
+    return torch.float64 in (param, *memories)
 
 
 def _launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
@@ -134,11 +151,59 @@ def _open(batch: Batch, kernels: _Kernels) -> Opened:
     return open_tables(batch, _config(batch.params[0].device).chunk, kernels.coefficients)
 
 
+def _plan(batch: Batch, layout: Layout) -> Plan | None:
+    device = batch.params[0].device
+
+    def ahead(bucket: Bucket) -> int:
+        return _programs(device)
+
+    return schedule.find_plan(batch, layout, _config(device).chunk, ahead)
+
+
+def _decay(batch: Batch) -> bool:
+    """Whether the sums have to read the parameters."""
+    return any(h.weight_decay != 0 for h in batch.hypers)
+
+
+def _launch_step(
+    batch: Batch,
+    kernels: _Kernels,
+    tables: Tables,
+    plan: Plan,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    layout, device = tables.layout, batch.params[0].device
+    config = _config(device)
+    for bucket, items in zip(layout.buckets, plan.items, strict=True):
+        _launch(
+            kernels.step,
+            min(len(items), _programs(device)),
+            tables.addresses,
+            layout.table,
+            tables.hypers,
+            tables.lrs,
+            items,
+            plan.control,
+            layout.partials,
+            layout.coefficients,
+            grad_scale,
+            found_inf,
+            len(batch.params),
+            layout.chunks,
+            len(items),
+            *_arithmetic(bucket.dtypes),
+            DECAY=_decay(batch),
+            **config.walk(_float64(bucket.dtypes)),
+            PARTIALS=config.partials,
+            num_warps=config.num_warps,
+        )
+
+
 def _launch_stats(
     batch: Batch, kernels: _Kernels, tables: Tables, grad_scale: Tensor | None
 ) -> None:
     layout, config = tables.layout, _config(batch.params[0].device)
-    decay = any(h.weight_decay != 0 for h in batch.hypers)
     for bucket in layout.buckets:
         _launch(
             kernels.stats,
@@ -154,10 +219,74 @@ def _launch_stats(
             layout.chunks,
             bucket.first_chunk,
             *_arithmetic(bucket.dtypes),
-            DECAY=decay,
-            CHUNK=config.chunk,
-            BLOCK=config.block,
-            STAGES=config.num_stages,
+            DECAY=_decay(batch),
+            **config.walk(_float64(bucket.dtypes)),
+            num_warps=config.num_warps,
+        )
+
+
+def _launch_shared(batch: Batch, kernels: _Kernels, tables: Tables) -> None:
+    layout, config = tables.layout, _config(batch.params[0].device)
+    _launch(
+        kernels.sum_shared,
+        1,
+        layout.table,
+        tables.hypers,
+        layout.chunk_tensors,
+        layout.partials,
+        layout.totals,
+        len(batch.params),
+        layout.chunks,
+        COLUMNS=kernels.hypers,
+        PARTIALS=config.partials,
+        num_warps=config.num_warps,
+    )
+
+
+def _launch_apply(
+    batch: Batch,
+    kernels: _Kernels,
+    tables: Tables,
+    rows: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    layout, n = tables.layout, len(batch.params)
+    config = _config(batch.params[0].device)
+    _launch(
+        kernels.beta,
+        n,
+        tables.addresses,
+        layout.table,
+        tables.hypers,
+        tables.lrs,
+        layout.partials,
+        layout.totals,
+        rows,
+        layout.coefficients,
+        grad_scale,
+        found_inf,
+        n,
+        layout.chunks,
+        CHUNK=config.chunk,
+        PARTIALS=config.partials,
+        num_warps=config.num_warps,
+    )
+    # Backwards, as the stats kernel's last chunks are the ones that L2 still holds: it spares
+    # the second read of as much as L2 holds.
+    for bucket in reversed(layout.buckets):
+        _launch(
+            kernels.apply,
+            bucket.chunks,
+            tables.addresses,
+            layout.table,
+            layout.chunk_tensors,
+            layout.coefficients,
+            found_inf,
+            n,
+            bucket.first_chunk + bucket.chunks - 1,
+            *_arithmetic(bucket.dtypes),
+            **config.walk(_float64(bucket.dtypes)),
             num_warps=config.num_warps,
         )
 
@@ -165,22 +294,23 @@ def _launch_stats(
 def _stats(batch: Batch, kernels: _Kernels, grad_scale: Tensor | None) -> Tensor:
     device, n = batch.params[0].device, len(batch.params)
     rows = torch.empty(n, 2, dtype=torch.float64, device=device)
+    config = _config(device)
     with _on(device):
         # Kept to the end of the launches: it owns the copies that they read.
         opened = _open(batch, kernels)
-        tables = opened.tables
-        _launch_stats(batch, kernels, tables, grad_scale)
+        layout = opened.tables.layout
+        _launch_stats(batch, kernels, opened.tables, grad_scale)
         _launch(
             kernels.sum_rows,
             n,
-            tables.layout.table,
-            tables.layout.partials,
+            layout.table,
+            layout.partials,
             rows,
             n,
-            tables.layout.chunks,
-            CHUNK=_config(device).chunk,
-            PARTIALS=_config(device).partials,
-            num_warps=1,
+            layout.chunks,
+            CHUNK=config.chunk,
+            PARTIALS=config.partials,
+            num_warps=config.num_warps,
         )
     return rows
 
@@ -192,72 +322,22 @@ def _apply(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    device, n = batch.params[0].device, len(batch.params)
     if rows is not None:
         check_rows(rows, batch.params)
-    config = _config(device)
-    with _on(device):
+        rows = rows.contiguous()
+    with _on(batch.params[0].device):
         opened = _open(batch, kernels)
-        tables, layout = opened.tables, opened.tables.layout
-        if rows is None:
-            _launch_stats(batch, kernels, tables, grad_scale)
-            if any(batch.shared):
-                _launch(
-                    kernels.sum_shared,
-                    1,
-                    layout.table,
-                    tables.hypers,
-                    layout.chunk_tensors,
-                    layout.partials,
-                    layout.totals,
-                    n,
-                    layout.chunks,
-                    COLUMNS=kernels.hypers,
-                    PARTIALS=config.shared_partials,
-                    num_warps=config.num_warps,
-                )
-        _launch(
-            kernels.beta,
-            n,
-            tables.addresses,
-            layout.table,
-            tables.hypers,
-            tables.lrs,
-            layout.partials,
-            layout.totals,
-            None if rows is None else rows.contiguous(),
-            layout.coefficients,
-            grad_scale,
-            found_inf,
-            n,
-            layout.chunks,
-            CHUNK=config.chunk,
-            PARTIALS=config.partials,
-            # One warp: no other can read a scalar after this one wrote it.
-            num_warps=1,
-        )
-        # Backwards, as the stats kernel's last chunks are the ones that L2 still holds.
-        # Predicted, not measured yet: with a launch of stats before all of apply, that spares
-        # the second read of as much as L2 holds (some 40 MB of an H100's 50), at 16 of 44
-        # bytes an element. Lists that fit L2 come near the 28 bytes of one pass; of GPT-2
-        # small's 2 GB it is 2 in 100.
-        for bucket in reversed(layout.buckets):
-            _launch(
-                kernels.apply,
-                bucket.chunks,
-                tables.addresses,
-                layout.table,
-                layout.chunk_tensors,
-                layout.coefficients,
-                found_inf,
-                n,
-                bucket.first_chunk + bucket.chunks - 1,
-                *_arithmetic(bucket.dtypes),
-                CHUNK=config.chunk,
-                BLOCK=config.block,
-                STAGES=config.num_stages,
-                num_warps=config.num_warps,
-            )
+        tables = opened.tables
+        alone = rows is None and not any(batch.shared)
+        plan = _plan(batch, tables.layout) if alone else None
+        if plan is not None:
+            _launch_step(batch, kernels, tables, plan, grad_scale, found_inf)
+        else:
+            if rows is None:
+                _launch_stats(batch, kernels, tables, grad_scale)
+                if any(batch.shared):
+                    _launch_shared(batch, kernels, tables)
+            _launch_apply(batch, kernels, tables, rows, grad_scale, found_inf)
         opened.store(batch)
 
 

@@ -1,10 +1,11 @@
 // Walks csrc/cuda/schedule.h with threads in place of blocks, for test_cuda_schedule.py:
 //
-//   schedule blocks threads launches ahead count...
+//   schedule blocks threads launches count... < items
 //
 // `threads` of the `blocks` run at a time, the others start when one of these is through. The
 // counts are numbers of chunks, one a tensor. Says on stderr what was done wrong.
 #include <cstdlib>
+#include <iostream>
 #include <string>
 
 #include "../csrc/cuda/schedule.h"
@@ -100,28 +101,20 @@ void launch(Run& run, unsigned blocks, unsigned threads) {
 
 int main(int argc, char** argv) {
   const unsigned blocks = std::atoi(argv[1]), threads = std::atoi(argv[2]);
-  const int launches = std::atoi(argv[3]), ahead = std::atoi(argv[4]);
+  const int launches = std::atoi(argv[3]);
   Run run;
-  std::vector<int64_t> counts;
-  std::vector<int32_t> names;
-  int64_t items = 0;
-  for (int i = 5; i < argc; ++i) {
+  for (int i = 4; i < argc; ++i) {
     const int64_t chunks = std::atoll(argv[i]);
-    names.push_back(static_cast<int32_t>(counts.size()));
-    counts.push_back(chunks);
-    items += chunks + std::max<int64_t>(1, chunks);
     run.tensors.push_back({chunks, std::vector<int>(chunks), std::vector<int>(chunks), 0});
   }
-  run.items.resize(items);
-  run.progress.resize(counts.size());
-  make_items(counts.data(), names.data(), static_cast<int64_t>(counts.size()), ahead,
-             run.items.data());
-  for (const Item& item : run.items) std::printf("%d %d\n", item.tensor, item.chunk);
+  for (Item item; std::cin >> item.tensor >> item.chunk;) run.items.push_back(item);
+  run.progress.resize(run.tensors.size());
   for (int i = 0; i < launches; ++i) launch(run, blocks, threads);
-  for (size_t i = 0; i < counts.size(); ++i) {
-    if (run.tensors[i].beta != launches) fail("beta not set", i, -1);
-    for (int64_t chunk = 0; chunk < counts[i]; ++chunk)
-      if (run.tensors[i].updates[chunk] != launches) fail("not updated", i, chunk);
+  for (size_t i = 0; i < run.tensors.size(); ++i) {
+    const Tensor& tensor = run.tensors[i];
+    if (tensor.beta != launches) fail("beta not set", i, -1);
+    for (int64_t chunk = 0; chunk < tensor.chunks; ++chunk)
+      if (tensor.updates[chunk] != launches) fail("not updated", i, chunk);
   }
   return 0;
 }

@@ -10,15 +10,18 @@ A program takes the interpreter some 50 ms, so tensors and steps are few.
 from __future__ import annotations
 
 import gc
+import inspect
 import os
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
-from adamem_fused import AMSGD, AMAdamW, triton
+from adamem_fused import AMSGD, AMAdamW, schedule, triton
 from adamem_fused.backends import BACKENDS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -56,9 +59,7 @@ def small_blocks(monkeypatch):
     if INTERPRETED:
         from adamem_fused.triton_kernels.config import Config
 
-        config = Config(
-            chunk=512, block=256, num_warps=1, num_stages=1, partials=2, shared_partials=4
-        )
+        config = Config(chunk=512, block=256, num_warps=1, num_stages=1, partials=2, programs=3)
         monkeypatch.setattr(triton, "_config", lambda device: config)
 
 
@@ -409,6 +410,78 @@ def test_two_runs_give_the_same_bits(backend, cls):
         return params
 
     for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_one_launch_gives_the_bits_of_several(backend, cls, monkeypatch):
+    """With a step in between that found_inf leaves out: the next launch finds all in order."""
+    shapes = [(1300,), (0, 3)]
+
+    def run():
+        params = [param for dtype in TOLERANCE for param in make_params(shapes, dtype)]
+        optimizer = cls(params, backend=backend, lr=0.05, weight_decay=0.1, beta_scope="tensor")
+        optimizer.found_inf = torch.zeros((), device=DEVICE)
+        optimizer.grad_scale = torch.ones((), device=DEVICE)
+        for step, skipped in ((0, False), (0, True), (1, False)):
+            set_grads(params, step)
+            optimizer.found_inf.fill_(float(skipped))
+            optimizer.step()
+        assert {optimizer.state[param]["step"].item() for param in params} == {2}
+        assert any(0.001 < optimizer.state[param]["beta"] < 0.88 for param in params)
+        return [t for p in params for t in (p.detach(), *optimizer.state[p].values())]
+
+    one = run()
+    monkeypatch.setattr(BACKENDS[backend], "_plan", lambda *args: None)
+    for first, second in zip(one, run(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.fixture
+def programs_side_by_side(monkeypatch):
+    """Triton's interpreter runs a launch's programs one after the other; this, on threads."""
+    from triton.runtime import interpreter
+
+    def run(executor, *args, **kwargs):
+        constants = {k: v for k, v in kwargs.items() if k in executor.arg_names}
+        scope = interpreter._patch_lang(executor.fn)
+        values = {
+            name: value if name in executor.constexprs else interpreter._implicit_cvt(value)
+            for name, value in inspect.getcallargs(executor.fn, *args, **constants).items()
+        }
+        (programs,) = executor.grid
+        interpreter.interpreter_builder.set_grid_dim(programs, 1, 1)
+        with ThreadPoolExecutor(programs) as pool:
+            done = [pool.submit(executor.fn, **values) for _ in range(programs)]
+        scope.restore()
+        for each in done:
+            each.result()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", run)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="elsewhere programs run side by side in every test")
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_programs_side_by_side_give_the_bits_of_one(cls, monkeypatch, request):
+    """With updates right behind their sums, so that most have to wait."""
+    make_items = schedule.make_items
+    monkeypatch.setattr(schedule, "make_items", lambda *args: make_items(*args[:2], ahead=0))
+
+    def run():
+        params = make_params([(1300,), (5,), (0,), (700,), (3,)])
+        optimizer = cls(params, backend="triton", lr=0.05, beta_scope="tensor")
+        for step in range(2):
+            set_grads(params, step)
+            optimizer.step()
+        return [t for p in params for t in (p.detach(), *optimizer.state[p].values())]
+
+    one = run()
+    request.getfixturevalue("programs_side_by_side")
+    for first, second in zip(one, run(), strict=True):
         assert torch.equal(first, second)
 
 

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from adamem_fused import AMSGD, AMAdamW, tables, triton
+from adamem_fused import AMSGD, AMAdamW, schedule, tables, triton
 
 OPTIMIZERS = [AMAdamW, AMSGD]
 HERE = Path(__file__).parent
@@ -47,7 +47,7 @@ class Launches:
         assert programs > 0
         name = kernel.fn.__name__
         self.names.append(name)
-        if name.endswith("_beta"):
+        if name.endswith(("_step", "_beta")):
             self.addresses = args[0]
 
     def step(self, optimizer) -> list[list[int]]:
@@ -105,19 +105,36 @@ def test_at_most_four_launches_whatever_the_tensors(launches, cls, scope, n):
     groups = [{"params": params[half:], "lr": 0.1}, {"params": params[:half], "lr": 0.2}]
     optimizer = cls(groups, backend="triton", beta_scope=scope)
     launches.step(optimizer)
-    prefix = "adamw" if cls is AMAdamW else "sgd"
-    middle = ["sum_shared"] if scope == "global" else []
-    assert launches.names == [f"{prefix}_stats", *middle, f"{prefix}_beta", f"{prefix}_apply"]
+    kind = "adamw" if cls is AMAdamW else "sgd"
+    several = [f"{kind}_stats", "sum_shared", f"{kind}_beta", f"{kind}_apply"]
+    assert launches.names == ([f"{kind}_step"] if scope == "tensor" else several)
 
 
-def test_one_launch_of_stats_and_apply_for_each_combination_of_dtypes(launches):
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("rows", [False, True])
+def test_one_launch_more_of_each_for_each_combination_of_dtypes(launches, cls, rows):
     params = [
         torch.zeros(5, dtype=dtype, requires_grad=True)
         for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.float64)
     ]
     set_grads(params)
+    optimizer = cls(params, backend="triton", beta_scope="tensor")
+    kind = "adamw" if cls is AMAdamW else "sgd"
+    if rows:
+        (work,) = optimizer._collect()
+        stats, apply = getattr(triton, f"{kind}_stats"), getattr(triton, f"{kind}_apply")
+        apply(work.batch, stats(work.batch, None), None, None)
+        expected = [f"{kind}_stats"] * 3 + ["sum_rows", f"{kind}_beta"] + [f"{kind}_apply"] * 3
+    else:
+        launches.step(optimizer)
+        expected = [f"{kind}_step"] * 3
+    assert launches.names == expected
+
+
+def test_a_list_without_elements_is_launched_apart(launches):
+    params = make_params(2, (0, 3))
     launches.step(AMAdamW(params, backend="triton"))
-    assert sorted(launches.names) == ["adamw_apply"] * 3 + ["adamw_beta"] + ["adamw_stats"] * 3
+    assert launches.names == ["adamw_beta"]
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -129,6 +146,32 @@ def test_nothing_is_uploaded_while_nothing_changes(launches, cls):
     for _ in range(3):
         assert launches.step(optimizer) == own_addresses(optimizer)
         assert launches.uploads == 0
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_the_order_of_a_step_is_made_once_for_a_list_of_tensors(launches, monkeypatch, cls):
+    made = []
+    make_items = schedule.make_items
+    monkeypatch.setattr(schedule, "make_items", lambda *args: made.append(1) or make_items(*args))
+    params = make_params(3)
+    optimizer = cls(params, backend="triton", beta_scope="tensor")
+    for _ in range(3):
+        launches.step(optimizer)
+        set_grads(params)
+    assert len(made) == 1
+    params[0].grad = None
+    optimizer.step()
+    assert len(made) == 2
+
+
+def test_a_step_that_is_captured_before_its_order_was_made_is_launched_apart(launches, monkeypatch):
+    """Memory for it cannot be pinned then. Steps over rows have made the other tables."""
+    optimizer = AMAdamW(make_params(2), backend="triton")
+    (work,) = optimizer._collect()
+    triton.adamw_apply(work.batch, triton.adamw_stats(work.batch, None), None, None)
+    monkeypatch.setattr(tables, "is_capturing", lambda device: True)
+    launches.step(optimizer)
+    assert launches.names == ["adamw_stats", "adamw_beta", "adamw_apply"]
 
 
 def change_grads(optimizer, params):
@@ -248,20 +291,21 @@ def test_tables_of_a_captured_step_are_kept_and_a_new_layout_is_refused(launches
     params = make_params(2)
     optimizer = AMAdamW(params, backend="triton")
     launches.step(optimizer)
-    monkeypatch.setattr(tables, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(tables, "is_capturing", lambda device: True)
     launches.step(optimizer)
     captured = launches.addresses
     (cache,) = optimizer._caches.values()
-    (kept,) = cache["captured"]
-    kept_tables, kept_lists = kept
+    kept = list(cache["captured"])
+    (kept_tables, kept_lists), plan = kept
     assert kept_tables.addresses is captured
+    assert plan is cache["plan"]
     assert kept_lists[tables.GRADS][0] is params[0].grad
     params.pop().grad = None
     with pytest.raises(RuntimeError, match="take a step with the same parameters"):
         optimizer.step()
-    monkeypatch.setattr(tables, "_is_capturing", lambda device: False)
+    monkeypatch.setattr(tables, "is_capturing", lambda device: False)
     launches.step(optimizer)
-    assert cache["captured"] == [kept]
+    assert all(a is b for a, b in zip(cache["captured"], kept, strict=True))
     assert launches.addresses.data_ptr() != captured.data_ptr()
 
 
@@ -270,7 +314,7 @@ def test_a_captured_upload_takes_the_block_that_was_put_aside(launches, monkeypa
     optimizer = AMAdamW([param], backend="triton")
     launches.step(optimizer)
     layout, old = layout_of(optimizer), param.grad
-    monkeypatch.setattr(tables, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(tables, "is_capturing", lambda device: True)
     param.grad = old.clone()
     with pytest.raises(RuntimeError, match="take a step with the same parameters"):
         optimizer.step()
@@ -350,7 +394,7 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch):
 
 
 def test_the_kernels_are_one_module_under_one_name():
-    from adamem_fused.triton_kernels import kernels
+    from adamem_fused.triton_kernels import adamw
 
-    assert kernels.__name__ == "adamem_fused.triton_kernels.kernels"
-    assert triton._adamw().stats is kernels.adamw_stats
+    assert adamw.__name__ == "adamem_fused.triton_kernels.adamw"
+    assert triton._adamw().stats is adamw.adamw_stats

@@ -1,4 +1,6 @@
 """Triton kernels of the Adaptive Memory optimizers.
 
-`elements` holds the formulas, `kernels` the walk over memory, `config` the block sizes.
+`adamw` and `sgd` hold the kernels, `elements` the formulas, `tables` how kernels find their
+tensors, `sums` what is added over chunks, `schedule` the order of a step in one launch, and
+`config` the block sizes.
 """

@@ -50,11 +50,6 @@ int adamem_share_rows(const Step* step, int columns, void* stream) {
   return launch(share_rows_kernel, 1, *step, stream, *step, columns);
 }
 
-void adamem_make_items(const int64_t* counts, const int32_t* names, int64_t n, int64_t ahead,
-                       Item* items) {
-  make_items(counts, names, n, ahead, items);
-}
-
 int adamem_chunk() { return kChunk; }
 
 const char* adamem_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

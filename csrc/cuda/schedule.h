@@ -1,21 +1,9 @@
-// The order of a step in one launch, and how its blocks keep to it.
+// How the blocks of one launch that does a whole step keep to its order.
 //
-// Every tensor is read twice, for its sums and, once these have given its beta, for its
-// update. In one launch the second reading can find in L2 what the first has left there. The
-// step is one sequence of items, each a chunk's sums or a chunk's update:
-//
-//   sums    of all chunks, tensor by tensor, forwards;
-//   updates of a tensor's chunks backwards, as its last ones are the freshest in L2, from
-//           where the sums are `ahead` chunks beyond the tensor's end. By then its sums are
-//           complete and its beta is there, so that hardly any block has to wait.
-//
-// What has to stay in L2 is a tensor and the chunks that the sums are ahead by. Of a tensor
-// that is larger, L2 still has the end, where its update begins; the rest is read twice.
-//
-// Blocks claim items one by one, in order, from a counter. An update waits for items before
-// its own alone, and these were claimed before it, by blocks that are running: so the walk
-// comes to its end with any number of blocks, whether all of them are resident or not, and
-// whatever else the GPU is doing.
+// The items and their order are those of adamem_fused/schedule.py. Blocks claim them one by one,
+// in order, from a counter. An update waits for items before its own alone, and these were
+// claimed before it, by blocks that are running: so the walk comes to its end with any number of
+// blocks, whether all of them are resident or not, and whatever else the GPU is doing.
 #pragma once
 
 #include <cuda/atomic>
@@ -29,30 +17,6 @@ namespace am::cuda {
 struct Item {
   int32_t tensor, chunk;
 };
-
-// counts: the number of chunks of each of n tensors. Writes max(1, count) + count items a
-// tensor; with `names` given, tensor i goes by names[i].
-inline void make_items(const int64_t* counts, const int32_t* names, int64_t n, int64_t ahead,
-                       Item* items) {
-  int64_t sums = 0;         // items of sums so far
-  int64_t sums_tensor = 0;  // the next one of them
-  int64_t sums_chunk = 0;
-  int64_t end = 0;  // items of sums to the end of tensor i
-  const auto at_least_one = [&](int64_t tensor) { return counts[tensor] > 0 ? counts[tensor] : 1; };
-  for (int64_t i = 0; i < n; ++i) {
-    end += at_least_one(i);
-    while (sums < end + ahead && sums_tensor < n) {
-      *items++ = {names[sums_tensor], static_cast<int32_t>(sums_chunk)};
-      ++sums;
-      if (++sums_chunk == at_least_one(sums_tensor)) {
-        ++sums_tensor;
-        sums_chunk = 0;
-      }
-    }
-    for (int64_t chunk = counts[i] - 1; chunk >= 0; --chunk)
-      *items++ = {names[i], static_cast<int32_t>(~chunk)};
-  }
-}
 
 // Where blocks meet, in device memory: all zero before the first launch, and left as the next
 // launch needs it. A launch has a number of its own, so that nothing has to be reset.

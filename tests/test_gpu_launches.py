@@ -1,4 +1,4 @@
-"""The cuda backend on a GPU, beside test_gpu.py: one launch against several, streams, devices.
+"""The one launch of a step where only a GPU shows it: against several, streams, devices.
 
 Not yet run on one.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adamem_fused import AMSGD, AMAdamW, cuda
+from adamem_fused import AMSGD, AMAdamW
+from adamem_fused.backends import BACKENDS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,14 +22,15 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(0,), (), (3,), (2048,), (2049,), (1000, 1000), (77,), (3000, 6000), (300, 70)]
 
 
-@pytest.fixture(autouse=True)
-def there():
-    reason = cuda.unavailable(torch.device("cuda"))
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request) -> str:
+    reason = BACKENDS[request.param].unavailable(torch.device("cuda"))
     if reason is not None:
-        pytest.skip(reason)
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
 
 
-def make(cls, shapes=SHAPES, dtypes=(torch.float32,), device="cuda", **options):
+def make(backend, cls, shapes=SHAPES, dtypes=(torch.float32,), device="cuda", **options):
     generator = torch.Generator().manual_seed(0)
     params = [
         torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
@@ -36,7 +38,7 @@ def make(cls, shapes=SHAPES, dtypes=(torch.float32,), device="cuda", **options):
         for shape in shapes
     ]
     options.setdefault("beta_scope", "tensor")
-    return params, cls(params, lr=0.05, backend="cuda", **options)
+    return params, cls(params, lr=0.05, backend=backend, **options)
 
 
 def train(params, optimizer, steps=3) -> list[torch.Tensor]:
@@ -52,25 +54,25 @@ def train(params, optimizer, steps=3) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("dtypes", [*((dtype,) for dtype in DTYPES), DTYPES], ids=str)
-def test_one_launch_gives_the_bits_of_several(monkeypatch, cls, dtypes):
-    one = train(*make(cls, dtypes=dtypes))
-    monkeypatch.setattr(cuda, "_plan", lambda *args: None)
-    several = train(*make(cls, dtypes=dtypes))
+def test_one_launch_gives_the_bits_of_several(backend, cls, dtypes, monkeypatch):
+    one = train(*make(backend, cls, dtypes=dtypes))
+    monkeypatch.setattr(BACKENDS[backend], "_plan", lambda *args: None)
+    several = train(*make(backend, cls, dtypes=dtypes))
     assert all(map(torch.equal, one, several))
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_many_steps_give_the_same_bits_again(cls):
-    """A block that reads what another has not finished writing would show here."""
-    first = train(*make(cls), steps=30)
+def test_many_steps_give_the_same_bits_again(backend, cls):
+    """A program that reads what another has not finished writing would show here."""
+    first = train(*make(backend, cls), steps=30)
     for _ in range(3):
-        assert all(map(torch.equal, first, train(*make(cls), steps=30)))
+        assert all(map(torch.equal, first, train(*make(backend, cls), steps=30)))
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_steps_on_streams_beside_each_other_give_the_same_bits(cls):
-    expected = train(*make(cls))
-    sides = [make(cls) for _ in range(3)]
+def test_steps_on_streams_beside_each_other_give_the_same_bits(backend, cls):
+    expected = train(*make(backend, cls))
+    sides = [make(backend, cls) for _ in range(3)]
     streams = [torch.cuda.Stream() for _ in sides]
     for step in range(3):
         for (params, optimizer), stream in zip(sides, streams, strict=True):
@@ -87,30 +89,31 @@ def test_steps_on_streams_beside_each_other_give_the_same_bits(cls):
         assert all(torch.equal(a.cpu(), b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_a_busy_gpu_does_not_stop_a_step():
-    expected = train(*make(AMAdamW))
+def test_a_busy_gpu_does_not_stop_a_step(backend):
+    expected = train(*make(backend, AMAdamW))
     matrix = torch.randn(8192, 8192, device="cuda")
     with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(30):
             matrix = matrix @ matrix * 1e-2
-    assert all(map(torch.equal, expected, train(*make(AMAdamW))))
+    assert all(map(torch.equal, expected, train(*make(backend, AMAdamW))))
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_every_device_is_its_own(cls):
+def test_every_device_is_its_own(backend, cls):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    first = train(*make(cls, device="cuda:0"))
+    first = train(*make(backend, cls, device="cuda:0"))
     # With another device current.
-    second = train(*make(cls, device="cuda:1"))
+    second = train(*make(backend, cls, device="cuda:1"))
     assert all(map(torch.equal, first, second))
     assert torch.cuda.current_device() == 0
 
 
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_a_compiled_step_is_the_step(cls):
-    params, optimizer = make(cls)
-    twins, twin = make(cls)
+def test_a_compiled_step_is_the_step(backend, cls):
+    params, optimizer = make(backend, cls)
+    twins, twin = make(backend, cls)
     compiled = torch.compile(optimizer.step, fullgraph=True)
     for step in range(3):
         for i, (param, other) in enumerate(zip(params, twins, strict=True)):
