@@ -23,6 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# torch.compiler.disable, but without importing torch._dynamo, which takes seconds, at once.
+from torch._compile import _disable_dynamo
+
 from adamem_fused import schedule
 from adamem_fused.batch import AdamWBatch, Batch, SGDBatch, check_rows
 from adamem_fused.schedule import Plan
@@ -341,11 +344,16 @@ def _apply(
         opened.store(batch)
 
 
+# torch.compile breaks its graph at a step of this backend: there is nothing in it to trace.
+
+
+@_disable_dynamo
 def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
     return _stats(batch, _adamw(), grad_scale)
 
 
+@_disable_dynamo
 def adamw_apply(
     batch: AdamWBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
@@ -353,11 +361,13 @@ def adamw_apply(
     _apply(batch, _adamw(), rows, grad_scale, found_inf)
 
 
+@_disable_dynamo
 def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
     return _stats(batch, _sgd(), grad_scale)
 
 
+@_disable_dynamo
 def sgd_apply(
     batch: SGDBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:

@@ -526,3 +526,18 @@ def test_gradients_are_not_kept_alive(backend, cls):
     optimizer.zero_grad()
     gc.collect()
     assert kept() is None
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_compiled_step_is_the_step(backend, cls):
+    if backend == "cuda" and DEVICE.type == "cpu":
+        pytest.skip("the operators have the cuda backend's kernels for CUDA tensors alone")
+    models = [make_params(SHAPES[:2]) for _ in range(2)]
+    optimizers = [cls(params, lr=0.1, backend=backend) for params in models]
+    steps = [torch.compile(optimizers[0].step, backend="eager"), optimizers[1].step]
+    for i in range(3):
+        for params, step in zip(models, steps, strict=True):
+            set_grads(params, i)
+            step()
+    for a, b in zip(*models, strict=True):
+        assert torch.equal(a, b)
