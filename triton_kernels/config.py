@@ -25,7 +25,7 @@ class Config(NamedTuple):
 # A block of 8 elements a thread is one 16-byte access of bfloat16 and two of float32, to each of
 # g, d, v and x: 16 KB a program in float32. By Little's law an H100 (3.35 TB/s, some 0.7 us from
 # memory, 132 multiprocessors) wants 18 KB under way on each multiprocessor; 4 programs ask for 64.
-# Compiled for sm_90, AM-AdamW's step takes 91 registers a thread in float32 and 108 with 16-bit
+# Compiled for sm_90, AM-AdamW's step takes 91 registers a thread in float32 and 105 with 16-bit
 # types, and 4 programs of 128 threads may take 128. Stages are for loads through shared memory; 1
 # is none, as the programs side by side hide the latency.
 #
@@ -38,7 +38,8 @@ class Config(NamedTuple):
 # float64: some 2 us) lies beside the other programs' 5 us or so for a chunk.
 #
 # The partial sums of 2^28 elements, 131,072, are added by one program, while all others wait: some
-# 40 us of the step's 3.5 ms.
+# 70 us of the step's 3.5 ms. More of them at a time, or a loop that is unrolled, takes registers
+# that some of the step kernels do not have.
 #
 # By (vendor, major compute capability); an unknown device takes its vendor's last line.
 CONFIGS: dict[tuple[str, int], Config] = {

@@ -13,8 +13,7 @@ def sum_partials(partials, layout, chunks, n, i, CHUNK: tl.constexpr, PARTIALS: 
     count = chunks_of(layout, n, i, CHUNK)
     num = tl.zeros([PARTIALS], tl.float64)
     den = tl.zeros([PARTIALS], tl.float64)
-    # Unrolled, as no other tensor's work may be left to hide what these loads take.
-    for k in tl.range(0, count, PARTIALS, loop_unroll_factor=2):
+    for k in range(0, count, PARTIALS):
         offsets = k + tl.arange(0, PARTIALS)
         mask = offsets < count
         # From L2: in the kernel that does a whole step, other programs have just written them.
