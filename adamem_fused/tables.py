@@ -71,12 +71,15 @@ def _check(batch: Batch) -> None:
                     f"{name} of tensor {i} is {tensor.layout} {tensor.dtype}; it has to be a "
                     "dense real floating-point tensor"
                 )
-    for i, param in enumerate(batch.params):
-        if any(s == 0 and size > 1 for s, size in zip(param.stride(), param.shape, strict=True)):
-            raise RuntimeError(
-                f"param {i} of shape {list(param.shape)} and strides {list(param.stride())} has "
-                "elements that share memory, which cannot be updated in place"
-            )
+    for name, tensors in zip(names, _data_lists(batch), strict=True):
+        for i, tensor in enumerate(tensors if name != "grad" else ()):
+            sizes = zip(tensor.stride(), tensor.shape, strict=True)
+            if any(stride == 0 and size > 1 for stride, size in sizes):
+                raise RuntimeError(
+                    f"{name} {i} of shape {list(tensor.shape)} and strides "
+                    f"{list(tensor.stride())} has elements that share memory, which cannot be "
+                    "updated in place"
+                )
     for scalars in batch.lists()[len(names) :]:
         for i, scalar in enumerate(scalars):
             if scalar.dtype not in (torch.float32, torch.float64):

@@ -186,6 +186,21 @@ def test_a_parameter_that_overlaps_itself_raises_and_nothing_changes(backend, cl
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("backend", backends("reference", "foreach"))
+def test_a_memory_that_overlaps_itself_raises_and_nothing_changes(backend, cls):
+    params = [random_tensor((7,)).requires_grad_(), random_tensor((4, 5)).requires_grad_()]
+    optimizer = cls(params, backend=backend)
+    for param in params:
+        param.grad = torch.ones(param.shape)
+    optimizer.step()
+    optimizer.state[params[1]][cls.memories[-1]] = torch.zeros(5).expand(4, 5)
+    before = [bits(param).clone() for param in params]
+    with pytest.raises(RuntimeError, match=r"unsupported operation|overlap|share memory"):
+        optimizer.step()
+    assert all(torch.equal(bits(p), b) for p, b in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("backend", backends("reference"))
 def test_strided_parameters_among_hundreds_of_tensors(cls, backend):
     """Enough of them that the cpu backend's other threads open and store copies too."""

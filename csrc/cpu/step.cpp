@@ -153,6 +153,7 @@ struct Views {
       return;
     }
     at::assert_no_internal_overlap(p);
+    for (const Tensor* memory : m) at::assert_no_internal_overlap(*memory);
     copies = std::make_unique<Copies>();
     const auto copy = [&](const Tensor& t) { return t.to(type).contiguous(); };
     copies->param = copy(p);
