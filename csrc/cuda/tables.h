@@ -1,6 +1,6 @@
 // The tables through which the kernels find a step's tensors, in device memory. They are laid
 // out by adamem_fused/tables.py, one column a tensor, and read by the Triton kernels too
-// (triton_kernels/kernels.py). Everything is found by 64-bit offsets.
+// (triton_kernels/tables.py). Everything is found by 64-bit offsets.
 #pragma once
 
 #include <cuda_runtime.h>
