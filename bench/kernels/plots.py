@@ -219,10 +219,11 @@ def draw_contestants(report: Report) -> Figure | None:
             [name for _, name in found],
             [median - 1 for median, _ in found],
             left=1,
-            color=[_color(name) or "tab:orange" for _, name in found],
+            # Whatever the backend: the optimizers of this package stand out.
+            color=[_color(name) or COLORS.get(name.split()[0], "tab:orange") for _, name in found],
         )
         for y, (median, _) in enumerate(found):
-            axes.text(median, y, f" {median:.2f}", va="center", fontsize=7)
+            axes.text(max(median, 1), y, f" {median:.2f}", va="center", fontsize=7)
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_xscale("log")
         axes.margins(x=0.2)
