@@ -12,21 +12,26 @@ from bench import host
 
 @pytest.mark.parametrize("cls", [AMAdamW, AMSGD])
 @pytest.mark.parametrize(
-    ("change", "is_new"), [("nothing", False), ("gradients", True), ("everything", True)]
+    ("change", "new"),
+    [("nothing", 0), ("gradients", 1), ("everything", None), ("state replaced", None)],
 )
-def test_tables_are_uploaded_where_addresses_are_new(monkeypatch, cls, change, is_new):
-    contents = []
+def test_the_addresses_are_new_of_which_it_is_said(monkeypatch, cls, change, new):
+    """new: how many of a parameter's tensors, None for all."""
+    addresses = []
     open_tables = tables.open_tables
 
     def watched(*args):
         opened = open_tables(*args)
-        contents.append(opened.tables.content)
+        addresses.append(opened.tables.addresses)
         return opened
 
     monkeypatch.setattr("adamem_fused.triton.open_tables", watched)
     assert len(host.step_times(cls, change, tensors=3, steps=4)) == 4
-    assert len(contents) == 9
-    assert [a != b for a, b in itertools.pairwise(contents)] == [is_new] * 8
+    first, *timed = addresses
+    assert len(timed) == 9
+    if new is None:
+        new = 2 + len(cls.memories) + len(cls.scalars)
+    assert [int((a != b).sum()) for a, b in itertools.pairwise(timed)] == [3 * new] * 8
 
 
 def test_the_command_prints_quartiles_and_writes_every_sample(tmp_path, capsys):
@@ -34,4 +39,4 @@ def test_the_command_prints_quartiles_and_writes_every_sample(tmp_path, capsys):
     assert capsys.readouterr().out.count("gradients") == 2
     results = json.loads((tmp_path / "host.json").read_text())
     assert all(len(times) == 3 for times in results["seconds"].values())
-    assert len(results["seconds"]) == 6
+    assert len(results["seconds"]) == 8
