@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
         help="a GPU step's time on the host: needs no GPU",
         description="Times a step of the triton backend on CPU tensors with its launches left "
         "out: collecting the tensors, looking whether an address has changed, and making the "
-        "tables anew where one has. \"state replaced\": everything, and the state is of new "
+        'tables anew where one has. "state replaced": everything, and the state is of new '
         "tensors, as after loading a checkpoint, whose predecessors are freed within the step. "
         "The table's columns are the quartiles in microseconds.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
