@@ -25,6 +25,7 @@ demo: .venv/installed
 bench-cpu: .venv/installed
 	$(BIN)/python -m bench kernels --device cpu
 	$(BIN)/python -m bench train --device cpu
+	$(BIN)/python -m bench host
 	$(BIN)/python -m bench readme
 
 experiments: .venv/installed

@@ -7,7 +7,6 @@ import gc
 import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from adamem_fused import AMSGD, AMAdamW, triton
 from bench.arguments import COUNT, output_folder
-from bench.environment import environment
+from bench.environment import environment, folder_name
+from bench.kernels.devices import find_device
 
 CHANGES = ("nothing", "gradients", "everything", "state replaced")
 
@@ -31,35 +31,46 @@ def add_parser(commands: Any) -> None:
         "out: collecting the tensors, looking whether an address has changed, and making the "
         'tables anew where one has. "state replaced": everything, and the state is of new '
         "tensors, as after loading a checkpoint, whose predecessors are freed within the step. "
-        "The table's columns are the quartiles in microseconds.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "Prints medians and quartiles, and writes host.json.",
     )
-    parser.add_argument("--tensors", type=COUNT, default=1000, help="parameters")
-    parser.add_argument("--steps", type=COUNT, default=300, help="that are timed")
-    parser.add_argument("--out", type=output_folder, help="folder for host.json")
+    parser.add_argument("--tensors", type=COUNT, default=1000, help="parameters (%(default)s)")
+    parser.add_argument("--steps", type=COUNT, default=300, help="that are timed (%(default)s)")
+    parser.add_argument("--out", type=output_folder, help="folder (bench/results/DEVICE)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    samples = {
-        (cls.__name__, change): step_times(cls, change, args.tensors, args.steps)
-        for cls in (AMAdamW, AMSGD)
-        for change in CHANGES
+    """Measures, prints a table and writes host.json."""
+    device = find_device("cpu")
+    folder = args.out or output_folder(f"bench/results/{folder_name(device.name)}")
+    result = {
+        "environment": {**environment(), "device": device.name},
+        "tensors": args.tensors,
+        "seconds": {
+            cls.__name__: {
+                change: step_times(cls, change, args.tensors, args.steps) for change in CHANGES
+            }
+            for cls in (AMAdamW, AMSGD)
+        },
     }
-    rows = [
-        [*key, *(f"{1e6 * value:.0f}" for value in statistics.quantiles(times, n=4))]
-        for key, times in samples.items()
-    ]
-    headers = ["optimizer", "new addresses", "25%", "median", "75%"]
-    print(tabulate(rows, headers, disable_numparse=True, colalign=["left"] * 2 + ["right"] * 3))
-    if args.out is not None:
-        results = {
-            "environment": environment(),
-            "tensors": args.tensors,
-            "seconds": {f"{name}, {change}": times for (name, change), times in samples.items()},
-        }
-        Path(args.out, "host.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(tabulate(table_cells(result), headers=HEADERS, disable_numparse=True))
+    path = folder / "host.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"Wrote {path}")
     return 0
+
+
+HEADERS = ["optimizer", "new addresses", "us a step"]
+
+
+def table_cells(result: dict[str, Any]) -> list[list[str]]:
+    """A row for each optimizer and change: the median and the quartiles."""
+    cells = []
+    for name, changes in result["seconds"].items():
+        for change, times in changes.items():
+            low, median, high = (f"{1e6 * t:.0f}" for t in statistics.quantiles(times, n=4))
+            cells.append([name, change, f"{median} ({low} to {high})"])
+    return cells
 
 
 def step_times(

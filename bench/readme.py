@@ -11,7 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from adamem_fused.backends import BACKENDS
-from bench import train
+from bench import host, train
 from bench.kernels.contestants import ADAMW_BASELINE
 from bench.kernels.results import Report, Row, Spread, baseline
 from bench.kernels.tables import format_ratio, format_reasons, target_cells
@@ -27,6 +27,7 @@ PICTURES = {
     "roofline.png": "Achieved bandwidth by parameter list, and a copy's",
     "contestants.png": "Step time of every contestant over torch's fused AdamW's",
 }
+MAIN_PICTURE = "ratios.png"
 TARGET_HEADERS = ["parameters", "time of / time of", "ratio", "quartiles", "aim", ""]
 RATIO_HEADERS = ["parameters", "tensors", "elements", "cache", "ms", "of floor"]
 CONTESTANT_HEADERS = [
@@ -46,7 +47,7 @@ def add_parser(commands: Any) -> None:
         "readme",
         help="writes the README's performance section from the committed results",
         description=f"Writes what stands between {BEGIN} and {END} in README.md from every "
-        f"{RESULTS}/*/kernels.json, and the train.json and pictures beside it.",
+        f"{RESULTS}/*/kernels.json, and the train.json, host.json and pictures beside it.",
     )
     parser.set_defaults(run=run, parser=parser)
 
@@ -104,15 +105,12 @@ def device_section(report: Report, folder: Path, root: Path) -> str:
             f"the fraction of the floor that was reached are those of {names[0]}:\n",
             _table(list(_ratio_cells(report, columns)), RATIO_HEADERS + names),
         ]
-    for label in _lists_of_everyone(report):
-        parts += [
-            f"Every contestant on {label}, float32, caches warm. Launches are kernels, on the CPU "
-            "torch operators that call no other:\n",
-            _table(list(_contestant_cells(report, label)), CONTESTANT_HEADERS),
-        ]
-    for name, words in PICTURES.items():
-        if (folder / name).exists():
-            parts.append(f"![{words}]({link}/{name})\n")
+    pictures = {
+        name: f"![{words}]({link}/{name})\n"
+        for name, words in PICTURES.items()
+        if (folder / name).exists()
+    }
+    parts += [picture for name, picture in pictures.items() if name == MAIN_PICTURE]
     trained = folder / "train.json"
     if trained.exists():
         result = json.loads(trained.read_text())
@@ -122,9 +120,28 @@ def device_section(report: Report, folder: Path, root: Path) -> str:
             f"([train.json]({link}/train.json)):\n",
             _table(train.table_cells(result), train.HEADERS),
         ]
+    submitted = folder / "host.json"
+    if submitted.exists():
+        result = json.loads(submitted.read_text())
+        parts += [
+            f"What a step of the `triton` backend on {result['tensors']:,} tensors takes the host, "
+            f"launches left out, by what has new addresses ([host.json]({link}/host.json)):\n",
+            _table(host.table_cells(result), host.HEADERS),
+        ]
+    details = []
+    for label in _lists_of_everyone(report):
+        details += [
+            f"Every contestant on {label}, float32, caches warm. Launches are kernels, on the CPU "
+            "torch operators that call no other:\n",
+            _table(list(_contestant_cells(report, label)), CONTESTANT_HEADERS),
+        ]
+    details += [picture for name, picture in pictures.items() if name != MAIN_PICTURE]
     reasons = [*format_reasons(report), *(f"{k}: {v}" for k, v in report.missing.items())]
     if reasons:
-        parts += ["Not measured:\n", "\n".join(f"- {reason}" for reason in reasons) + "\n"]
+        details += ["Not measured:\n", "\n".join(f"- {reason}" for reason in reasons) + "\n"]
+    if details:
+        summary = "Every contestant, and what was not measured"
+        parts += [f"<details><summary>{summary}</summary>\n", *details, "</details>\n"]
     return "\n".join(parts)
 
 

@@ -43,11 +43,13 @@ def add_parser(commands: Any) -> None:
         description="Trains a small byte-level GPT on random bytes with torch's fused AdamW and "
         "with AMAdamW, in turns, and writes train.json: tokens a second, and the share of a "
         "training step that is the optimizer's.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     has_gpu = torch.cuda.is_available()
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if has_gpu else "cpu", help="where"
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if has_gpu else "cpu",
+        help="where (%(default)s)",
     )
     for name, default, text in (
         ("--width", 256, "of the model"),
@@ -58,19 +60,15 @@ def add_parser(commands: Any) -> None:
         ("--rounds", 9, "rounds; in each, the two take turns"),
         ("--threads", torch.get_num_threads(), "threads of torch"),
     ):
-        parser.add_argument(name, type=COUNT, default=default, help=text)
-    parser.add_argument("--seed", type=SEED, default=0, help="of weights and data")
+        parser.add_argument(name, type=COUNT, default=default, help=f"{text} (%(default)s)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of weights and data (%(default)s)")
     parser.add_argument(
         "--quick",
         action="store_true",
         help="a look in seconds, with other defaults: "
         + ", ".join(f"{key.replace('_', '-')} {value}" for key, value in QUICK.items()),
     )
-    parser.add_argument(
-        "--out",
-        type=output_folder,
-        help="folder; None is bench/results/DEVICE",
-    )
+    parser.add_argument("--out", type=output_folder, help="folder (bench/results/DEVICE)")
     parser.set_defaults(run=run, parser=parser, quick_defaults=QUICK)
 
 

@@ -37,6 +37,11 @@ def test_the_addresses_are_new_of_which_it_is_said(monkeypatch, cls, change, new
 def test_the_command_prints_quartiles_and_writes_every_sample(tmp_path, capsys):
     assert commands.main(["host", "--tensors", "2", "--steps", "3", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("gradients") == 2
-    results = json.loads((tmp_path / "host.json").read_text())
-    assert all(len(times) == 3 for times in results["seconds"].values())
-    assert len(results["seconds"]) == 8
+    seconds = json.loads((tmp_path / "host.json").read_text())["seconds"]
+    assert [list(changes) for changes in seconds.values()] == [list(host.CHANGES)] * 2
+    assert all(len(times) == 3 for changes in seconds.values() for times in changes.values())
+
+
+def test_a_row_is_the_median_and_the_quartiles():
+    result = {"seconds": {"AMSGD": {"nothing": [1e-6 * us for us in (1, 2, 3, 4, 5, 6, 7)]}}}
+    assert host.table_cells(result) == [["AMSGD", "nothing", "4 (2 to 6)"]]
