@@ -21,6 +21,9 @@ Lr: TypeAlias = "float | Tensor"
 # The place of the gradients in a batch's lists.
 GRADS = 1
 
+# Dtypes of real parameters, gradients and memories.
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 class AdamWHyper(NamedTuple):
     """Hyperparameters of one parameter group of AM-AdamW."""
@@ -67,9 +70,6 @@ class AdamWBatch:
     def memories(self) -> dict[str, list[Tensor]]:
         return {"exp_avg": self.exp_avgs, "exp_avg_sq": self.exp_avg_sqs}
 
-    def check(self) -> None:
-        check(self.params, {"grad": self.grads, **self.memories})
-
     def lists(self) -> tuple[list[Tensor], ...]:
         """The lists in the order in which the optimizer's `_init_group` fills them."""
         return (
@@ -101,9 +101,6 @@ class SGDBatch:
     def memories(self) -> dict[str, list[Tensor]]:
         return {"momentum_buffer": self.momentum_buffers}
 
-    def check(self) -> None:
-        check(self.params, {"grad": self.grads, **self.memories})
-
     def lists(self) -> tuple[list[Tensor], ...]:
         """The lists in the order in which the optimizer's `_init_group` fills them."""
         return (
@@ -127,12 +124,8 @@ def group_slices(batch: Batch) -> Iterator[slice]:
         start += size
 
 
-def check(params: list[Tensor], others: dict[str, list[Tensor]]) -> None:
-    """Raises ValueError where a gradient or a memory has not its parameter's shape or device.
-
-    For what is written in Python; the C++ operators check for themselves, at a tenth of
-    the cost.
-    """
+def check_like(params: list[Tensor], others: dict[str, list[Tensor]]) -> None:
+    """Raises ValueError where a gradient or a memory has not its parameter's shape or device."""
     for name, tensors in others.items():
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             if tensor.shape != param.shape:
@@ -144,6 +137,64 @@ def check(params: list[Tensor], others: dict[str, list[Tensor]]) -> None:
                 raise ValueError(
                     f"{name} of tensor {i} is on {tensor.device}, its parameter on {param.device}"
                 )
+
+
+def check(batch: Batch) -> None:
+    """Raises on what cannot be stepped, before anything has changed.
+
+    For what is written in Python; the C++ operators check for themselves, at a tenth of
+    the cost.
+
+    Raises:
+        TypeError: data that is not dense, real and floating-point; a scalar that is no tensor
+            of float32 or float64.
+        ValueError: a gradient or a memory without its parameter's shape or device; a scalar of
+            more than one element.
+        RuntimeError: a parameter or a memory that cannot be updated in place.
+    """
+    updated = {"param": batch.params, **batch.memories}
+    for name, tensors in {**updated, "grad": batch.grads}.items():
+        for i, tensor in enumerate(tensors):
+            if tensor.layout != torch.strided or tensor.dtype not in FLOATING:
+                raise TypeError(
+                    f"{name} of tensor {i} is {tensor.layout} {tensor.dtype}; it has to be a "
+                    "dense real floating-point tensor"
+                )
+    check_like(batch.params, {"grad": batch.grads, **batch.memories})
+    for name, tensors in updated.items():
+        for i, tensor in enumerate(tensors):
+            _check_in_place(tensor, f"{name} {i}")
+    for scalars in batch.lists()[2 + len(batch.memories) :]:
+        for i, (scalar, param) in enumerate(zip(scalars, batch.params, strict=True)):
+            _check_scalar(scalar, param, i)
+
+
+def _check_in_place(tensor: Tensor, name: str) -> None:
+    sizes = zip(tensor.stride(), tensor.shape, strict=True)
+    if any(stride == 0 and size > 1 for stride, size in sizes):
+        raise RuntimeError(
+            f"{name} of shape {list(tensor.shape)} and strides {list(tensor.stride())} has "
+            "elements that share memory, which cannot be updated in place"
+        )
+    if torch.compiler.is_compiling():
+        return  # which does not know of inference mode
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name} was made in inference mode, and cannot be updated in place outside of it"
+        )
+
+
+def _check_scalar(scalar: Any, param: Tensor, i: int) -> None:
+    kind = scalar.dtype if isinstance(scalar, Tensor) else type(scalar).__name__
+    if kind not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"scalar state of tensor {i} is {kind}; it has to be a float32 or float64 tensor"
+        )
+    if scalar.numel() != 1 or scalar.device != param.device:
+        raise ValueError(
+            f"scalar state of tensor {i} has shape {list(scalar.shape)} on {scalar.device}; it "
+            f"has to be a 0-dim tensor on {param.device}"
+        )
 
 
 def check_rows(rows: Tensor, params: list[Tensor]) -> None:

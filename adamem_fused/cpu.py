@@ -3,7 +3,7 @@
 One call a step for the sums and one for the update, or one for both where no tensor's
 beta waits for another's. Multi-threaded (torch.set_num_threads), vectorised for AVX-512,
 AVX2 or the baseline (ATEN_CPU_CAPABILITY overrides the choice), and deterministic: the
-same bits with any number of threads and on any of the three.
+same bits with any number of threads, and AVX-512 those of AVX2.
 """
 
 from __future__ import annotations

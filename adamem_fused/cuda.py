@@ -183,8 +183,8 @@ def _step(
     )
 
 
-def _open(batch: Batch, kernels: _Kernels) -> Opened:
-    return open_tables(batch, _library().adamem_chunk(), kernels.coefficients)
+def _open(batch: Batch, kernels: _Kernels, again: bool) -> Opened:
+    return open_tables(batch, _library().adamem_chunk(), kernels.coefficients, again)
 
 
 def _plan(batch: Batch, kernels: _Kernels, layout: Layout, step: _Step) -> Plan | None:
@@ -208,7 +208,7 @@ def _stats(batch: Batch, kernels: _Kernels, grad_scale: Tensor | None) -> Tensor
     grad_scale = _float(grad_scale)
     with _on(device) as stream:
         # Kept to the end of the launches: it owns the copies that they read.
-        opened = _open(batch, kernels)
+        opened = _open(batch, kernels, again=False)
         step = _step(batch, opened.tables, rows, grad_scale, None)
         for bucket in opened.tables.layout.buckets:
             _call(kernels.stats, step, _bucket(bucket), stream)
@@ -224,16 +224,16 @@ def _apply(
     found_inf: Tensor | None,
 ) -> None:
     device, n = batch.params[0].device, len(batch.params)
+    given = rows is not None
+    shared = not given and any(batch.shared)
     if rows is not None:
         check_rows(rows, batch.params)
-    shared = rows is None and any(batch.shared)
-    if rows is not None:
         rows = rows.contiguous()
     elif shared:
         rows = torch.empty(n, 2, dtype=torch.float64, device=device)
     grad_scale, found_inf = _float(grad_scale), _float(found_inf)
     with _on(device) as stream:
-        opened = _open(batch, kernels)
+        opened = _open(batch, kernels, again=given)
         layout = opened.tables.layout
         step = _step(batch, opened.tables, rows, grad_scale, found_inf)
         buckets = [_bucket(bucket) for bucket in layout.buckets]

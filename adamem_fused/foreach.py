@@ -7,7 +7,7 @@ a pass over memory of its own, so it is many times slower than a fused backend.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from adamem_fused.batch import (
     Lr,
     SGDBatch,
     SGDHyper,
+    check,
     group_slices,
 )
 
@@ -32,18 +33,33 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
+def _hyper(batch: Batch, group: int) -> Any:
+    """A group's hyperparameters, with a number lr as a tensor in a step that is being compiled.
+
+    torch 2.13's default compiler keeps the number of an earlier step where it divides.
+    """
+    h = batch.hypers[group]
+    if isinstance(h.lr, Tensor) or not torch.compiler.is_compiling():
+        return h
+    return h._replace(lr=torch.full((), h.lr, dtype=torch.float64, device=batch.params[0].device))
+
+
 def _pick(tensors: Sequence[Tensor], indices: list[int]) -> list[Tensor]:
     return [tensors[i] for i in indices]
 
 
-def _parts(batch: Batch, memories: list[Tensor]) -> Iterator[tuple[int, list[int]]]:
-    """Tensors of one group and one dtype of memory: (the group, their indices)."""
+def _parts(batch: Batch) -> Iterator[tuple[int, torch.dtype, list[int]]]:
+    """Tensors of one group and one dtype of arithmetic: (the group, the dtype, their indices)."""
+    first, *others = batch.memories.values()
     for group, place in enumerate(group_slices(batch)):
         by_dtype: dict[torch.dtype, list[int]] = {}
         for i in range(place.start, place.stop):
-            by_dtype.setdefault(memories[i].dtype, []).append(i)
-        for indices in by_dtype.values():
-            yield group, indices
+            dtype = torch.promote_types(batch.params[i].dtype, first[i].dtype)
+            for memories in others:
+                dtype = torch.promote_types(dtype, memories[i].dtype)
+            by_dtype.setdefault(dtype, []).append(i)
+        for dtype, indices in by_dtype.items():
+            yield group, dtype, indices
 
 
 def _column(scalars: list[Tensor]) -> Tensor:
@@ -51,12 +67,20 @@ def _column(scalars: list[Tensor]) -> Tensor:
     return torch.stack([scalar.double() for scalar in scalars])
 
 
-def _scalars(column: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    return column.to(like.dtype).unbind()
+def _scalars(column: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return column.to(dtype).unbind()
 
 
-def _cast(tensors: list[Tensor], like: Tensor) -> list[Tensor]:
-    return [tensor.to(like.dtype) for tensor in tensors]
+def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors in a dtype; those that are of it are the very ones."""
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _store(tensors: list[Tensor], values: Sequence[Tensor]) -> None:
+    """Copies what does not stand in its place already."""
+    places = [i for i, (t, value) in enumerate(zip(tensors, values, strict=True)) if t is not value]
+    if places:
+        torch._foreach_copy_(_pick(tensors, places), _pick(values, places))
 
 
 def _over_lr(lr: Lr, value: Tensor) -> Tensor:
@@ -88,14 +112,13 @@ def _slope(g: list[Tensor], d: list[Tensor], h: AdamWHyper | SGDHyper) -> list[T
     return list(torch._foreach_sub(g, d)) if h.anchored else g
 
 
-def _step_x(params: list[Tensor], x: list[Tensor], step: list[Tensor], lr: Lr) -> None:
-    """params = x - lr step. `x` may be the params themselves."""
+def _step_x(x: list[Tensor], step: list[Tensor], lr: Lr) -> None:
+    """x = x - lr step."""
     if isinstance(lr, Tensor):
         lr = lr.to(step[0].device)
         torch._foreach_sub_(x, [s * lr for s in step])
     else:
         torch._foreach_add_(x, step, alpha=-lr)
-    torch._foreach_copy_(params, x)
 
 
 def _store_lr(prev_lrs: list[Tensor], lr: Lr) -> None:
@@ -115,42 +138,43 @@ class _AdamWTerms(NamedTuple):
     d: list[Tensor]
     v: list[Tensor]  # the new one
     denominator: list[Tensor]  # P
-    damped: list[Tensor]  # lambda P
+    lambda_P: list[Tensor]
 
 
-def _adamw_terms(batch: AdamWBatch, indices: list[int], h: AdamWHyper) -> _AdamWTerms:
-    d = _pick(batch.exp_avgs, indices)
-    like = d[0]
-    x = _cast(_pick(batch.params, indices), like)
-    g = _cast(_pick(batch.grads, indices), like)
+def _adamw_terms(
+    batch: AdamWBatch, dtype: torch.dtype, indices: list[int], h: AdamWHyper
+) -> _AdamWTerms:
+    x = _cast(_pick(batch.params, indices), dtype)
+    g = _cast(_pick(batch.grads, indices), dtype)
+    d = _cast(_pick(batch.exp_avgs, indices), dtype)
     if h.maximize:
         g = list(torch._foreach_neg(g))
-    v = list(torch._foreach_mul(_pick(batch.exp_avg_sqs, indices), h.beta2))
+    v = list(torch._foreach_mul(_cast(_pick(batch.exp_avg_sqs, indices), dtype), h.beta2))
     torch._foreach_addcmul_(v, g, g, value=1 - h.beta2)
 
     t = _column(_pick(batch.steps, indices)) + 1
     beta_prod = _column(_pick(batch.beta_prods, indices))
-    denominator = list(torch._foreach_div(v, _scalars(1 - h.beta2**t, like)))
+    denominator = list(torch._foreach_div(v, _scalars(1 - h.beta2**t, dtype)))
     torch._foreach_sqrt_(denominator)
     torch._foreach_add_(denominator, h.eps)
-    torch._foreach_mul_(denominator, _scalars(1 - h.beta_max * beta_prod, like))
-    damped = list(torch._foreach_mul(denominator, h.memory_lambda))
-    return _AdamWTerms(x, g, d, v, denominator, damped)
+    torch._foreach_mul_(denominator, _scalars(1 - h.beta_max * beta_prod, dtype))
+    lambda_P = list(torch._foreach_mul(denominator, h.memory_lambda))
+    return _AdamWTerms(x, g, d, v, denominator, lambda_P)
 
 
 def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
-    batch.check()
+    check(batch)
     rows: dict[int, Tensor] = {}
-    for group, indices in _parts(batch, batch.exp_avgs):
-        h = batch.hypers[group]
-        x, g, d, _, denominator, damped = _adamw_terms(batch, indices, h)
-        weight = torch._foreach_add(damped, 1.0)  # M
+    for group, dtype, indices in _parts(batch):
+        h = _hyper(batch, group)
+        x, g, d, _, denominator, lambda_P = _adamw_terms(batch, dtype, indices, h)
+        weight = torch._foreach_add(lambda_P, 1.0)  # M
         torch._foreach_mul_(weight, denominator)
         torch._foreach_reciprocal_(weight)
         e = torch._foreach_sub(d, g)
         step = torch._foreach_div(d, denominator)
-        pull = torch._foreach_mul(damped, d)
+        pull = torch._foreach_mul(lambda_P, d)
         torch._foreach_add_(pull, g)
         torch._foreach_mul_(pull, weight)
         if h.weight_decay != 0:
@@ -174,29 +198,30 @@ def adamw_apply(
     """Beta from the rows (their own, if None); updates parameters and state in place."""
     rows = adamw_stats(batch, None) if rows is None else rows
     by_tensor = rows.unbind()
-    for group, indices in _parts(batch, batch.exp_avgs):
-        h = batch.hypers[group]
-        x, g, d, v, denominator, damped = _adamw_terms(batch, indices, h)
+    for group, dtype, indices in _parts(batch):
+        h = _hyper(batch, group)
+        x, g, d, v, denominator, lambda_P = _adamw_terms(batch, dtype, indices, h)
         steps = _pick(batch.steps, indices)
         beta = _clip_beta(_pick(by_tensor, indices), h.beta_max)
         beta = torch.where(_column(steps) == 0, torch.full_like(beta, h.beta_max), beta)
 
         # d = ((1 - beta) g + (beta + lambda P) d) / (1 + lambda P)
-        torch._foreach_mul_(d, torch._foreach_add(damped, _scalars(beta, d[0])))
-        torch._foreach_add_(d, torch._foreach_mul(g, _scalars(1 - beta, d[0])))
-        torch._foreach_div_(d, torch._foreach_add(damped, 1.0))
-        torch._foreach_copy_(_pick(batch.exp_avg_sqs, indices), v)
+        torch._foreach_mul_(d, torch._foreach_add(lambda_P, _scalars(beta, dtype)))
+        torch._foreach_add_(d, torch._foreach_mul(g, _scalars(1 - beta, dtype)))
+        torch._foreach_div_(d, torch._foreach_add(lambda_P, 1.0))
         # x = (1 - eta mu) x - eta d / P
         if isinstance(h.lr, Tensor):
             torch._foreach_mul_(x, 1 - h.weight_decay * h.lr.to(x[0]))
         else:
             torch._foreach_mul_(x, 1 - h.lr * h.weight_decay)
-        step = list(torch._foreach_div(d, denominator))
-        _step_x(_pick(batch.params, indices), x, step, h.lr)
+        _step_x(x, list(torch._foreach_div(d, denominator)), h.lr)
 
+        _store(_pick(batch.params, indices), x)
+        _store(_pick(batch.exp_avgs, indices), d)
+        _store(_pick(batch.exp_avg_sqs, indices), v)
         torch._foreach_add_(steps, 1)
         betas = _pick(batch.betas, indices)
-        torch._foreach_copy_(betas, _scalars(beta, betas[0]))
+        torch._foreach_copy_(betas, beta.unbind())
         torch._foreach_mul_(_pick(batch.beta_prods, indices), betas)
         _store_lr(_pick(batch.prev_lrs, indices), h.lr)
 
@@ -205,12 +230,12 @@ def adamw_apply(
 
 
 def _sgd_terms(
-    batch: SGDBatch, indices: list[int], h: SGDHyper
+    batch: SGDBatch, dtype: torch.dtype, indices: list[int], h: SGDHyper
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """x, g with the weight decay in it, and d."""
-    d = _pick(batch.momentum_buffers, indices)
-    x = _cast(_pick(batch.params, indices), d[0])
-    g = _cast(_pick(batch.grads, indices), d[0])
+    x = _cast(_pick(batch.params, indices), dtype)
+    g = _cast(_pick(batch.grads, indices), dtype)
+    d = _cast(_pick(batch.momentum_buffers, indices), dtype)
     if h.maximize:
         g = list(torch._foreach_neg(g))
     if h.weight_decay != 0:
@@ -220,11 +245,11 @@ def _sgd_terms(
 
 def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
-    batch.check()
+    check(batch)
     rows: dict[int, Tensor] = {}
-    for group, indices in _parts(batch, batch.momentum_buffers):
-        h = batch.hypers[group]
-        _, g, d = _sgd_terms(batch, indices, h)
+    for group, dtype, indices in _parts(batch):
+        h = _hyper(batch, group)
+        _, g, d = _sgd_terms(batch, dtype, indices, h)
         e = torch._foreach_sub(d, g)
         pull = torch._foreach_add(g, d, alpha=h.memory_lambda)
         num = -_sums(torch._foreach_mul(e, pull))
@@ -247,9 +272,9 @@ def sgd_apply(
     """Beta from the rows (their own, if None); updates parameters and state in place."""
     rows = sgd_stats(batch, None) if rows is None else rows
     by_tensor = rows.unbind()
-    for group, indices in _parts(batch, batch.momentum_buffers):
-        h = batch.hypers[group]
-        x, g, d = _sgd_terms(batch, indices, h)
+    for group, dtype, indices in _parts(batch):
+        h = _hyper(batch, group)
+        x, g, d = _sgd_terms(batch, dtype, indices, h)
         steps = _pick(batch.steps, indices)
         first = _column(steps) == 0
         beta = _clip_beta(_pick(by_tensor, indices), h.beta_max)
@@ -260,12 +285,14 @@ def sgd_apply(
         damping = torch.where(
             first, torch.ones_like(beta), torch.full_like(beta, 1 + h.memory_lambda)
         )
-        torch._foreach_mul_(d, _scalars(keep, d[0]))
-        torch._foreach_add_(d, torch._foreach_mul(g, _scalars(1 - beta, d[0])))
-        torch._foreach_div_(d, _scalars(damping, d[0]))
-        _step_x(_pick(batch.params, indices), x, d, h.lr)
+        torch._foreach_mul_(d, _scalars(keep, dtype))
+        torch._foreach_add_(d, torch._foreach_mul(g, _scalars(1 - beta, dtype)))
+        torch._foreach_div_(d, _scalars(damping, dtype))
+        _step_x(x, d, h.lr)
 
+        _store(_pick(batch.params, indices), x)
+        _store(_pick(batch.momentum_buffers, indices), d)
         torch._foreach_add_(steps, 1)
         betas = _pick(batch.betas, indices)
-        torch._foreach_copy_(betas, _scalars(beta, betas[0]))
+        torch._foreach_copy_(betas, beta.unbind())
         _store_lr(_pick(batch.prev_lrs, indices), h.lr)

@@ -6,12 +6,13 @@ and torch.export can trace through a step.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adamem_fused.batch import check
+from adamem_fused.batch import check_like
 
 
 def _load() -> tuple[Any, str | None]:
@@ -20,6 +21,13 @@ def _load() -> tuple[Any, str | None]:
         from adamem_fused import _C
     except ImportError as error:
         if "_C" in str(error) and "cannot import name" in str(error):
+            source = Path(__file__).parent.parent
+            if (source / "setup.py").exists():
+                return None, (
+                    f"this is the package's source in {source}, where the C++ extension was not "
+                    "compiled; run `pip install --no-build-isolation -e .` there, or, to use an "
+                    "installed package, start from another folder"
+                )
             return None, (
                 "the C++ extension was not compiled; reinstall with a C++ compiler at hand "
                 "and without ADAMEM_NO_EXTENSION"
@@ -65,7 +73,7 @@ def _fake_adamw_stats(
     exp_avg_sqs: list[Tensor],
     *args: Any,
 ) -> Tensor:
-    check(params, {"grad": grads, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs})
+    check_like(params, {"grad": grads, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs})
     return _new_rows(params)
 
 
@@ -76,20 +84,20 @@ def _fake_adamw_apply_(
     exp_avg_sqs: list[Tensor],
     *args: Any,
 ) -> None:
-    check(params, {"grad": grads, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs})
+    check_like(params, {"grad": grads, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs})
 
 
 def _fake_sgd_stats(
     params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], *args: Any
 ) -> Tensor:
-    check(params, {"grad": grads, "momentum_buffer": momentum_buffers})
+    check_like(params, {"grad": grads, "momentum_buffer": momentum_buffers})
     return _new_rows(params)
 
 
 def _fake_sgd_apply_(
     params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], *args: Any
 ) -> None:
-    check(params, {"grad": grads, "momentum_buffer": momentum_buffers})
+    check_like(params, {"grad": grads, "momentum_buffer": momentum_buffers})
 
 
 if unavailable is None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from adamem_fused import backends, ops, sharding
 from adamem_fused.backends import Backend
-from adamem_fused.batch import GRADS, Batch, Lr, group_slices
+from adamem_fused.batch import FLOATING, GRADS, Batch, Lr, group_slices
 
 ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
 
@@ -23,11 +23,20 @@ MEMORY_PLANES = ("level", "anchored")
 GAPS = ("gradient", "loss")
 BETA_SCOPES = ("tensor", "global")
 
-# Options that say how to compute and not what: a checkpoint of another optimizer does
-# not decide them.
+# Options that say how to compute and not what: a checkpoint, which may come from another
+# machine, does not decide them.
 _IMPLEMENTATION = ("foreach", "fused", "backend", "capturable")
 
-_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Options of torch.optim's AdamW and SGD that these optimizers do not have.
+_FOREIGN = (
+    "amsgrad",
+    "dampening",
+    "decoupled_weight_decay",
+    "differentiable",
+    "momentum",
+    "nesterov",
+)
+
 _COMPLEX = (torch.complex64, torch.complex128)
 
 
@@ -42,7 +51,10 @@ def check_number(name: str, value: Any, low: float, high: float = float("inf")) 
 
 
 def check_lr(lr: Any) -> None:
-    """Raises ValueError unless lr is a finite number >= 0 or a tensor of one element."""
+    """Raises ValueError unless lr is a finite number >= 0, or a tensor of one element.
+
+    The value of a tensor is looked at on the CPU alone: a GPU would have to be waited for.
+    """
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(
@@ -93,7 +105,9 @@ def scalar_dtype(param: Tensor) -> torch.dtype:
 def loss_value(loss: Any) -> Tensor:
     """A closure's loss as a 0-dim float64 tensor, on its device or the CPU, for gap="loss"."""
     if loss is None:
-        raise RuntimeError('gap="loss" needs the loss: call step(closure)')
+        raise RuntimeError(
+            'gap="loss" needs the loss: call step(closure), with a closure that returns it'
+        )
     if not isinstance(loss, (Real, Tensor)) or (isinstance(loss, Tensor) and loss.numel() != 1):
         raise ValueError(f'gap="loss" needs a loss of one number, and the closure gave {loss!r}')
     if isinstance(loss, Tensor):
@@ -129,8 +143,8 @@ def as_real(tensor: Tensor) -> Tensor:
 class Work:
     """A batch, the backend that is to do it, and the parameters that it came from.
 
-    A tensor of the batch is its parameter's shard on this rank, or, unless some are `sharded`,
-    the parameter itself.
+    A tensor of the batch is its parameter's shard on this rank where some are `sharded`, and
+    else the parameter itself; either way, pairs of reals of a complex one.
     """
 
     backend: Backend
@@ -194,6 +208,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
     _caches: dict[tuple[str, torch.device], dict[str, Any]]
     # The lists of the last ordinary step, without gradients.
     _last: tuple[list[Tensor], ...]
+    # Parameters whose state was made in this step.
+    _new_state: list[Tensor]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._forget()
@@ -202,6 +218,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def _forget(self) -> None:
         """Drops what is kept from step to step, of which a step can do without all."""
         self._caches = {}
+        self._new_state = []
         self._last = self._new_batch().lists()
 
     # ---- what a subclass gives ----------------------------------------------------
@@ -250,17 +267,17 @@ class AdaptiveMemoryOptimizer(Optimizer):
         super().add_param_group(param_group)
         try:
             for param in self.param_groups[-1]["params"]:
-                # A frozen one may be of any dtype: quantized weights, say.
+                # A frozen one may be of any dtype and anywhere: quantized weights, say.
                 if param.requires_grad:
                     self._check_dtype(param)
-                backends.choose(self.param_groups[-1], param.device)
-                sharding.check_param(param)
+                    backends.choose(self.param_groups[-1], param.device)
+                    sharding.check_param(param)
         except Exception:
             del self.param_groups[known:]
             raise
 
     def _check_dtype(self, param: Tensor) -> None:
-        if param.dtype not in _FLOATING + _COMPLEX:
+        if param.dtype not in FLOATING + _COMPLEX:
             raise TypeError(
                 f"{type(self).__name__} optimizes floating-point and complex tensors, "
                 f"not {param.dtype}"
@@ -273,7 +290,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         return all(
             backends.choose(group, device).fused
             for group in self.param_groups
-            for device in {param.device for param in group["params"]}
+            for device in {param.device for param in group["params"] if param.requires_grad}
         )
 
     # ---- a step -------------------------------------------------------------------
@@ -296,9 +313,11 @@ class AdaptiveMemoryOptimizer(Optimizer):
             The closure's loss, or None without a closure.
 
         Raises:
-            TypeError: a gradient of a parameter that is neither floating-point nor complex.
+            TypeError: a gradient of a parameter that is neither floating-point nor complex;
+                state of the wrong type.
             RuntimeError: a sparse gradient; gap="loss" without a closure; a backend that
-                was asked for and is not there.
+                was asked for and is not there; `grad_scale` or `found_inf` for one that is
+                not fused; a parameter or state that cannot be updated in place.
             ValueError: a hyperparameter that has become bad; state of the wrong shape; with
                 gap="loss", a loss that is not one number.
 
@@ -312,16 +331,16 @@ class AdaptiveMemoryOptimizer(Optimizer):
         try:
             self._run(self._collect(), current_loss)
         except Exception:
-            self._drop_unused_state()
+            self._drop_new_state()
             raise
         return loss
 
-    def _drop_unused_state(self) -> None:
-        """Removes state that has seen no step: what a step that raised has made."""
+    def _drop_new_state(self) -> None:
+        """Removes what a step that raised has made."""
+        for param in self._new_state:
+            for name in (*self.memories, *self.scalars):
+                self.state[param].pop(name, None)
         for param, state in list(self.state.items()):
-            if "step" in state and state["step"] == 0:
-                for name in (*self.memories, *self.scalars):
-                    del state[name]
             if not state:
                 del self.state[param]
 
@@ -340,7 +359,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
             new_params = [p for p, g in zip(new_params, new_grads, strict=True) if g is not None]
             new_grads = [grad for grad in new_grads if grad is not None]
         if True in map(attrgetter("is_sparse"), new_grads):
-            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+            raise RuntimeError(
+                f"{type(self).__name__} does not support sparse gradients: "
+                "make the module that gives them with sparse=False"
+            )
         states = [self.state[param] for param in new_params]
         first = self.memories[0]
         for param, state in zip(new_params, states, strict=True):
@@ -365,9 +387,11 @@ class AdaptiveMemoryOptimizer(Optimizer):
         }
         # All at once: whole or, where memory runs out, not at all.
         state.update(memories | scalars)
+        self._new_state.append(param)
 
     def _collect(self) -> list[Work]:
         """This step's tensors, a batch for each backend and device."""
+        self._new_state = []
         for group in self.param_groups:
             self._check_group(group)
         return self._collect_ordinary() or self._collect_any()
@@ -503,9 +527,13 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     @property
     def _model_state(self) -> dict[str, Any]:
-        """Where state of the whole model is kept: with the first parameter, as LBFGS does."""
-        first = next(param for group in self.param_groups for param in group["params"])
-        return cast("dict[str, Any]", self.state[first])
+        """Where state of the whole model is kept: with the first parameter, as LBFGS does.
+
+        The first that is trained: torch.distributed.checkpoint drops the state of frozen ones.
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+        trained = (param for param in params if param.requires_grad)
+        return cast("dict[str, Any]", self.state[next(trained, params[0])])
 
     def _add_loss_gap(self, works: list[Work], rows: list[Tensor], loss: Tensor) -> None:
         """Adds f(x_{t-1}) - f(x_t), times its factor, to num, where gap="loss".
@@ -517,9 +545,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
         total = sum(work.loss_numel() for work in works)
         if prev_loss is None or total == 0:
             return
-        # Where either loss is not a number: as on a first step.
+        # Where either loss is infinite or not a number: as on a first step.
         difference = prev_loss.to(loss.device) - loss
-        difference = torch.where(difference.isnan(), 0.0, difference)
+        difference = torch.where(difference.isfinite(), difference, 0.0)
         for work, work_rows in zip(works, rows, strict=True):
             here = difference.to(work_rows.device)
             for hyper, place in zip(work.batch.hypers, group_slices(work.batch), strict=True):
@@ -527,6 +555,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
                     numels = work.numels(place)
                     share = torch.tensor(numels, dtype=torch.float64, device=work_rows.device)
                     sign = -1.0 if hyper.maximize else 1.0
+                    if isinstance(hyper.lr, Tensor):
+                        hyper = hyper._replace(lr=hyper.lr.double())
                     factor = self._loss_factor(hyper) * (sign / total)
                     if isinstance(factor, Tensor):
                         factor = factor.to(work_rows.device)
@@ -551,10 +581,14 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
         A torch.optim.AdamW or SGD state_dict brings its lr, betas, weight decay and the
         like; this optimizer's own options stay as they are, the missing state is made up.
+        `foreach`, `fused`, `backend` and `capturable` stay this optimizer's in any case.
 
         Raises:
             ValueError: parameter groups or state that do not fit the parameters, a bad
-                hyperparameter, amsgrad state. Nothing has changed then.
+                hyperparameter, amsgrad state.
+            TypeError: state that is not a tensor.
+
+            Nothing has changed then.
         """
         # Optimizer.load_state_dict casts state to the parameter's dtype, by a policy that
         # a subclass cannot override. So tensors go through it in a wrapper, put on after
@@ -574,16 +608,22 @@ class AdaptiveMemoryOptimizer(Optimizer):
         groups = []
         state = dict(state_dict["state"])
         for own, saved in zip(self.param_groups, saved_groups, strict=True):
-            options = {key: value for key, value in own.items() if key not in saved}
-            native = "memory_plane" in saved
-            if not native:
-                options |= {key: own[key] for key in _IMPLEMENTATION}
+            options = {
+                key: value
+                for key, value in own.items()
+                if key not in saved or key in _IMPLEMENTATION
+            }
+            # torch.optim's optimizers keep options that are not theirs, and drop state that is not.
+            native = "memory_plane" in saved and not any(option in saved for option in _FOREIGN)
             group = {**saved, **options, "params": saved["params"]}
             self._check_group(group)
             groups.append(group)
             for key, param in zip(saved["params"], own["params"], strict=True):
                 if state.get(key):
                     state[key] = self._wrap_state(param, group, state[key], native)
+            if not native:
+                for option in _FOREIGN:
+                    group.pop(option, None)
         return {**state_dict, "param_groups": groups, "state": state}
 
     def _wrap_state(
@@ -591,8 +631,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
     ) -> dict[str, Any]:
         """One parameter's state, checked, converted if it is torch.optim's, and wrapped."""
         state = dict(saved) if native else self._convert_state(param, saved, group)
-        if state.keys() - {"prev_loss"}:
-            for name in (*self.memories, *self.scalars):
+        names = (*self.memories, *self.scalars)
+        if any(name in state for name in names):  # and not the user's own entries alone
+            for name in names:
                 state[name] = self._checked(param, name, state)
         return {k: _Kept(v) if isinstance(v, Tensor) else v for k, v in state.items()}
 
@@ -610,6 +651,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
             raise ValueError(
                 f"loaded state {name} has shape {list(value.shape)}; "
                 f"for a parameter of shape {list(param.shape)} it has to be {list(shape)}"
+            )
+        if value.is_complex() != (name in self.memories and param.is_complex()):
+            raise ValueError(
+                f"loaded state {name} is {value.dtype}, which does not go with {param.dtype}"
             )
         if name in self.memories:
             sharding.check_like(param, f"loaded state {name}", value)

@@ -21,6 +21,7 @@ from adamem_fused.batch import (
     AdamWHyper,
     SGDBatch,
     SGDHyper,
+    check,
     group_slices,
 )
 
@@ -85,18 +86,16 @@ def _adamw_update(
     return x, d, v
 
 
-def _sgd_sums(
-    x: Tensor, g: Tensor, d: Tensor, prev_lr: float, h: SGDHyper
-) -> tuple[Tensor, Tensor]:
+def _sgd_sums(g: Tensor, d: Tensor, prev_lr: float, h: SGDHyper) -> tuple[Tensor, Tensor]:
     """(num, den) of one tensor; g has the weight decay in it."""
     eta, lam, kappa = float(h.lr), h.memory_lambda, float(h.anchored)
-    gd, gg, dd = (g * d).sum(), (g * g).sum(), (d * d).sum()
-    num = -(gd - gg) - lam * (dd - gd)
+    # Not sums of g^2, g d and d^2: their differences are small where d is close to g.
+    e = d - g
+    num = -(e * (g + lam * d)).sum()
     if eta != 0:
-        slope = -kappa * dd if h.loss_gap else gd - kappa * dd
-        num = num + (1 + lam) * (prev_lr / eta) * slope
-    # Not gg - 2 gd + dd: a small difference of large sums when d is close to g.
-    den = ((d - g) ** 2).sum()
+        slope = -kappa * d if h.loss_gap else g - kappa * d
+        num = num + (1 + lam) * (prev_lr / eta) * (slope * d).sum()
+    den = (e**2).sum()
     return num, den
 
 
@@ -112,7 +111,7 @@ def _gradient(g: Tensor, maximize: bool) -> Tensor:
 
 def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
-    batch.check()
+    check(batch)
     rows = torch.zeros(len(batch.params), 2, dtype=torch.float64, device="cpu")
     for h, group in zip(batch.hypers, group_slices(batch), strict=True):
         for i in range(group.start, group.stop):
@@ -167,14 +166,13 @@ def _decayed(x: Tensor, g: Tensor, h: SGDHyper) -> Tensor:
 
 def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
-    batch.check()
+    check(batch)
     rows = torch.zeros(len(batch.params), 2, dtype=torch.float64, device="cpu")
     for h, group in zip(batch.hypers, group_slices(batch), strict=True):
         for i in range(group.start, group.stop):
             if float(batch.steps[i]) == 0:
                 continue  # no memory yet: d = g, and both sums are 0
             num, den = _sgd_sums(
-                batch.params[i].double(),
                 _decayed(batch.params[i], batch.grads[i], h),
                 batch.momentum_buffers[i].double(),
                 float(batch.prev_lrs[i]),

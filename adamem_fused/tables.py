@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from adamem_fused import ops
-from adamem_fused.batch import GRADS, AdamWHyper, Batch, SGDHyper
-
-_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from adamem_fused.batch import GRADS, AdamWHyper, Batch, SGDHyper, check
 
 
 class Bucket(NamedTuple):
@@ -60,40 +58,6 @@ def describe(batch: Batch, last: Description | None = None) -> Description:
     return Description(addresses, (others, strides), batch.group_sizes)
 
 
-def _check(batch: Batch) -> None:
-    """Raises on what the kernels cannot take."""
-    batch.check()
-    names = ["param", "grad", *batch.memories]
-    for name, tensors in zip(names, _data_lists(batch), strict=True):
-        for i, tensor in enumerate(tensors):
-            if tensor.layout != torch.strided or tensor.dtype not in _FLOATING:
-                raise TypeError(
-                    f"{name} of tensor {i} is {tensor.layout} {tensor.dtype}; it has to be a "
-                    "dense real floating-point tensor"
-                )
-    for name, tensors in zip(names, _data_lists(batch), strict=True):
-        for i, tensor in enumerate(tensors if name != "grad" else ()):
-            sizes = zip(tensor.stride(), tensor.shape, strict=True)
-            if any(stride == 0 and size > 1 for stride, size in sizes):
-                raise RuntimeError(
-                    f"{name} {i} of shape {list(tensor.shape)} and strides "
-                    f"{list(tensor.stride())} has elements that share memory, which cannot be "
-                    "updated in place"
-                )
-    for scalars in batch.lists()[len(names) :]:
-        for i, scalar in enumerate(scalars):
-            if scalar.dtype not in (torch.float32, torch.float64):
-                raise TypeError(
-                    f"scalar state of tensor {i} has dtype {scalar.dtype}; it has to be float32 "
-                    "or float64"
-                )
-            if scalar.numel() != 1 or scalar.device != batch.params[i].device:
-                raise ValueError(
-                    f"scalar state of tensor {i} has shape {list(scalar.shape)} on "
-                    f"{scalar.device}; it has to be a 0-dim tensor on {batch.params[i].device}"
-                )
-
-
 def _same_layout(tensor: Tensor, strides: tuple[int, ...]) -> bool:
     """Whether the strides are these. Those of dimensions of size 1 say nothing."""
     return tensor.numel() < 2 or all(
@@ -119,7 +83,7 @@ class Layout:
     """Chunks, buckets and scratch memory for tensors of one structure."""
 
     def __init__(self, batch: Batch, chunk: int, coefficients: int) -> None:
-        _check(batch)
+        check(batch)
         params = batch.params
         device = params[0].device
         n = len(params)
@@ -228,22 +192,28 @@ def is_capturing(device: torch.device) -> bool:
 
 _NOT_PREPARED = (
     "a step is being captured in a CUDA graph, and its tables are not prepared: take a step with "
-    "the same parameters outside of the graph first"
+    "the same parameters outside of the graph first, one for each captured step whose gradients "
+    "or options are others"
 )
 
 
-def open_tables(batch: Batch, chunk: int, coefficients: int) -> Opened:
+def open_tables(batch: Batch, chunk: int, coefficients: int, again: bool = False) -> Opened:
     """The tables of this step's tensors, uploaded if anything in them has changed.
 
     Every tensor is looked at: gradients are new ones at every step, and a parameter or its
     state may have been given other memory.
+
+    again: for the apply of a step whose stats have opened them.
     """
     device = batch.params[0].device
+    capturing = is_capturing(device)
+    # What a graph is to upload is there once it is replayed: for no step but its own.
+    recorded: Tables | None = batch.cache.pop("recorded", None)
     last: Tables | None = batch.cache.get("tables")
     description = describe(batch, None if last is None else last.description)
     if last is not None and description[1:] == last.description[1:]:
         layout = last.layout
-    elif is_capturing(device):
+    elif capturing:
         raise RuntimeError(_NOT_PREPARED)
     else:
         layout = Layout(batch, chunk, coefficients)
@@ -261,8 +231,10 @@ def open_tables(batch: Batch, chunk: int, coefficients: int) -> Opened:
     lrs = array("q", [_lr_word(h.lr) for h in hypers])
     values = array("d", chain.from_iterable(map(_hyper_values, hypers, batch.shared)))
     content = addresses, lrs.tobytes(), values.tobytes()
-    if last is not None and last.layout is layout and last.content == content:
-        tables = last
+    known = (recorded, last) if capturing and again else (last,)
+    for tables in known:
+        if tables is not None and tables.layout is layout and tables.content == content:
+            break
     else:
         words = _upload(b"".join(content), layout, batch)
         sizes = [len(lists) * len(batch.params), len(lrs), len(values)]
@@ -270,12 +242,15 @@ def open_tables(batch: Batch, chunk: int, coefficients: int) -> Opened:
         tables = Tables(
             layout, description, content, on_device, lr_words, table.view(torch.float64)
         )
-    batch.cache["tables"] = tables
-    if is_capturing(device):
+    if capturing:
+        if tables is not last:
+            batch.cache["recorded"] = tables
         # The graph reads them whenever it is replayed, whatever later steps bring.
         kept = tuple(map(list, lists))  # the batch's own are filled anew at every step
         batch.cache.setdefault("captured", []).append((tables, kept))
-    elif device.type != "cpu" and layout.spare is None:
+        return Opened(tables, lists, hypers)
+    batch.cache["tables"] = tables
+    if device.type != "cpu" and layout.spare is None:
         count = tables.addresses.numel() + tables.lrs.numel() + tables.hypers.numel()
         layout.spare = torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=True)
     return Opened(tables, lists, hypers)

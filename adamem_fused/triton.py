@@ -150,8 +150,8 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
-def _open(batch: Batch, kernels: _Kernels) -> Opened:
-    return open_tables(batch, _config(batch.params[0].device).chunk, kernels.coefficients)
+def _open(batch: Batch, kernels: _Kernels, again: bool) -> Opened:
+    return open_tables(batch, _config(batch.params[0].device).chunk, kernels.coefficients, again)
 
 
 def _plan(batch: Batch, layout: Layout) -> Plan | None:
@@ -300,7 +300,7 @@ def _stats(batch: Batch, kernels: _Kernels, grad_scale: Tensor | None) -> Tensor
     config = _config(device)
     with _on(device):
         # Kept to the end of the launches: it owns the copies that they read.
-        opened = _open(batch, kernels)
+        opened = _open(batch, kernels, again=False)
         layout = opened.tables.layout
         _launch_stats(batch, kernels, opened.tables, grad_scale)
         _launch(
@@ -325,11 +325,12 @@ def _apply(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
+    given = rows is not None
     if rows is not None:
         check_rows(rows, batch.params)
         rows = rows.contiguous()
     with _on(batch.params[0].device):
-        opened = _open(batch, kernels)
+        opened = _open(batch, kernels, again=given)
         tables = opened.tables
         alone = rows is None and not any(batch.shared)
         plan = _plan(batch, tables.layout) if alone else None

@@ -46,23 +46,25 @@ struct AdamWCoefficients {
   T v_scale;  // bias_correction1^2 / bias_correction2
   T eps;      // times bias_correction1
   T memory_lambda, weight_decay;
-  T u_grad, u_memory;  // 1 + (1 + mu eta) c_g / eta and -1 - (1 + mu eta) c_d / eta
-  T lr, decay;         // decay = 1 - eta mu
+  T gap_grad, gap_memory;  // c_g - c_d and c_d, times (1 + mu eta) / eta
+  T lr, decay;             // decay = 1 - eta mu
 };
 
 template <class T>
 struct SGDCoefficients {
   T grad_factor, memory_lambda, weight_decay;
-  T gap_grad, minus_gap_memory;  // (1 + lambda) / eta times c_g and -c_d
+  T gap_grad, gap_memory;  // c_g - c_d and c_d, times (1 + lambda) / eta
   T lr;
 };
 
-// (c_g, c_d) / eta, or zeros at eta = 0, where the gap term is left out.
+// c_g - c_d and c_d, times scale / eta, or zeros at eta = 0, where the gap term is left out.
+// So the gap's c_g g - c_d d is (c_g - c_d) g - c_d e, which does not take the difference of
+// two products: d may be near g, and with the "anchored" plane c_g is c_d.
 AM_INLINE void gap_factors(double prev_lr, double lr, double scale, bool anchored, bool loss_gap,
                            double* gap_grad, double* gap_memory) {
   const double ratio = lr == 0.0 ? 0.0 : scale * (prev_lr / lr);
-  *gap_grad = loss_gap ? 0.0 : ratio;
   *gap_memory = anchored ? ratio : 0.0;
+  *gap_grad = (loss_gap ? 0.0 : ratio) - *gap_memory;
 }
 
 // step: the number of steps before this one. beta_prod, prev_lr: the state's.
@@ -83,8 +85,8 @@ AM_INLINE AdamWCoefficients<T> adamw_coefficients(const AdamWHyper& h, double st
   c.eps = static_cast<T>(bias_correction1 * h.eps);
   c.memory_lambda = static_cast<T>(h.memory_lambda);
   c.weight_decay = static_cast<T>(h.weight_decay);
-  c.u_grad = static_cast<T>(1.0 + gap_grad);
-  c.u_memory = static_cast<T>(-1.0 - gap_memory);
+  c.gap_grad = static_cast<T>(gap_grad);
+  c.gap_memory = static_cast<T>(gap_memory);
   c.lr = static_cast<T>(h.lr);
   c.decay = static_cast<T>(1.0 - h.lr * h.weight_decay);
   return c;
@@ -100,7 +102,7 @@ AM_INLINE SGDCoefficients<T> sgd_coefficients(const SGDHyper& h, double prev_lr,
   c.memory_lambda = static_cast<T>(h.memory_lambda);
   c.weight_decay = static_cast<T>(h.weight_decay);
   c.gap_grad = static_cast<T>(gap_grad);
-  c.minus_gap_memory = static_cast<T>(-gap_memory);
+  c.gap_memory = static_cast<T>(gap_memory);
   c.lr = static_cast<T>(h.lr);
   return c;
 }
@@ -162,7 +164,7 @@ AM_INLINE void adamw_sums(V g, V d, V root, V x, const AdamWCoefficients<T>& c, 
   const V damping = fma(p, V(c.memory_lambda), V(T(1)));
   const V m = V(T(1)) / (p * damping);
   const V e = d - g;
-  const V u = fma(g, V(c.u_grad), d * V(c.u_memory));
+  const V u = fma(g, V(c.gap_grad), e * V(T(-1) - c.gap_memory));
   const V e2 = e * e;
   num = fma(fma(d * damping, u, e2), m, num);
   if (Decay) num = fma(x * V(c.weight_decay), u, num);
@@ -193,7 +195,7 @@ template <bool Scaled, bool Decay, class V, class T>
 AM_INLINE void sgd_sums(V g, V d, V x, const SGDCoefficients<T>& c, V& num, V& den) {
   g = sgd_gradient<Scaled, Decay>(g, x, c);
   const V e = g - d;
-  const V slope = fma(g, V(c.gap_grad), d * V(c.minus_gap_memory));
+  const V slope = fma(g, V(c.gap_grad), e * V(c.gap_memory));
   num = fma(slope, d, num);
   num = fma(e, fma(d, V(c.memory_lambda), g), num);
   den = fma(e, e, den);

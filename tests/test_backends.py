@@ -23,6 +23,7 @@ from cases import (
     bits,
     make_optimizer,
     parameters,
+    random_tensor,
     set_gradients,
     snapshot,
     take_step,
@@ -31,7 +32,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adamem_fused import AMAdamW
+from adamem_fused import AMSGD, AMAdamW
 from adamem_fused.backends import BACKENDS
 
 STEPS = 200
@@ -181,6 +182,16 @@ def test_200_steps_of_low_precision_stay_close(backend, cls, dtype):
     assert (ours != theirs).double().mean() < (0.1 if dtype == torch.bfloat16 else 0.3)
 
 
+@pytest.mark.parametrize("backend", backends("reference"))
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("scope, gap", SCOPES_AND_GAPS)
+def test_first_gradients_that_come_late_agree(backend, cls, scope, gap):
+    """Beside others that have memory, at steps at which the shared beta is at neither bound."""
+    twins = pair(cls, groups(cls, torch.float64), backend, beta_scope=scope, gap=gap)
+    first = {1: 4, 3: 5}
+    assert_lockstep(*twins, steps=7, skip=lambda step: [i for i in first if step < first[i]])
+
+
 # Around a pack's lanes, a block of the float32 sums, a chunk, what is small, and a wave.
 SIZES = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 1023, 1024, 1025, 1039, 1041)
 SIZES += (4095, 4096, 4097, 8191, 16383, 16385, 32768, 32769, 65536, 65537, 262144, 262145)
@@ -299,3 +310,64 @@ def test_a_foreach_step_waits_for_no_copy_of_indices(cls, scope):
     with Indexing() as indexing:
         optimizer.step()
     assert indexing.count == 0
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-3), (torch.float64, 1e-6)])
+def test_beta_where_the_memory_is_near_the_gradient(backend, cls, dtype, near):
+    """num is then a sum of terms that cancel, 1 / near times as large as den."""
+    groups = [Group([(1000,)], dtype)]
+    optimizers = pair(cls, groups, backend, memory_plane="anchored", memory_lambda=0.0, lr=0.013)
+    # Of one size, so that P is the same for all elements, and M a common factor.
+    g = random_tensor((1000,), torch.float64).sign()
+    for optimizer in optimizers:
+        (param,) = parameters(optimizer)
+        param.grad = g.to(dtype)
+        optimizer.step()
+        c = 0.013 / 0.0117
+        optimizer.param_groups[0].update(lr=0.0117, weight_decay=0.0)
+        # With e this far from being orthogonal to g, beta is 1/2.
+        e = random_tensor((1000,), torch.float64, seed=7) * near
+        e -= (e @ g + (0.5 + c) / (1 + c) * (e @ e)) / (g @ g) * g
+        optimizer.state[param][cls.memories[0]].copy_(g + e)
+        optimizer.step()
+    reference, ours = (
+        optimizer.state[p]["beta"].item() for optimizer in optimizers for p in parameters(optimizer)
+    )
+    assert 0.4 < reference < 0.6
+    assert ours == pytest.approx(reference, rel=0, abs=5e-5 if dtype == torch.float32 else 1e-10)
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_difference_of_losses_with_a_tensor_lr_is_that_of_the_number(cls, backend):
+    betas, second = [], 0.98 if cls is AMSGD else 1.1
+    for lr in (torch.tensor(0.1), torch.tensor(0.1).item()):
+        param = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+        optimizer = cls([param], lr=lr, gap="loss", beta_scope="global", backend=backend)
+        for grad, loss in (([1.0, 0.5], 1.0), ([0.2, 0.7], second)):
+            param.grad = torch.tensor(grad, dtype=torch.float64)
+            optimizer.step(lambda loss=loss: loss)
+        betas.append(optimizer.state[param]["beta"].item())
+    assert 0.01 < betas[1] < 0.88
+    assert betas[0] == pytest.approx(betas[1], rel=1e-13)
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_is_no_difference(cls, backend, loss):
+    """As on a first step; and with a group at lr 0 and an empty tensor, whose factors are 0."""
+    groups = [Group([(3,)]), Group([(4,), (0,)], options={"lr": 0.0})]
+    optimizer, without = (
+        make_optimizer(cls, groups, backend, gap="loss", beta_scope="global") for _ in "ab"
+    )
+    for step, value in enumerate((1.0, loss, 0.5)):
+        set_gradients(optimizer, without, step=step)
+        optimizer.step(lambda value=value: value)
+        without.state[parameters(without)[0]].pop("prev_loss", None)
+        without.step(lambda: 1.0)
+        for param, expected in zip(parameters(optimizer), parameters(without), strict=True):
+            assert torch.equal(param, expected)
+            assert torch.equal(optimizer.state[param]["beta"], without.state[expected]["beta"])

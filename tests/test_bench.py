@@ -36,6 +36,12 @@ def demo_run(tmp_path_factory):
 # ---- demo -----------------------------------------------------------------------------
 
 
+def test_the_demo_says_at_once_that_it_needs_the_extension(monkeypatch, tmp_path):
+    monkeypatch.setattr(ops, "unavailable", "it was not compiled")
+    with pytest.raises(SystemExit, match="needs the cpu backend: it was not compiled"):
+        demo.main([*SHORT, "--out", str(tmp_path)])
+
+
 @needs_extension
 def test_quick_demo_writes_numbers_of_every_contestant(demo_run):
     _, status, report = demo_run

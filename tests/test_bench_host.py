@@ -45,3 +45,9 @@ def test_the_command_prints_quartiles_and_writes_every_sample(tmp_path, capsys):
 def test_a_row_is_the_median_and_the_quartiles():
     result = {"seconds": {"AMSGD": {"nothing": [1e-6 * us for us in (1, 2, 3, 4, 5, 6, 7)]}}}
     assert host.table_cells(result) == [["AMSGD", "nothing", "4 (2 to 6)"]]
+
+
+def test_without_triton_there_is_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(host, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="needs triton"):
+        commands.main(["host", "--out", str(tmp_path)])

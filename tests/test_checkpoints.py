@@ -94,6 +94,24 @@ def test_set_optimizer_state_dict_loads_the_state_of_the_gap_of_losses(cls, tens
 
 
 @both
+def test_the_previous_loss_goes_through_set_optimizer_state_dict_beside_a_frozen_layer(cls):
+    """torch drops the state of frozen parameters, so it is not kept with the first if frozen."""
+    models = [torch.nn.Sequential(Linear(3, 3), Linear(3, 2)) for _ in "ab"]
+    for model in models:
+        model[0].requires_grad_(False)
+    straight, resumed = (
+        cls(model.parameters(), lr=0.1, gap="loss", beta_scope="global") for model in models
+    )
+    for step in range(2):
+        set_gradients(straight, step=step, skip=(0, 1))
+        straight.step(lambda step=step: torch.tensor(1.0 / (step + 1)))
+    saved = get_optimizer_state_dict(models[0], straight)
+    set_optimizer_state_dict(models[1], resumed, saved)
+    assert state_tensors(resumed) == state_tensors(straight)
+    assert any("prev_loss" in state for state in resumed.state.values())
+
+
+@both
 @pytest.mark.parametrize("source", DTYPES)
 @pytest.mark.parametrize("target", DTYPES)
 def test_state_survives_loading_onto_another_dtype(cls, source, target):
@@ -177,8 +195,34 @@ def test_loaded_options_are_the_saved_ones(cls):
     loaded = make(cls, backend="reference")
     loaded.load_state_dict(saved.state_dict())
     for ours, theirs in zip(loaded.param_groups, saved.param_groups, strict=True):
-        for key in saved.defaults:
+        for key in saved.defaults.keys() - {"backend", "foreach", "fused", "capturable"}:
             assert ours[key] == theirs[key], key
+
+
+@both
+def test_how_to_compute_stays_as_it_is(cls):
+    """A checkpoint may come from another machine."""
+    saved = make(cls, backend="foreach").state_dict()
+    for group in saved["param_groups"]:
+        group |= {"backend": "cuda", "fused": True, "capturable": True}
+    loaded = make(cls, backend="reference", capturable=False)
+    loaded.load_state_dict(saved)
+    for group in loaded.param_groups:
+        assert group["backend"] == "reference" and group["fused"] is None
+        assert group["capturable"] is False
+    train(loaded, 1)
+
+
+@both
+def test_the_users_own_state_alone_loads(cls):
+    saved = make(cls)
+    for param in parameters(saved):
+        saved.state[param]["mine"] = 3
+    loaded = make(cls)
+    loaded.load_state_dict(saved.state_dict())
+    assert all(loaded.state[param] == {"mine": 3} for param in parameters(loaded))
+    train(loaded, 1)
+    assert all(loaded.state[param]["mine"] == 3 for param in parameters(loaded))
 
 
 @both
@@ -429,7 +473,8 @@ def test_state_that_amadamw_does_not_have_is_left_out():
 )
 def test_torch_checkpoint_keeps_this_optimizers_own_options(torch_cls, cls, torch_options):
     torch_options = {"lr": 0.02, "weight_decay": 0.3, "foreach": True, **torch_options}
-    options = {"memory_plane": "anchored", "memory_lambda": 0.2, "backend": "reference"}
+    options = {"memory_plane": "anchored", "memory_lambda": 0.2}
+    options |= {"backend": "reference", "fused": False, "capturable": True}
     theirs, ours, _, _ = torch_pair(torch_cls, cls, torch_options, **options)
     group = ours.param_groups[0]
     assert group["lr"] == 0.02
@@ -471,3 +516,28 @@ def test_first_torch_step_agrees_with_adamw_where_the_memory_is_kept_at_its_cap(
         assert ours.state[param]["beta"].item() == 0.9
         torch.testing.assert_close(param, other, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(ours.state[param]["exp_avg"], theirs.state[other]["exp_avg"])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "options", "ours"),
+    [(torch.optim.AdamW, {}, AMAdamW), (torch.optim.SGD, {"momentum": 0.9}, AMSGD)],
+)
+def test_there_and_back_again_is_a_checkpoint_of_torch_s(theirs, options, ours):
+    """torch's optimizers keep the options of this package's, which are then no sign of it."""
+    first, last = (ours([Parameter(torch.ones(3))]) for _ in "ab")
+    between = theirs([Parameter(torch.ones(3))], **options)
+    train(first, 1)
+    saved = first.state_dict()
+    (own,) = between.state_dict()["param_groups"]
+    saved["param_groups"] = [own | saved["param_groups"][0]]
+    between.load_state_dict(saved)
+    train(between, 20, start=1)
+    last.load_state_dict(between.state_dict())
+    (state,) = last.state.values()
+    if ours is AMAdamW:
+        assert state["step"] == 21
+        assert state["beta_prod"].item() == pytest.approx(last.param_groups[0]["betas"][0] ** 21)
+    (group,) = last.param_groups
+    assert not {"amsgrad", "momentum", "nesterov", "dampening", "decoupled_weight_decay"} & set(
+        group
+    )

@@ -179,6 +179,24 @@ def test_a_compiled_step_is_the_step(cls, scope, compiler):
         assert_same_bits(compiled, plain)
 
 
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_compiled_foreach_step_follows_the_learning_rate(cls):
+    """torch 2.13's default compiler keeps a number of an earlier step where it divides."""
+    torch._dynamo.reset()
+    compiled, plain = (make_optimizer(cls, [Group([(4, 5), (3,)])], "foreach") for _ in range(2))
+    step = torch.compile(compiled.step, fullgraph=True)
+    for i, lr in enumerate((1e-3, 0.95e-3, 0.9e-3, 0.85e-3)):
+        set_gradients(compiled, plain, step=i)
+        for optimizer in (compiled, plain):
+            optimizer.param_groups[0]["lr"] = lr
+        step()
+        plain.step()
+        for ours, expected in zip(parameters(compiled), parameters(plain), strict=True):
+            torch.testing.assert_close(ours, expected)
+            torch.testing.assert_close(compiled.state[ours], plain.state[expected])
+            assert compiled.state[ours]["prev_lr"].item() == pytest.approx(lr)
+
+
 def operator_arguments(cls):
     """Of stats and of apply, as the optimizer gives them in its third step; apply's are copies."""
     optimizer = make_optimizer(cls, [Group([(4, 5), ()]), Group([(3,)])], "cpu")

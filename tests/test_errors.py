@@ -2,6 +2,10 @@
 
 import math
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -254,6 +258,33 @@ def test_absent_backend_is_an_error_never_a_fallback(cls, options, message, monk
     assert snapshot(plain) == before
 
 
+@pytest.mark.parametrize("is_source", [True, False])
+def test_source_without_the_extension_is_told_from_an_installed_package(tmp_path, is_source):
+    package = Path(ops.__file__).parent
+    without = shutil.ignore_patterns("_C*", "__pycache__", "_cuda*")
+    shutil.copytree(package, tmp_path / package.name, ignore=without)
+    if is_source:
+        (tmp_path / "setup.py").touch()
+    code = (
+        "import sys\n"
+        # An editable installation would find the extension all the same.
+        "sys.meta_path = [f for f in sys.meta_path if 'Editable' not in repr(f)]\n"
+        "from adamem_fused import ops\n"
+        "print(ops.unavailable)"
+    )
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True)
+    expected = f"this is the package's source in {tmp_path}" if is_source else ABSENT
+    assert done.stdout.startswith(expected)
+
+
+@both
+def test_a_frozen_parameter_is_not_asked_for_its_backend(cls):
+    frozen = torch.nn.Parameter(torch.ones(2, device="meta"), requires_grad=False)
+    optimizer = cls([frozen, parameter(3)], fused=ops.unavailable is None)
+    assert optimizer._step_supports_amp_scaling == (ops.unavailable is None)
+
+
 @both
 @pytest.mark.usefixtures("no_extension")
 def test_default_backend_does_without_the_extension(cls):
@@ -358,9 +389,8 @@ def test_gap_loss_needs_a_closure(cls):
 @pytest.mark.parametrize("loss", [torch.tensor([1.0, 2.0]), "1.0"])
 def test_gap_loss_needs_one_number(cls, steps, loss):
     optimizer = stepped(cls, steps=steps, gap="loss", beta_scope="global")
-    assert_step_raises_and_changes_nothing(
-        optimizer, (TypeError, ValueError, RuntimeError), "loss", closure=lambda: loss
-    )
+    message = f"needs a loss of one number, and the closure gave {re.escape(repr(loss))}"
+    assert_step_raises_and_changes_nothing(optimizer, ValueError, message, closure=lambda: loss)
 
 
 @both
@@ -475,7 +505,7 @@ def test_loaded_state_that_is_no_tensor(cls):
         saved = stepped(cls).state_dict()
         saved["state"][1][name] = [0.0, 0.0, 0.0, 0.0]
         before = snapshot(optimizer)
-        with pytest.raises((TypeError, ValueError), match=f"loaded state {name}"):
+        with pytest.raises(TypeError, match=f"loaded state {name} is a list, not a tensor"):
             optimizer.load_state_dict(saved)
         assert snapshot(optimizer) == before
 
@@ -493,7 +523,15 @@ def test_loaded_groups_that_do_not_match(cls):
     assert snapshot(optimizer) == before
 
 
-@pytest.mark.parametrize(("cls", "option", "value", "error", "message"), BAD_OPTIONS)
+@pytest.mark.parametrize(
+    ("cls", "option", "value", "error", "message"),
+    # Those that say how to compute are not taken from a checkpoint.
+    [
+        row
+        for row in BAD_OPTIONS
+        if row.values[1] not in ("capturable", "foreach", "fused", "backend")
+    ],
+)
 def test_bad_option_is_refused_by_load_state_dict(cls, option, value, error, message):
     optimizer = stepped(cls)
     saved = stepped(cls).state_dict()
@@ -598,3 +636,56 @@ def test_a_conjugated_parameter_is_refused(cls):
         optimizer.step()
     assert torch.equal(param, before)
     assert not optimizer.state.get(param)
+
+
+# ---- what a step that raises leaves ------------------------------------------------
+
+
+@both
+@every_backend
+@pytest.mark.parametrize(
+    "bad", [3, torch.tensor(1), torch.ones(2)], ids=["number", "int64", "two elements"]
+)
+def test_a_bad_scalar_raises_and_nothing_changes(cls, backend, bad):
+    optimizer = stepped(cls, backend=backend)
+    optimizer.state[optimizer.param_groups[0]["params"][-1]]["step"] = bad
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    before = snapshot(optimizer)
+    with pytest.raises(
+        (TypeError, ValueError), match=r"scalar state|step of tensor|list of tensors"
+    ):
+        optimizer.step()
+    assert snapshot(optimizer) == before
+
+
+@both
+def test_only_the_state_that_a_refused_step_has_made_is_removed(cls):
+    kept, new, sparse = parameter(3), parameter(2), parameter(4, 2)
+    optimizer = cls([kept, new, sparse])
+    kept.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.state[kept]["step"].zero_()
+    kept.grad, new.grad = torch.ones(3), torch.ones(2)
+    sparse.grad = torch.ones(4, 2).to_sparse()
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert snapshot(optimizer) == before
+
+
+@both
+def test_loaded_memory_of_the_wrong_kind_is_refused(cls):
+    name = cls.memories[0]
+    for dtype, other in ((torch.float32, torch.complex64), (torch.complex64, torch.float32)):
+        param = torch.ones(3, dtype=dtype, requires_grad=True)
+        optimizer = cls([param])
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        saved = optimizer.state_dict()
+        saved["state"][0][name] = torch.ones(3, dtype=other)
+        before = snapshot(optimizer)
+        with pytest.raises(ValueError, match=f"{name} is {other}.*{dtype}"):
+            optimizer.load_state_dict(saved)
+        assert snapshot(optimizer) == before

@@ -323,6 +323,31 @@ def test_unaligned_tensors(backend, cls, offset, monkeypatch):
         assert bool(hinted) != bool(offset)
 
 
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_beta_where_the_memory_is_near_the_gradient(backend, cls):
+    """num is then a sum of terms that cancel, a thousand times as large as den."""
+    generator = torch.Generator().manual_seed(0)
+    # Of one size, so that P is the same for all elements, and M a common factor.
+    g, noise = torch.randn(2, 1000, generator=generator, dtype=torch.float64)
+    g, ratio = g.sign(), 0.013 / 0.0117
+    # With e this far from being orthogonal to g, beta is 1/2.
+    e = 1e-3 * noise
+    e -= (e @ g + (0.5 + ratio) / (1 + ratio) * (e @ e)) / (g @ g) * g
+    betas = []
+    for name in ("reference", backend):
+        param = torch.zeros(1000, device=DEVICE, requires_grad=True)
+        options = {"memory_plane": "anchored", "memory_lambda": 0.0, "beta_scope": "tensor"}
+        optimizer = cls([param], lr=0.013, weight_decay=0.0, backend=name, **options)
+        param.grad = g.to(param)
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.0117
+        optimizer.state[param][cls.memories[0]].copy_((g + e).to(param))
+        optimizer.step()
+        betas.append(optimizer.state[param]["beta"].item())
+    assert 0.4 < betas[0] < 0.6
+    assert betas[1] == pytest.approx(betas[0], rel=0, abs=5e-5)
+
+
 def test_an_eps_of_zero(backend):
     """Beyond a tensor's end everything is 0, and so is the denominator."""
     compare(backend, AMAdamW, make_params([(300,)]), lr=0.05, eps=0.0)

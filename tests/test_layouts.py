@@ -150,7 +150,7 @@ def test_an_expanded_gradient_is_its_dense_copy(backend, cls):
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_gradient_of_another_dtype(backend, cls, dtype):
-    """torch lets no such .grad be set, but a backend may be given one."""
+    """As param.grad_dtype allows."""
     from adamem_fused.backends import BACKENDS
 
     optimizers = [make_optimizer(cls, [Group([(17,), (40, 30)], dtype)], backend) for _ in "ab"]
@@ -170,7 +170,7 @@ def test_a_gradient_of_another_dtype(backend, cls, dtype):
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-@pytest.mark.parametrize("backend", backends("reference", "foreach"))
+@pytest.mark.parametrize("backend", backends())
 def test_a_parameter_that_overlaps_itself_raises_and_nothing_changes(backend, cls):
     row = random_tensor((5,))
     good, overlapping = random_tensor((7,)), row.expand(4, 5)
@@ -186,7 +186,7 @@ def test_a_parameter_that_overlaps_itself_raises_and_nothing_changes(backend, cl
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-@pytest.mark.parametrize("backend", backends("reference", "foreach"))
+@pytest.mark.parametrize("backend", backends())
 def test_a_memory_that_overlaps_itself_raises_and_nothing_changes(backend, cls):
     params = [random_tensor((7,)).requires_grad_(), random_tensor((4, 5)).requires_grad_()]
     optimizer = cls(params, backend=backend)
@@ -198,6 +198,38 @@ def test_a_memory_that_overlaps_itself_raises_and_nothing_changes(backend, cls):
     with pytest.raises(RuntimeError, match=r"unsupported operation|overlap|share memory"):
         optimizer.step()
     assert all(torch.equal(bits(p), b) for p, b in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("backend", ["reference", "foreach"])
+def test_a_parameter_made_in_inference_mode_raises_and_nothing_changes(backend, cls):
+    """torch refuses it in the middle of a step, where others have been updated already."""
+    with torch.inference_mode():
+        made_there = torch.nn.Parameter(torch.ones(4))
+    params = [random_tensor((7,)).requires_grad_(), made_there]
+    optimizer = cls(params, backend=backend)
+    before = [bits(param).clone() for param in params]
+    for param in params:
+        param.grad = torch.ones(param.shape)
+    with pytest.raises(RuntimeError, match="param 1 was made in inference mode"):
+        optimizer.step()
+    assert all(torch.equal(bits(p), b) for p, b in zip(params, before, strict=True))
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_a_float64_parameter_of_a_float32_memory_keeps_its_digits(cls, backend):
+    """As after model.double() in the middle of a run."""
+    param = torch.ones(3, requires_grad=True)
+    optimizer = cls([param], lr=0.1, weight_decay=0.0, backend=backend)
+    param.grad = torch.zeros(3)
+    optimizer.step()
+    param.grad = None
+    param.data = param.data.double() + 1e-10
+    param.grad = torch.zeros(3, dtype=torch.float64)
+    optimizer.step()
+    assert (param == 1 + 1e-10).all()
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)

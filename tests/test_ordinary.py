@@ -209,6 +209,22 @@ def test_a_lazily_negated_gradient_is_read_as_its_values(cls, backend):
     assert_same_bits(*optimizers)
 
 
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("backend", ["reference", "foreach", "cpu"])
+def test_a_lazily_conjugated_gradient_is_read_as_its_values(cls, backend):
+    values = torch.randn(5, 4, dtype=torch.complex64)
+    grad = values.conj()
+    assert grad.is_conj()
+    optimizers = [
+        cls([torch.ones_like(values).requires_grad_()], backend=backend) for _ in range(2)
+    ]
+    for optimizer, own_grad in zip(optimizers, (grad, values.conj_physical()), strict=True):
+        for _ in range(3):
+            parameters(optimizer)[0].grad = own_grad
+            optimizer.step()
+    assert_same_bits(*optimizers)
+
+
 # ---- the operators without the dispatcher --------------------------------------------
 
 

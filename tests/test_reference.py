@@ -1,6 +1,7 @@
 """The reference against oracles that share nothing with it."""
 
 import math
+from fractions import Fraction
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from cases import (
     gradient,
     make_optimizer,
     parameters,
+    random_tensor,
     relative_error,
     restore,
     set_gradients,
@@ -398,6 +400,19 @@ def test_a_tensor_without_gradient_is_skipped_whole(cls):
     assert after[0]["step"] == before[0]["step"] + 1
 
 
+def test_a_first_gradient_adds_nothing_to_the_shared_sums_of_amsgd():
+    """By hand: with d = 1 and then g = -1/2, num is g^2 and den (3/2)^2. The 2 is in neither."""
+    optimizer = reference(AMSGD, [Group([(), ()], DOUBLE)], memory_lambda=0.0, beta_scope="global")
+    known, new = parameters(optimizer)
+    known.grad = torch.ones((), dtype=DOUBLE)
+    optimizer.step()
+    known.grad, new.grad = torch.full_like(known, -0.5), torch.full_like(new, 2.0)
+    optimizer.step()
+    assert optimizer.state[known]["beta"].item() == pytest.approx(1 / 9, abs=1e-15)
+    assert optimizer.state[new]["beta"] == 0
+    assert optimizer.state[new]["momentum_buffer"] == 2
+
+
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("plane", ["level", "anchored"])
 def test_a_global_beta_is_that_of_one_concatenated_tensor(cls, plane):
@@ -469,3 +484,31 @@ def test_low_precision_is_rounded_once_from_float64(cls):
         assert torch.equal(ours, theirs.to(torch.bfloat16))
         for name, value in double.state[theirs].items():
             assert torch.equal(low.state[ours][name], value.float())
+
+
+def test_beta_of_amsgd_where_the_memory_is_near_the_gradient():
+    """Against rational numbers: the sums are differences of far larger ones."""
+    g = gradient(torch.zeros(50, dtype=DOUBLE), step=0)
+    lr, prev_lr, lam = 0.0117, 0.013, 0.1
+    c = (1 + lam) * prev_lr / lr
+    # With e this far from being orthogonal to g, beta is 1/2.
+    e = random_tensor((50,), DOUBLE) * 1e-6
+    e -= (e @ g + (0.5 + c + lam) / (1 + c + lam) * (e @ e)) / (g @ g) * g
+    d = g + e
+    optimizer = reference(AMSGD, [Group([(50,)], DOUBLE)], memory_plane="anchored")
+    (param,) = parameters(optimizer)
+    param.grad = g
+    optimizer.step()
+    state = optimizer.state[param]
+    state["momentum_buffer"].copy_(d)
+    state["prev_lr"].fill_(prev_lr)
+    optimizer.param_groups[0].update(lr=lr, memory_lambda=lam)
+    optimizer.step()
+
+    num = den = Fraction(0)
+    factor = (1 + Fraction(lam)) * Fraction(prev_lr) / Fraction(lr)
+    for gi, di in zip(map(Fraction, g.tolist()), map(Fraction, d.tolist()), strict=True):
+        num += factor * (gi - di) * di - (di - gi) * (gi + Fraction(lam) * di)
+        den += (di - gi) ** 2
+    assert 0.4 < num / den < 0.6
+    assert state["beta"].item() == pytest.approx(float(num / den), abs=1e-9)

@@ -176,7 +176,12 @@ def test_schedule_that_touches_zero(cls, backend, schedule, tensor_lr):
         optimizer.step()
         scheduler.step()
         moved = [not torch.equal(a, b) for a, b in zip(params, model.parameters(), strict=True)]
-        assert all(moved) if lr > 1e-9 else not any(moved) or lr > 0
+        if lr == 0:
+            assert not any(moved)
+        elif lr > 1e-9:
+            assert all(moved)
+        else:  # so little that rounding decides whether an element moves
+            torch.testing.assert_close(list(model.parameters()), params, rtol=1e-6, atol=1e-9)
         for param, memory in zip(model.parameters(), memories, strict=False):
             assert not torch.equal(optimizer.state[param][cls.memories[0]], memory)
         for state in optimizer.state.values():

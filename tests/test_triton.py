@@ -300,6 +300,7 @@ def test_tables_of_a_captured_step_are_kept_and_a_new_layout_is_refused(launches
     assert kept_tables.addresses is captured
     assert plan is cache["plan"]
     assert kept_lists[tables.GRADS][0] is params[0].grad
+    captured_params = list(params)
     params.pop().grad = None
     with pytest.raises(RuntimeError, match="take a step with the same parameters"):
         optimizer.step()
@@ -307,6 +308,9 @@ def test_tables_of_a_captured_step_are_kept_and_a_new_layout_is_refused(launches
     launches.step(optimizer)
     assert all(a is b for a, b in zip(cache["captured"], kept, strict=True))
     assert launches.addresses.data_ptr() != captured.data_ptr()
+    # Copies: the optimizer has since put one tensor where there were two.
+    assert [len(tensors) for tensors in kept_lists] == [2] * len(kept_lists)
+    assert all(a is b for a, b in zip(kept_lists[0], captured_params, strict=True))
 
 
 def test_a_captured_upload_takes_the_block_that_was_put_aside(launches, monkeypatch):
@@ -319,10 +323,48 @@ def test_a_captured_upload_takes_the_block_that_was_put_aside(launches, monkeypa
     with pytest.raises(RuntimeError, match="take a step with the same parameters"):
         optimizer.step()
     layout.spare = spare = torch.empty(2 + 2 + 4 + 1 + 11, dtype=torch.int64)
+    blocks = []
+
+    def upload(words, device, pinned=None):
+        blocks.append(pinned)
+        return words
+
+    monkeypatch.setattr(tables, "upload", upload)
     launches.step(optimizer)
+    (block,) = blocks
+    assert block is spare
     (cache,) = optimizer._caches.values()
     assert layout.spare is None
     assert cache["captured"][0] is spare
+
+
+def test_what_a_graph_is_to_upload_is_not_there_for_an_eager_step(launches, monkeypatch):
+    """It is there once the graph is replayed, which may be never."""
+    (param,) = make_params(1)
+    optimizer = AMAdamW([param], backend="triton")
+    launches.step(optimizer)
+    layout_of(optimizer).spare = torch.empty(2 + 2 + 4 + 1 + 11, dtype=torch.int64)
+    with monkeypatch.context() as capture:
+        capture.setattr(tables, "is_capturing", lambda device: True)
+        param.grad = param.grad.clone()
+        launches.step(optimizer)
+        captured = launches.addresses
+        assert launches.uploads == 1
+    launches.step(optimizer)
+    assert launches.uploads == 1
+    assert launches.addresses is not captured
+
+
+def test_a_captured_apply_finds_what_its_stats_upload(launches, monkeypatch):
+    (param,) = make_params(1)
+    optimizer = AMAdamW([param], backend="triton", gap="loss", beta_scope="global")
+    optimizer.step(lambda: torch.tensor(1.0))
+    layout_of(optimizer).spare = torch.empty(2 + 2 + 4 + 1 + 11, dtype=torch.int64)
+    monkeypatch.setattr(tables, "is_capturing", lambda device: True)
+    param.grad = param.grad.clone()
+    launches.uploads = 0
+    optimizer.step(lambda: torch.tensor(1.0))
+    assert launches.uploads == 1
 
 
 def layout_of(optimizer) -> tables.Layout:

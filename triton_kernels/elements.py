@@ -54,10 +54,14 @@ class AdamWModel(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """c_g and -c_d over eta, times the gap's factor; zeros at eta = 0."""
+    """c_g - c_d and c_d over eta, times the gap's factor; zeros at eta = 0.
+
+    The gap's c_g g - c_d d is (c_g - c_d) g - c_d e, which does not take the difference of two
+    products: d may be near g, and with the "anchored" plane c_g is c_d.
+    """
 
     grad: tl.tensor
-    minus_memory: tl.tensor
+    memory: tl.tensor
 
 
 @triton.jit
@@ -72,10 +76,8 @@ def grad_factor(maximize, grad_scale):
 def gap_factors(prev_lr, lr, scale, anchored, loss_gap, T: tl.constexpr):
     # At eta = 0 the gap term is left out; the 1 keeps 0 / 0 away.
     ratio = tl.where(lr == 0, 0.0, scale * prev_lr / tl.where(lr == 0, 1.0, lr))
-    return Gap(
-        grad=tl.where(loss_gap != 0, 0.0, ratio).to(T),
-        minus_memory=tl.where(anchored != 0, -ratio, 0.0).to(T),
-    )
+    memory = tl.where(anchored != 0, ratio, 0.0)
+    return Gap(grad=(tl.where(loss_gap != 0, 0.0, ratio) - memory).to(T), memory=memory.to(T))
 
 
 @triton.jit
@@ -122,7 +124,7 @@ def adamw_sums(x, g, d, v, c, gap, weight_decay):
     _, P, M = _adamw_terms(g, v, c)
     e = d - g
     damped = d + c.memory_lambda * P * d
-    slope = gap.grad * g + gap.minus_memory * d
+    slope = gap.grad * g - gap.memory * e
     num = (slope * damped - e * (damped - e)) * M + (slope - e) * (weight_decay * x)
     return num, e * e * M
 
@@ -141,7 +143,7 @@ def sgd_sums(x, g, d, factor, gap, weight_decay, memory_lambda):
     """One element's part of num = (c_g g - c_d d) d - e (g + lambda d), and of den."""
     g = g * factor + weight_decay * x
     e = d - g
-    slope = gap.grad * g + gap.minus_memory * d
+    slope = gap.grad * g - gap.memory * e
     return slope * d - e * (g + memory_lambda * d), e * e
 
 

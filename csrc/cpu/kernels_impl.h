@@ -100,8 +100,8 @@ struct AdamW {
   static constexpr int kLanes = Pack<T>::kLanes;
 
   static Coefficients cast(const AdamWCoefficients<double>& c) {
-    return {T(c.grad_factor),   T(c.beta2),        T(c.one_minus_beta2), T(c.v_scale),  T(c.eps),
-            T(c.memory_lambda), T(c.weight_decay), T(c.u_grad),          T(c.u_memory), T(c.lr),
+    return {T(c.grad_factor),   T(c.beta2),        T(c.one_minus_beta2), T(c.v_scale),    T(c.eps),
+            T(c.memory_lambda), T(c.weight_decay), T(c.gap_grad),        T(c.gap_memory), T(c.lr),
             T(c.decay)};
   }
 
@@ -209,8 +209,8 @@ struct SGD {
   static constexpr int kLanes = Pack<T>::kLanes;
 
   static Coefficients cast(const SGDCoefficients<double>& c) {
-    return {T(c.grad_factor), T(c.memory_lambda),    T(c.weight_decay),
-            T(c.gap_grad),    T(c.minus_gap_memory), T(c.lr)};
+    return {T(c.grad_factor), T(c.memory_lambda), T(c.weight_decay),
+            T(c.gap_grad),    T(c.gap_memory),    T(c.lr)};
   }
 
   template <bool Scaled, bool Decay>
