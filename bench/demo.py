@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from adamem_fused import AMAdamW
+from adamem_fused import AMAdamW, cpu
 from bench.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SEED, output_folder
 from bench.demo_model import GPT, tensor_label
 from bench.demo_report import Comparison, Run, format_table, plot, write_json
@@ -231,6 +231,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 130 where it was interrupted; what was finished by then is written all the same.
     """
     args = parse_args(argv)
+    reason = cpu.unavailable(torch.device("cpu"))
+    if reason is not None:
+        raise SystemExit(f"the demo needs the cpu backend: {reason}")
     given = vars(args)
     config = Config(**{f.name: given[f.name] for f in fields(Config) if f.name in given})
     torch.set_num_threads(config.threads)

@@ -7,6 +7,7 @@ import gc
 import json
 import statistics
 import time
+from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
@@ -41,6 +42,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints a table and writes host.json."""
+    if find_spec("triton") is None:
+        raise SystemExit("bench host needs triton: pip install triton")
     device = find_device("cpu")
     folder = args.out or output_folder(f"bench/results/{folder_name(device.name)}")
     result = {

@@ -97,10 +97,11 @@ def device_section(report: Report, folder: Path, root: Path) -> str:
     targets = target_cells(report)
     if targets:
         parts += ["What was aimed at, float32, caches warm:\n", _table(targets, TARGET_HEADERS)]
+    details = []
     columns = _fused_columns(report)
     if columns:
         names = [f"{name}, {dtype}" for name, dtype in columns]
-        parts += [
+        details += [
             "Step times over those of torch's fused optimizer of the same kind; milliseconds and "
             f"the fraction of the floor that was reached are those of {names[0]}:\n",
             _table(list(_ratio_cells(report, columns)), RATIO_HEADERS + names),
@@ -128,7 +129,6 @@ def device_section(report: Report, folder: Path, root: Path) -> str:
             f"launches left out, by what has new addresses ([host.json]({link}/host.json)):\n",
             _table(host.table_cells(result), host.HEADERS),
         ]
-    details = []
     for label in _lists_of_everyone(report):
         details += [
             f"Every contestant on {label}, float32, caches warm. Launches are kernels, on the CPU "
@@ -140,7 +140,7 @@ def device_section(report: Report, folder: Path, root: Path) -> str:
     if reasons:
         details += ["Not measured:\n", "\n".join(f"- {reason}" for reason in reasons) + "\n"]
     if details:
-        summary = "Every contestant, and what was not measured"
+        summary = "Every parameter list, every contestant, and what was not measured"
         parts += [f"<details><summary>{summary}</summary>\n", *details, "</details>\n"]
     return "\n".join(parts)
 
