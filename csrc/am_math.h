@@ -173,12 +173,14 @@ AM_INLINE void adamw_sums(V g, V d, V root, V x, const AdamWCoefficients<T>& c, 
 
 // Updates one element's d and x with the beta of its tensor. With the new d before its
 // division, n = (1 - beta) g + (beta + lambda P) d: d = n / (1 + lambda P), d / P = n M.
+// take: 1 - beta, rounded once; beta may be near 1.
 template <bool Scaled, class V, class T>
-AM_INLINE void adamw_update(V g, V& d, V root, V& x, T beta, const AdamWCoefficients<T>& c) {
+AM_INLINE void adamw_update(V g, V& d, V root, V& x, T beta, T take,
+                            const AdamWCoefficients<T>& c) {
   g = gradient<Scaled>(g, c);
   const V p = root + V(c.eps);
   const V m = V(T(1)) / (p * fma(p, V(c.memory_lambda), V(T(1))));
-  const V n = fma(g, V(T(1) - beta), fma(p, V(c.memory_lambda), V(beta)) * d);
+  const V n = fma(g, V(take), fma(p, V(c.memory_lambda), V(beta)) * d);
   const V step = n * m;
   d = step * p;
   x = fma(step, V(-c.lr), x * V(c.decay));

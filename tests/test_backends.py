@@ -371,3 +371,14 @@ def test_a_loss_that_is_not_finite_is_no_difference(cls, backend, loss):
         for param, expected in zip(parameters(optimizer), parameters(without), strict=True):
             assert torch.equal(param, expected)
             assert torch.equal(optimizer.state[param]["beta"], without.state[expected]["beta"])
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_a_cap_near_1(backend):
+    """1 - beta is rounded once, not the difference of a rounded beta."""
+    optimizers = pair(AMAdamW, [Group([(300,)])], backend, betas=(0.9999, 0.999), memory_lambda=0.0)
+    set_gradients(*optimizers, step=0)
+    for optimizer in optimizers:
+        optimizer.step()
+    expected, ours = (o.state[p]["exp_avg"] for o in optimizers for p in parameters(o))
+    torch.testing.assert_close(ours, expected, rtol=2e-6, atol=0.0)

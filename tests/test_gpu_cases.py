@@ -348,6 +348,18 @@ def test_beta_where_the_memory_is_near_the_gradient(backend, cls):
     assert betas[1] == pytest.approx(betas[0], rel=0, abs=5e-5)
 
 
+def test_a_cap_near_1(backend):
+    """1 - beta is rounded once, not the difference of a rounded beta."""
+    memories = []
+    for name in ("reference", backend):
+        param = torch.zeros(300, device=DEVICE, requires_grad=True)
+        optimizer = AMAdamW([param], betas=(0.9999, 0.999), memory_lambda=0.0, backend=name)
+        param.grad = torch.randn(300, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        optimizer.step()
+        memories.append(optimizer.state[param]["exp_avg"])
+    torch.testing.assert_close(memories[1], memories[0], rtol=2e-6, atol=0.0)
+
+
 def test_an_eps_of_zero(backend):
     """Beyond a tensor's end everything is 0, and so is the denominator."""
     compare(backend, AMAdamW, make_params([(300,)]), lr=0.05, eps=0.0)

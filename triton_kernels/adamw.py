@@ -49,7 +49,7 @@ from adamem_fused.triton_kernels.tables import (
     write_scalar,
 )
 
-COEFFICIENTS = tl.constexpr(9)
+COEFFICIENTS = tl.constexpr(10)
 
 
 @triton.jit
@@ -136,13 +136,14 @@ def _set_beta(addresses, layout, hypers, lrs, coefficients, grad_scale, n, i, nu
     tl.store(c + 4, model.eps)
     tl.store(c + 5, model.memory_lambda)
     tl.store(c + 6, beta)
-    tl.store(c + 7, h.lr)
-    tl.store(c + 8, 1.0 - h.lr * h.weight_decay)
+    tl.store(c + 7, 1.0 - beta)
+    tl.store(c + 8, h.lr)
+    tl.store(c + 9, 1.0 - h.lr * h.weight_decay)
 
 
 @triton.jit
 def _update(
-    x, g, d, v, begin, end, numel, model, beta, lr, decay,
+    x, g, d, v, begin, end, numel, model, beta, take, lr, decay,
     BLOCK: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     for k in tl.range(begin, end, BLOCK, num_stages=STAGES):
@@ -154,6 +155,7 @@ def _update(
             load_elements(v, at, numel, VECTOR, T),
             model,
             beta,
+            take,
             lr,
             decay,
         )
@@ -179,8 +181,9 @@ def _update_chunk(
         memory_lambda=load_coefficient(c + 5, T),
     )
     beta = load_coefficient(c + 6, T)
-    lr = load_coefficient(c + 7, T)
-    decay = load_coefficient(c + 8, T)
+    take = load_coefficient(c + 7, T)
+    lr = load_coefficient(c + 8, T)
+    decay = load_coefficient(c + 9, T)
 
     start = chunk * CHUNK
     numel = tl.load(layout + NUMEL * n + i)
@@ -189,8 +192,8 @@ def _update_chunk(
     d = data_pointer(addresses, 2, n, i, EXP_AVG) + start
     v = data_pointer(addresses, 3, n, i, EXP_AVG_SQ) + start
     middle, end = ends(is_aligned(x, g, d, v), start, numel, BLOCK, CHUNK)
-    _update(x, g, d, v, 0, middle, end, model, beta, lr, decay, BLOCK, T, True, STAGES)
-    _update(x, g, d, v, middle, end, end, model, beta, lr, decay, BLOCK, T, False, STAGES)
+    _update(x, g, d, v, 0, middle, end, model, beta, take, lr, decay, BLOCK, T, True, STAGES)
+    _update(x, g, d, v, middle, end, end, model, beta, take, lr, decay, BLOCK, T, False, STAGES)
 
 
 # ---- kernels --------------------------------------------------------------------------

@@ -130,11 +130,14 @@ def adamw_sums(x, g, d, v, c, gap, weight_decay):
 
 
 @triton.jit
-def adamw_update(x, g, d, v, c, beta, lr, decay):
-    """The new x, d and v. With n the new d before its division by 1 + lambda P: d / P = n M."""
+def adamw_update(x, g, d, v, c, beta, take, lr, decay):
+    """The new x, d and v. With n the new d before its division by 1 + lambda P: d / P = n M.
+
+    take: 1 - beta, rounded once; beta may be near 1.
+    """
     g = g * c.grad_factor
     v, P, M = _adamw_terms(g, v, c)
-    n = (1.0 - beta) * g + (beta + c.memory_lambda * P) * d
+    n = take * g + (beta + c.memory_lambda * P) * d
     return decay * x - lr * (n * M), n * (M * P), v
 
 

@@ -168,15 +168,16 @@ struct AdamW {
   }
 
   template <bool Scaled>
-  AM_INLINE void update_pack(S* x, const S* g, T* d, Pack<T> root, const Coefficients& c, T beta) {
+  AM_INLINE void update_pack(S* x, const S* g, T* d, Pack<T> root, const Coefficients& c, T beta,
+                             T take) {
     Pack<T> new_d = load(d), new_x = load(x);
-    adamw_update<Scaled>(load(g), new_d, root, new_x, beta, c);
+    adamw_update<Scaled>(load(g), new_d, root, new_x, beta, take, c);
     store(d, new_d);
     store(x, new_x);
   }
 
   template <bool Scaled>
-  static void update_chunk(const AdamWChunk& chunk, const Coefficients c, T beta) {
+  static void update_chunk(const AdamWChunk& chunk, const Coefficients c, T beta, T take) {
     S* x = static_cast<S*>(chunk.param);
     const S* g = static_cast<const S*>(chunk.grad);
     T* d = static_cast<T*>(chunk.exp_avg);
@@ -185,13 +186,13 @@ struct AdamW {
     one_ahead<kLanes>(
         0, whole, [&](int64_t i) AM_INLINE_LAMBDA { return update_root<Scaled>(g + i, v + i, c); },
         [&](int64_t i, Pack<T> root)
-            AM_INLINE_LAMBDA { update_pack<Scaled>(x + i, g + i, d + i, root, c, beta); });
+            AM_INLINE_LAMBDA { update_pack<Scaled>(x + i, g + i, d + i, root, c, beta, take); });
     if (const int64_t rest = chunk.numel - whole) {
       Tail<S, kLanes> tail_x(x + whole, rest);
       const Tail<S, kLanes> tail_g(g + whole, rest);
       Tail<T, kLanes> tail_d(d + whole, rest), tail_v(v + whole, rest);
       const Pack<T> root = update_root<Scaled>(tail_g.lanes, tail_v.lanes, c);
-      update_pack<Scaled>(tail_x.lanes, tail_g.lanes, tail_d.lanes, root, c, beta);
+      update_pack<Scaled>(tail_x.lanes, tail_g.lanes, tail_d.lanes, root, c, beta, take);
       tail_x.write(x + whole, rest);
       tail_d.write(d + whole, rest);
       tail_v.write(v + whole, rest);
@@ -199,7 +200,9 @@ struct AdamW {
   }
 
   static void update(const AdamWChunk& chunk, const AdamWCoefficients<double>& c, double beta) {
-    specialize(cast(c), [&](auto scaled, auto) { update_chunk<scaled>(chunk, cast(c), T(beta)); });
+    specialize(cast(c), [&](auto scaled, auto) {
+      update_chunk<scaled>(chunk, cast(c), T(beta), T(1.0 - beta));
+    });
   }
 };
 

@@ -9,7 +9,7 @@ namespace {
 template <class T>
 struct AdamWUpdate {
   AdamWCoefficients<T> coefficients;
-  T beta;
+  T beta, take;  // take = 1 - beta
 };
 
 // What does not depend on the dtypes.
@@ -51,6 +51,7 @@ struct AdamWTensor {
     AdamWUpdate<double> update;
     update.coefficients = coefficients<double>(s, tensor);
     update.beta = beta;
+    update.take = 1.0 - beta;
     *reinterpret_cast<AdamWUpdate<double>*>(s.coefficients + tensor * kColumns) = update;
     write_scalar(s, kLists, kBetaProd, tensor, read_scalar(s, kLists, kBetaProd, tensor) * beta);
     write_scalar(s, kLists, kStep, tensor, step + 1.0);
@@ -131,7 +132,7 @@ struct AdamW : AdamWTensor {
 #pragma unroll
           for (int j = 0; j < kVector; ++j) {
             const T root = adamw_root<true>(g[j], v[j], u.coefficients);
-            adamw_update<true>(g[j], d[j], root, x[j], u.beta, u.coefficients);
+            adamw_update<true>(g[j], d[j], root, x[j], u.beta, u.take, u.coefficients);
           }
           chunk.d.store_vector(k, d);
           chunk.v.store_vector(k, v);
@@ -141,7 +142,7 @@ struct AdamW : AdamWTensor {
           const T g = chunk.g.load(k);
           T d = chunk.d.load(k), v = chunk.v.load(k), x = chunk.x.load(k);
           const T root = adamw_root<true>(g, v, u.coefficients);
-          adamw_update<true>(g, d, root, x, u.beta, u.coefficients);
+          adamw_update<true>(g, d, root, x, u.beta, u.take, u.coefficients);
           chunk.d.store(k, d);
           chunk.v.store(k, v);
           chunk.x.store(k, x);
