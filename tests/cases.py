@@ -209,6 +209,7 @@ def assert_step_agrees(
     before: Sequence[dict[str, Tensor]],
     beta_slack: Sequence[float] | None = None,
     low_precision_ulps: int = 1,
+    low_precision_sizes: Sequence[Tensor] | None = None,
 ) -> None:
     """Two optimizers that stepped from this snapshot, or nearly this, agree.
 
@@ -221,6 +222,7 @@ def assert_step_agrees(
     (lr for Adam, lr times gradient or memory for SGD). A bfloat16 or float16 parameter is
     rounded from float32 when it is stored: where the exact value lies close to the middle
     between two neighbours the two may round to different ones, an ulp apart and no further.
+    The ulps are those of `low_precision_sizes`, or else of the parameter.
     """
     rtols = tolerances(expected)
     lrs = [float(group["lr"]) for group in expected.param_groups for _ in group["params"]]
@@ -247,7 +249,8 @@ def assert_step_agrees(
         scale = max(largest(theirs), largest(before[i]["param"]), lrs[i] * natural)
         allowed = torch.full(theirs.shape, 2 * beta_tol * scale, dtype=torch.float64)
         if theirs.dtype in LOW_PRECISION:
-            allowed += low_precision_ulps * ulp(theirs)
+            sized = theirs if low_precision_sizes is None else low_precision_sizes[i]
+            allowed += low_precision_ulps * ulp(sized)
         wide = torch.complex128 if theirs.is_complex() else torch.float64
         difference = (ours.detach().to(wide) - theirs.detach().to(wide)).abs()
         assert (difference <= allowed).all(), f"x {where}: differs by {largest(difference)}"
