@@ -271,7 +271,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 if param.requires_grad:
                     self._check_dtype(param)
                     backends.choose(self.param_groups[-1], param.device)
-                    sharding.check_param(param)
+                sharding.check_param(param)
         except Exception:
             del self.param_groups[known:]
             raise
