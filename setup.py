@@ -86,8 +86,8 @@ def find_torch():
 
 
 def load_cuda_library():
-    """adamem_fused/cuda_library.py, without the package, which would import torch."""
-    path = Path(__file__).parent / "adamem_fused" / "cuda_library.py"
+    """adamem_fused/backends/cuda_library.py, without the package, which would import torch."""
+    path = Path(__file__).parent / "adamem_fused" / "backends" / "cuda_library.py"
     spec = importlib.util.spec_from_file_location("cuda_library", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from adamem_fused.backends import Backend
-from adamem_fused.batch import AdamWBatch, AdamWHyper, Lr
-from adamem_fused.optimizer import (
-    AdaptiveMemoryOptimizer,
-    ParamsT,
-    check_lr,
-    check_number,
-    check_options,
-    over_lr,
-    scalar_dtype,
-    scalar_lr,
-)
+from adamem_fused.backends.batch import AdamWBatch, AdamWHyper, Lr
+from adamem_fused.checkpoints import from_adamw
+from adamem_fused.optimizer import AdaptiveMemoryOptimizer, ParamsT, over_lr, scalar_lr
+from adamem_fused.options import check_lr, check_number, check_options
 
 
 class AMAdamW(AdaptiveMemoryOptimizer):
@@ -70,6 +62,8 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         "prev_lr": 0.0,
         "beta": 0.0,
     }
+
+    _convert_state = staticmethod(from_adamw)
 
     def __init__(
         self,
@@ -148,29 +142,3 @@ class AMAdamW(AdaptiveMemoryOptimizer):
 
     def _loss_factor(self, hyper: AdamWHyper) -> Lr:
         return over_lr(1 + hyper.weight_decay * hyper.lr, hyper.lr)
-
-    def _convert_state(
-        self, param: Tensor, state: dict[str, Any], group: dict[str, Any]
-    ) -> dict[str, Any]:
-        """AdamW's state: as if beta had been betas[0] and lr the group's at every step."""
-        if "max_exp_avg_sq" in state:
-            raise ValueError(
-                "loaded state has max_exp_avg_sq (amsgrad=True), which AMAdamW does not have"
-            )
-        if group.get("decoupled_weight_decay") is False and group["weight_decay"] != 0:
-            raise ValueError(
-                f"loaded weight_decay {group['weight_decay']} is Adam's, coupled to the gradient; "
-                "AMAdamW's is decoupled"
-            )
-        if "step" not in state:
-            raise ValueError("loaded state has no step")
-        like: dict[str, Any] = {"dtype": scalar_dtype(param), "device": param.device}
-        step = torch.as_tensor(state["step"], **like)
-        beta1 = torch.tensor(group["betas"][0], **like)
-        return {
-            **{name: state[name] for name in self.memories if name in state},
-            "step": step,
-            "beta_prod": beta1**step,
-            "prev_lr": torch.as_tensor(group["lr"], **like),
-            "beta": beta1,
-        }

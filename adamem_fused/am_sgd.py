@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from adamem_fused.backends import Backend
-from adamem_fused.batch import Lr, SGDBatch, SGDHyper
-from adamem_fused.optimizer import (
-    AdaptiveMemoryOptimizer,
-    ParamsT,
-    check_lr,
-    check_number,
-    check_options,
-    over_lr,
-    scalar_dtype,
-    scalar_lr,
-)
+from adamem_fused.backends.batch import Lr, SGDBatch, SGDHyper
+from adamem_fused.checkpoints import from_sgd
+from adamem_fused.optimizer import AdaptiveMemoryOptimizer, ParamsT, over_lr, scalar_lr
+from adamem_fused.options import check_lr, check_number, check_options
 
 
 class AMSGD(AdaptiveMemoryOptimizer):
@@ -64,6 +56,8 @@ class AMSGD(AdaptiveMemoryOptimizer):
 
     memories = ("momentum_buffer",)
     scalars: ClassVar[dict[str, float]] = {"step": 0.0, "prev_lr": 0.0, "beta": 0.0}
+
+    _convert_state = staticmethod(from_sgd)
 
     def __init__(
         self,
@@ -133,21 +127,3 @@ class AMSGD(AdaptiveMemoryOptimizer):
 
     def _loss_factor(self, hyper: SGDHyper) -> Lr:
         return over_lr(1 + hyper.memory_lambda, hyper.lr)
-
-    def _convert_state(
-        self, param: Tensor, state: dict[str, Any], group: dict[str, Any]
-    ) -> dict[str, Any]:
-        """SGD's state: the buffer as it is, for -lr times it was the last step.
-
-        SGD has no step count, so what has a buffer counts as one step old. Without
-        momentum SGD saves None: such a parameter starts anew.
-        """
-        if "momentum_buffer" in state and state["momentum_buffer"] is None:
-            return {}
-        like: dict[str, Any] = {"dtype": scalar_dtype(param), "device": param.device}
-        return {
-            **state,
-            "step": torch.ones((), **like),
-            "prev_lr": torch.as_tensor(group["lr"], **like),
-            "beta": torch.as_tensor(group.get("momentum", 0.0), **like),
-        }

@@ -13,93 +13,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adamem_fused import backends, ops, sharding
-from adamem_fused.backends import Backend
-from adamem_fused.batch import FLOATING, GRADS, Batch, Lr, group_slices
+from adamem_fused import backends, checkpoints, sharding
+from adamem_fused.backends import Backend, ops
+from adamem_fused.backends.batch import FLOATING, GRADS, Batch, Lr, group_slices
+from adamem_fused.state import COMPLEX, memory_dtype, scalar_dtype
 
 ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
-
-MEMORY_PLANES = ("level", "anchored")
-GAPS = ("gradient", "loss")
-BETA_SCOPES = ("tensor", "global")
-
-# Options that say how to compute and not what: a checkpoint, which may come from another
-# machine, does not decide them.
-_IMPLEMENTATION = ("foreach", "fused", "backend", "capturable")
-
-# Options of torch.optim's AdamW and SGD that these optimizers do not have.
-_FOREIGN = (
-    "amsgrad",
-    "dampening",
-    "decoupled_weight_decay",
-    "differentiable",
-    "momentum",
-    "nesterov",
-)
-
-_COMPLEX = (torch.complex64, torch.complex128)
-
-
-def check_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:
-    """Raises ValueError unless low <= value < high. NaN is not in any range."""
-    if type(value) is float and low <= value < high:
-        return  # asked several times a step, and isinstance with Real is slow
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not low <= value < high:
-        allowed = f">= {low}" if high == float("inf") else f"in [{low}, {high})"
-        raise ValueError(f"Invalid {name}: {value!r} (a finite number {allowed})")
-
-
-def check_lr(lr: Any) -> None:
-    """Raises ValueError unless lr is a finite number >= 0, or a tensor of one element.
-
-    The value of a tensor is looked at on the CPU alone: a GPU would have to be waited for.
-    """
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(
-                "Invalid learning rate: Tensor lr must be 1-element, "
-                f"and this one has shape {list(lr.shape)}"
-            )
-        if lr.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_number("learning rate", lr.item(), 0.0)
-    else:
-        check_number("learning rate", lr, 0.0)
-
-
-def check_options(group: dict[str, Any]) -> None:
-    """Raises on a bad value of the options that both optimizers have."""
-    check_number("weight_decay value", group["weight_decay"], 0.0)
-    check_number("memory_lambda value", group["memory_lambda"], 0.0)
-    for key, allowed in (
-        ("memory_plane", MEMORY_PLANES),
-        ("gap", GAPS),
-        ("beta_scope", BETA_SCOPES),
-        ("maximize", (True, False)),
-        ("capturable", (True, False)),
-    ):
-        if group[key] not in allowed:
-            choices = " or ".join(repr(value) for value in allowed)
-            raise ValueError(f"Invalid {key}: {group[key]!r} ({choices})")
-    if group["gap"] == "loss" and group["beta_scope"] != "global":
-        raise ValueError(
-            'gap="loss" needs beta_scope="global", not '
-            f"{group['beta_scope']!r}: a loss belongs to the whole model"
-        )
-    backends.check_choice(group)
-
-
-def memory_dtype(param: Tensor) -> torch.dtype:
-    """The dtype of a parameter's memory: float32, and float64 for float64; complex if it is."""
-    if param.dtype in _COMPLEX:
-        return param.dtype
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
-def scalar_dtype(param: Tensor) -> torch.dtype:
-    """The dtype of a parameter's scalar state."""
-    double = param.dtype in (torch.float64, torch.complex128)
-    return torch.float64 if double else torch.float32
 
 
 def loss_value(loss: Any) -> Tensor:
@@ -125,13 +44,6 @@ def over_lr(value: Lr, lr: Lr) -> Lr:
 def scalar_lr(lr: Lr) -> Lr:
     """A tensor lr as the backends take it: 0-dim."""
     return lr.reshape(()) if isinstance(lr, Tensor) else lr
-
-
-class _Kept:
-    """A tensor that Optimizer.load_state_dict leaves alone, see `load_state_dict` below."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
 
 
 def as_real(tensor: Tensor) -> Tensor:
@@ -251,8 +163,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """What a difference of losses is multiplied with in num: c / eta, 0 at eta = 0."""
         raise NotImplementedError
 
+    @staticmethod
     def _convert_state(
-        self, param: Tensor, state: dict[str, Any], group: dict[str, Any]
+        param: Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> dict[str, Any]:
         """A parameter's state as torch.optim's counterpart saves it, as this class's state."""
         raise NotImplementedError
@@ -277,7 +190,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             raise
 
     def _check_dtype(self, param: Tensor) -> None:
-        if param.dtype not in FLOATING + _COMPLEX:
+        if param.dtype not in FLOATING + COMPLEX:
             raise TypeError(
                 f"{type(self).__name__} optimizes floating-point and complex tensors, "
                 f"not {param.dtype}"
@@ -570,8 +483,6 @@ class AdaptiveMemoryOptimizer(Optimizer):
             current = torch.where(skipped, prev_loss, current)
         self._model_state["prev_loss"] = current
 
-    # ---- checkpoints --------------------------------------------------------------
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this class, or of its counterpart in torch.optim.
 
@@ -590,75 +501,12 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
             Nothing has changed then.
         """
-        # Optimizer.load_state_dict casts state to the parameter's dtype, by a policy that
-        # a subclass cannot override. So tensors go through it in a wrapper, put on after
-        # the user's own hooks and taken off in __setstate__.
-        handle = self.register_load_state_dict_pre_hook(AdaptiveMemoryOptimizer._wrap)
+        # After the user's own hooks; the tensors are unwrapped in __setstate__.
+        handle = self.register_load_state_dict_pre_hook(checkpoints.wrap)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-
-    def _wrap(self: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-        """A checked copy of a state_dict, its tensors wrapped."""
-        saved_groups = state_dict["param_groups"]
-        sizes = [len(group["params"]) for group in saved_groups]
-        if sizes != [len(group["params"]) for group in self.param_groups]:
-            return None  # Optimizer.load_state_dict says what is wrong
-        groups = []
-        state = dict(state_dict["state"])
-        for own, saved in zip(self.param_groups, saved_groups, strict=True):
-            options = {
-                key: value
-                for key, value in own.items()
-                if key not in saved or key in _IMPLEMENTATION
-            }
-            # torch.optim's optimizers keep options that are not theirs, and drop state that is not.
-            native = "memory_plane" in saved and not any(option in saved for option in _FOREIGN)
-            group = {**saved, **options, "params": saved["params"]}
-            self._check_group(group)
-            groups.append(group)
-            for key, param in zip(saved["params"], own["params"], strict=True):
-                if state.get(key):
-                    state[key] = self._wrap_state(param, group, state[key], native)
-            if not native:
-                for option in _FOREIGN:
-                    group.pop(option, None)
-        return {**state_dict, "param_groups": groups, "state": state}
-
-    def _wrap_state(
-        self, param: Tensor, group: dict[str, Any], saved: dict[str, Any], native: bool
-    ) -> dict[str, Any]:
-        """One parameter's state, checked, converted if it is torch.optim's, and wrapped."""
-        state = dict(saved) if native else self._convert_state(param, saved, group)
-        names = (*self.memories, *self.scalars)
-        if any(name in state for name in names):  # and not the user's own entries alone
-            for name in names:
-                state[name] = self._checked(param, name, state)
-        return {k: _Kept(v) if isinstance(v, Tensor) else v for k, v in state.items()}
-
-    def _checked(self, param: Tensor, name: str, state: dict[str, Any]) -> Tensor:
-        """A loaded tensor of the right shape. A scalar may be a number, or have one element."""
-        if name not in state:
-            raise ValueError(f"loaded state has no {name}")
-        value = state[name]
-        if name in self.scalars and isinstance(value, Real):
-            value = torch.tensor(value, dtype=scalar_dtype(param), device=param.device)
-        if not isinstance(value, Tensor):
-            raise TypeError(f"loaded state {name} is a {type(value).__name__}, not a tensor")
-        shape = param.shape if name in self.memories else torch.Size([])
-        if value.numel() != shape.numel() or (shape and value.shape != shape):
-            raise ValueError(
-                f"loaded state {name} has shape {list(value.shape)}; "
-                f"for a parameter of shape {list(param.shape)} it has to be {list(shape)}"
-            )
-        if value.is_complex() != (name in self.memories and param.is_complex()):
-            raise ValueError(
-                f"loaded state {name} is {value.dtype}, which does not go with {param.dtype}"
-            )
-        if name in self.memories:
-            sharding.check_like(param, f"loaded state {name}", value)
-        return value
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -670,17 +518,4 @@ class AdaptiveMemoryOptimizer(Optimizer):
             group.pop("differentiable", None)
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-        for param, values in self.state.items():
-            for name, value in values.items():
-                if isinstance(value, _Kept):
-                    values[name] = self._place(param, name, value.tensor)
-
-    def _place(self, param: Tensor, name: str, value: Tensor) -> Tensor:
-        """A copy of a loaded tensor on its parameter's device and, if alike, in its layout."""
-        if name in self.memories:
-            dtype = torch.promote_types(value.dtype, memory_dtype(param))
-            return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)
-        if name in self.scalars:
-            dtype = torch.promote_types(value.dtype, scalar_dtype(param))
-            return value.detach().to(device=param.device, dtype=dtype, copy=True).reshape(())
-        return value.detach().clone()
+        checkpoints.unwrap(self)

@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from adamem_fused import AMAdamW, cpu
+from adamem_fused import AMAdamW
+from adamem_fused.backends import cpu
 from bench.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SEED, output_folder
 from bench.demo_model import GPT, tensor_label
 from bench.demo_report import Comparison, Run, format_table, plot, write_json

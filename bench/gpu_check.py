@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adamem_fused import AMSGD, AMAdamW, cuda_library
-from adamem_fused.backends import BACKENDS
+from adamem_fused import AMSGD, AMAdamW
+from adamem_fused.backends import BACKENDS, cuda_library
 from bench.arguments import output_folder
 from bench.environment import environment
 from bench.gpu_cases import Case, cases

@@ -15,7 +15,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from adamem_fused import AMSGD, AMAdamW, triton
+from adamem_fused import AMSGD, AMAdamW
+from adamem_fused.backends import triton
 from bench.arguments import COUNT, output_folder
 from bench.environment import environment, folder_name
 from bench.kernels.devices import find_device

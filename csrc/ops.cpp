@@ -1,5 +1,6 @@
 // The operators' schemas. Each backend registers its kernels for its dispatch key:
-// cpu/ops_cpu.cpp for CPU, adamem_fused/cuda_ops.py for CUDA. Fake kernels: adamem_fused/ops.py.
+// cpu/ops_cpu.cpp for CPU, backends/cuda_ops.py of adamem_fused for CUDA, where backends/ops.py has
+// the fake kernels.
 //
 // Lists of tensors hold one entry a tensor, over all parameter groups in order.
 // group_sizes: how many of them belong to each group. lrs: [groups] float64, a tensor

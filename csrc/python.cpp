@@ -363,7 +363,7 @@ py::object sgd_apply_(const py::list& params, const py::list& grads,
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  // What the library is tied to; adamem_fused/ops.py compares.
+  // What the library is tied to; adamem_fused/backends/ops.py compares.
   m.attr("torch_version") = TORCH_VERSION;
   m.def("gather", torch::wrap_pybind_function(gather));
   m.def("describe", torch::wrap_pybind_function(describe));

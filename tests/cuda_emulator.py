@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adamem_fused import cuda, cuda_library
+from adamem_fused.backends import cuda, cuda_library
 
 HEADERS = Path(__file__).parent / "cuda_emulation"
 COMMAND = [

@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 
-from adamem_fused import ops
+from adamem_fused.backends import ops
 from bench import demo
 from bench.arguments import output_folder
 from bench.demo_report import Comparison, Run, format_table, steps_to_reach

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from adamem_fused import AMSGD, AMAdamW, tables
+from adamem_fused import AMSGD, AMAdamW
+from adamem_fused.backends import tables
 from bench import __main__ as commands
 from bench import host
 
@@ -25,7 +26,7 @@ def test_the_addresses_are_new_of_which_it_is_said(monkeypatch, cls, change, new
         addresses.append(opened.tables.addresses)
         return opened
 
-    monkeypatch.setattr("adamem_fused.triton.open_tables", watched)
+    monkeypatch.setattr("adamem_fused.backends.triton.open_tables", watched)
     assert len(host.step_times(cls, change, tensors=3, steps=4)) == 4
     timed = addresses[1:]  # the first step makes the state
     assert len(timed) == 9

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adamem_fused import ops
+from adamem_fused.backends import ops
 from bench import __main__ as commands
 from bench.environment import cpu_clocks, folder_name
 from bench.kernels import command, contestants, parameter_lists

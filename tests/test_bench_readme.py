@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from adamem_fused import ops
+from adamem_fused.backends import ops
 from bench import __main__ as commands
 from bench import readme, train
 from bench.kernels.results import Report, Row

@@ -20,7 +20,7 @@ from cases import (
     set_gradients,
 )
 
-from adamem_fused import cpu, cuda, cuda_library, cuda_ops, ops
+from adamem_fused.backends import cpu, cuda, cuda_library, cuda_ops, ops
 
 HERE = Path(__file__).parent
 CHUNK = 2048

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import setuptools
 
-from adamem_fused import cuda, cuda_library
+from adamem_fused.backends import cuda, cuda_library
 
 ROOT = Path(__file__).parent.parent
 NVCC = cuda_library.find_nvcc()

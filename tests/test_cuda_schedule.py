@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cuda_emulator import compile_cpp
 
-from adamem_fused.schedule import make_items
+from adamem_fused.backends.schedule import make_items
 
 HERE = Path(__file__).parent
 BLOCKS = [1, 2, 7, 132, 528]

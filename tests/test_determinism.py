@@ -13,7 +13,8 @@ from cases import (
     set_gradients,
 )
 
-from adamem_fused import AMAdamW, cpu
+from adamem_fused import AMAdamW
+from adamem_fused.backends import cpu
 
 pytestmark = pytest.mark.skipif(
     cpu.unavailable(torch.device("cpu")) is not None, reason=str(cpu.ops.unavailable)

@@ -20,7 +20,8 @@ from cases import (
     ulp,
 )
 
-from adamem_fused import AMSGD, AMAdamW, cpu
+from adamem_fused import AMSGD, AMAdamW
+from adamem_fused.backends import cpu
 
 pytestmark = pytest.mark.skipif(
     cpu.unavailable(torch.device("cpu")) is not None, reason=str(cpu.ops.unavailable)

@@ -13,8 +13,9 @@ from cases import OPTIMIZERS, bits
 from snapshot import snapshot
 from torch.nn import Parameter
 
-from adamem_fused import AMSGD, AMAdamW, cpu, foreach, ops, reference
-from adamem_fused.batch import AdamWBatch, AdamWHyper, SGDBatch, SGDHyper
+from adamem_fused import AMSGD, AMAdamW
+from adamem_fused.backends import cpu, foreach, ops, reference
+from adamem_fused.backends.batch import AdamWBatch, AdamWHyper, SGDBatch, SGDHyper
 
 NAN, INF = math.nan, math.inf
 
@@ -260,7 +261,7 @@ def test_absent_backend_is_an_error_never_a_fallback(cls, options, message, monk
 
 @pytest.mark.parametrize("is_source", [True, False])
 def test_source_without_the_extension_is_told_from_an_installed_package(tmp_path, is_source):
-    package = Path(ops.__file__).parent
+    package = Path(ops.__file__).parents[1]
     without = shutil.ignore_patterns("_C*", "__pycache__", "_cuda*")
     shutil.copytree(package, tmp_path / package.name, ignore=without)
     if is_source:
@@ -269,7 +270,7 @@ def test_source_without_the_extension_is_told_from_an_installed_package(tmp_path
         "import sys\n"
         # An editable installation would find the extension all the same.
         "sys.meta_path = [f for f in sys.meta_path if 'Editable' not in repr(f)]\n"
-        "from adamem_fused import ops\n"
+        "from adamem_fused.backends import ops\n"
         "print(ops.unavailable)"
     )
     run = [sys.executable, "-c", code]

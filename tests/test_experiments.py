@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from adamem_fused import ops
+from adamem_fused.backends import ops
 from bench.demo_model import GPT
 from bench.experiments import __main__ as experiments
 from bench.experiments import data, gpt2

@@ -21,8 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adamem_fused import AMSGD, AMAdamW, schedule, triton
-from adamem_fused.backends import BACKENDS
+from adamem_fused import AMSGD, AMAdamW
+from adamem_fused.backends import BACKENDS, schedule, triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = BACKENDS["cuda"].unavailable(torch.device("cpu")) is None

@@ -7,7 +7,8 @@ import torch
 from cases import OPTIMIZERS, assert_same_bits, parameters, set_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adamem_fused import AMAdamW, ops, tables
+from adamem_fused import AMAdamW
+from adamem_fused.backends import ops, tables
 
 pytestmark = pytest.mark.skipif(ops.extension is None, reason=str(ops.unavailable))
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from adamem_fused.schedule import make_items
+from adamem_fused.backends.schedule import make_items
 
 
 def items_of(counts: list[int], ahead: int) -> list[tuple[int, int]]:

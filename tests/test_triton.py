@@ -13,7 +13,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from adamem_fused import AMSGD, AMAdamW, schedule, tables, triton
+from adamem_fused import AMSGD, AMAdamW
+from adamem_fused.backends import schedule, tables, triton
 
 OPTIMIZERS = [AMAdamW, AMSGD]
 HERE = Path(__file__).parent
@@ -417,7 +418,7 @@ def test_a_memory_of_another_shape_is_refused(launches):
 
 
 def test_rows_of_another_shape_are_refused(launches):
-    from adamem_fused.batch import SGDBatch, SGDHyper
+    from adamem_fused.backends.batch import SGDBatch, SGDHyper
 
     scalars = [[torch.zeros(())] for _ in range(3)]
     hyper = SGDHyper(0.1, 0.9, 0.0, 0.1, False, False, False)

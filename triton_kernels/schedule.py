@@ -1,6 +1,6 @@
 """How the programs of one launch that does a whole step keep to its order.
 
-The items and their order are those of adamem_fused/schedule.py. Programs claim them one by
+The items and their order are those of adamem_fused/backends/schedule.py. Programs claim them one by
 one, in order, from a counter. An update waits for items before its own alone, and these were
 claimed before it, by programs that are running: so the walk comes to its end with any number of
 programs, whether all of them are resident or not, and whatever else the GPU is doing.

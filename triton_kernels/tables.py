@@ -1,6 +1,6 @@
 """How the kernels find a step's tensors: tables in device memory, and what lies behind them.
 
-The tables are laid out by adamem_fused/tables.py, with one column a tensor (n of them):
+The tables are laid out by adamem_fused/backends/tables.py, with one column a tensor (n of them):
 
     addresses  [rows, n] int64   data pointers: param, grad, the memories, the scalars
     layout     [4, n]    int64   number of elements, group, first chunk, which scalars are

@@ -18,7 +18,7 @@ struct AdamWTensor {
   static constexpr int kColumns = sizeof(AdamWUpdate<double>) / sizeof(double);
   enum Scalar { kStep, kBetaProd, kPrevLr, kBeta };
 
-  // The order of a group's hyperparameters is that of adamem_fused/tables.py.
+  // The order of a group's hyperparameters is that of adamem_fused/backends/tables.py.
   static constexpr int kHypers = 11;
 
   static __device__ AdamWHyper hyper(const Step& s, int64_t tensor) {

@@ -17,7 +17,7 @@ struct SGDTensor {
   static constexpr int kColumns = sizeof(SGDUpdate<double>) / sizeof(double);
   enum Scalar { kStep, kPrevLr, kBeta };
 
-  // The order of a group's hyperparameters is that of adamem_fused/tables.py.
+  // The order of a group's hyperparameters is that of adamem_fused/backends/tables.py.
   static constexpr int kHypers = 8;
 
   static __device__ SGDHyper hyper(const Step& s, int64_t tensor) {

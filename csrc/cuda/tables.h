@@ -1,5 +1,5 @@
 // The tables through which the kernels find a step's tensors, in device memory. They are laid
-// out by adamem_fused/tables.py, one column a tensor, and read by the Triton kernels too
+// out by adamem_fused/backends/tables.py, one column a tensor, and read by the Triton kernels too
 // (triton_kernels/tables.py). Everything is found by 64-bit offsets.
 #pragma once
 
@@ -21,7 +21,7 @@ struct Sums {
   double num, den;
 };
 
-// What all launches of a step share. adamem_fused/cuda.py holds the same struct.
+// What all launches of a step share. adamem_fused/backends/cuda.py holds the same struct.
 struct Step {
   const int64_t* addresses;      // [lists, tensors]: param, grad, the memories, the scalars
   const int64_t* layout;         // [4, tensors], rows below

@@ -13,8 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from adamem_fused import cuda, ops
-from adamem_fused.batch import AdamWBatch, AdamWHyper, SGDBatch, SGDHyper
+from adamem_fused.backends import cuda, ops
+from adamem_fused.backends.batch import AdamWBatch, AdamWHyper, SGDBatch, SGDHyper
 
 Tensors: TypeAlias = list[Tensor]
 

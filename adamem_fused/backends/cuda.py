@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adamem_fused import cpu, cuda_library, schedule
-from adamem_fused.batch import AdamWBatch, Batch, SGDBatch, check_rows
-from adamem_fused.schedule import Plan
-from adamem_fused.tables import Bucket, Layout, Opened, Tables, open_tables
+from adamem_fused.backends import cpu, cuda_library, schedule
+from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check_rows
+from adamem_fused.backends.schedule import Plan
+from adamem_fused.backends.tables import Bucket, Layout, Opened, Tables, open_tables
 
 name = "cuda"
 fused = True

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adamem_fused import ops
-from adamem_fused.batch import GRADS, AdamWHyper, Batch, SGDHyper, check
+from adamem_fused.backends import ops
+from adamem_fused.backends.batch import GRADS, AdamWHyper, Batch, SGDHyper, check
 
 
 class Bucket(NamedTuple):

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from adamem_fused import cpu, cuda, cuda_ops, foreach, reference, triton
-from adamem_fused.batch import AdamWBatch, SGDBatch
+from adamem_fused.backends import cpu, cuda, cuda_ops, foreach, reference, triton
+from adamem_fused.backends.batch import AdamWBatch, SGDBatch
 
 cuda_ops.register()
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adamem_fused.batch import (
+from adamem_fused.backends.batch import (
     AdamWBatch,
     AdamWHyper,
     SGDBatch,

@@ -26,10 +26,10 @@ from torch import Tensor
 # torch.compiler.disable, but without importing torch._dynamo, which takes seconds, at once.
 from torch._compile import _disable_dynamo
 
-from adamem_fused import schedule
-from adamem_fused.batch import AdamWBatch, Batch, SGDBatch, check_rows
-from adamem_fused.schedule import Plan
-from adamem_fused.tables import Bucket, Layout, Opened, Tables, open_tables
+from adamem_fused.backends import schedule
+from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check_rows
+from adamem_fused.backends.schedule import Plan
+from adamem_fused.backends.tables import Bucket, Layout, Opened, Tables, open_tables
 
 name = "triton"
 fused = True

@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adamem_fused import tables
-from adamem_fused.batch import Batch
-from adamem_fused.tables import Bucket, Layout
+from adamem_fused.backends import tables
+from adamem_fused.backends.batch import Batch
+from adamem_fused.backends.tables import Bucket, Layout
 
 
 class Plan(NamedTuple):

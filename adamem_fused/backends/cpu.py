@@ -13,8 +13,8 @@ from array import array
 import torch
 from torch import Tensor
 
-from adamem_fused import ops
-from adamem_fused.batch import AdamWBatch, Batch, SGDBatch
+from adamem_fused.backends import ops
+from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch
 
 name = "cpu"
 fused = True

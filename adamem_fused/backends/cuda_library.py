@@ -24,10 +24,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-LIBRARY = Path(__file__).parent / "_cuda.so"
+LIBRARY = Path(__file__).parent.parent / "_cuda.so"
 # Looked at once: torch.compile cannot trace a look at a file.
 _IS_INSTALLED = LIBRARY.exists()
-SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 FLAGS = [
     "-std=c++17",
     "-O3",

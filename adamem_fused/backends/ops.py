@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adamem_fused.batch import check_like
+from adamem_fused.backends.batch import check_like
 
 
 def _load() -> tuple[Any, str | None]:
@@ -21,7 +21,7 @@ def _load() -> tuple[Any, str | None]:
         from adamem_fused import _C
     except ImportError as error:
         if "_C" in str(error) and "cannot import name" in str(error):
-            source = Path(__file__).parent.parent
+            source = Path(__file__).parents[2]
             if (source / "setup.py").exists():
                 return None, (
                     f"this is the package's source in {source}, where the C++ extension was not "

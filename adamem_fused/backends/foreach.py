@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adamem_fused.batch import (
+from adamem_fused.backends.batch import (
     AdamWBatch,
     AdamWHyper,
     Batch,

@@ -1,0 +1,21 @@
+"""A parameter's state: what dtypes it has, and how it begins."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+COMPLEX = (torch.complex64, torch.complex128)
+
+
+def memory_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of a parameter's memory: float32, and float64 for float64; complex if it is."""
+    if param.dtype in COMPLEX:
+        return param.dtype
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def scalar_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of a parameter's scalar state."""
+    double = param.dtype in (torch.float64, torch.complex128)
+    return torch.float64 if double else torch.float32
