@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from adamem_fused.backends import Backend
 from adamem_fused.backends.batch import AdamWBatch, AdamWHyper, Lr
 from adamem_fused.checkpoints import from_adamw
 from adamem_fused.optimizer import AdaptiveMemoryOptimizer, ParamsT, over_lr, scalar_lr
-from adamem_fused.options import check_lr, check_number, check_options
+from adamem_fused.options import check_betas, check_number, check_options
 
 
 class AMAdamW(AdaptiveMemoryOptimizer):
@@ -69,7 +70,7 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         self,
         params: ParamsT,
         lr: Lr = 1e-3,
-        betas: tuple[float, float] = (0.89, 0.999),
+        betas: Sequence[float] = (0.89, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
@@ -99,17 +100,19 @@ class AMAdamW(AdaptiveMemoryOptimizer):
             "backend": backend,
         }
         self._check_group(defaults)
+        # Plain numbers, whatever they came in: torch.load takes no others by default.
+        defaults["betas"] = tuple(map(float, betas))
         super().__init__(params, defaults)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        check_lr(group["lr"])
-        betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise ValueError(f"Invalid betas: {betas!r} (two numbers in [0, 1))")
-        check_number("beta parameter at index 0", betas[0], 0.0, 1.0)
-        check_number("beta parameter at index 1", betas[1], 0.0, 1.0)
-        check_number("epsilon value", group["eps"], 0.0)
-        check_options(group)
+    def _check_group(self, group: dict[str, Any], slack: float = 0.0) -> None:
+        check_betas(group["betas"], slack)
+        check_number("epsilon value", group["eps"])
+        check_options(group, slack)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["betas"] = tuple(map(float, group["betas"]))
 
     def _new_batch(self, *lists: Any) -> AdamWBatch:
         return AdamWBatch(*lists)
@@ -117,8 +120,8 @@ class AMAdamW(AdaptiveMemoryOptimizer):
     def _hyper(self, group: dict[str, Any]) -> AdamWHyper:
         return AdamWHyper(
             lr=scalar_lr(group["lr"]),
-            beta_max=group["betas"][0],
-            beta2=group["betas"][1],
+            beta_max=float(group["betas"][0]),
+            beta2=float(group["betas"][1]),
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             memory_lambda=group["memory_lambda"],

@@ -10,7 +10,7 @@ from adamem_fused.backends import Backend
 from adamem_fused.backends.batch import Lr, SGDBatch, SGDHyper
 from adamem_fused.checkpoints import from_sgd
 from adamem_fused.optimizer import AdaptiveMemoryOptimizer, ParamsT, over_lr, scalar_lr
-from adamem_fused.options import check_lr, check_number, check_options
+from adamem_fused.options import check_number, check_options
 
 
 class AMSGD(AdaptiveMemoryOptimizer):
@@ -93,10 +93,9 @@ class AMSGD(AdaptiveMemoryOptimizer):
         self._check_group(defaults)
         super().__init__(params, defaults)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        check_lr(group["lr"])
-        check_number("beta_max value", group["beta_max"], 0.0, 1.0)
-        check_options(group)
+    def _check_group(self, group: dict[str, Any], slack: float = 0.0) -> None:
+        check_number("beta_max value", group["beta_max"], 1.0, slack)
+        check_options(group, slack)
 
     def _new_batch(self, *lists: Any) -> SGDBatch:
         return SGDBatch(*lists)

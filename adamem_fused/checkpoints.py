@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adamem_fused import sharding
+from adamem_fused.options import ROUNDING
 from adamem_fused.state import memory_dtype, scalar_dtype
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def wrap(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         # torch.optim's optimizers keep options that are not theirs, and drop state that is not.
         native = "memory_plane" in saved and not any(option in saved for option in _FOREIGN)
         group = {**saved, **options, "params": saved["params"]}
-        optimizer._check_group(group)
+        optimizer._check_group(group, ROUNDING)
         groups.append(group)
         for key, param in zip(saved["params"], own["params"], strict=True):
             if state.get(key):

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from adamem_fused import backends, checkpoints, sharding
 from adamem_fused.backends import Backend, ops
 from adamem_fused.backends.batch import FLOATING, GRADS, Batch, Lr, group_slices
+from adamem_fused.options import ROUNDING
 from adamem_fused.state import COMPLEX, memory_dtype, scalar_dtype
 
 ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
@@ -35,10 +36,10 @@ def loss_value(loss: Any) -> Tensor:
 
 
 def over_lr(value: Lr, lr: Lr) -> Lr:
-    """value / lr, and 0 at lr = 0."""
+    """value / lr, and 0 at lr = 0 or a scheduler's rounding below."""
     if isinstance(lr, Tensor):
-        return torch.where(lr == 0, 0.0, value / lr)
-    return value / lr if lr != 0 else 0.0
+        return torch.where(lr <= 0, 0.0, value / lr)
+    return value / lr if lr > 0 else 0.0
 
 
 def scalar_lr(lr: Lr) -> Lr:
@@ -135,8 +136,11 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     # ---- what a subclass gives ----------------------------------------------------
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Raises ValueError or TypeError on a bad value in a complete parameter group."""
+    def _check_group(self, group: dict[str, Any], slack: float = 0.0) -> None:
+        """Raises ValueError on a bad value in a complete parameter group.
+
+        slack: how far below 0 a number may be that a scheduler has left, see options.ROUNDING.
+        """
         raise NotImplementedError
 
     def _new_batch(self, *lists: Any) -> Batch:
@@ -306,7 +310,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """This step's tensors, a batch for each backend and device."""
         self._new_state = []
         for group in self.param_groups:
-            self._check_group(group)
+            self._check_group(group, ROUNDING)
         return self._collect_ordinary() or self._collect_any()
 
     def _collect_ordinary(self) -> list[Work]:
@@ -436,7 +440,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         lrs = [group["lr"] for group in self.param_groups if group["gap"] == "loss"]
         if not lrs:
             return None
-        return loss_value(math.nan if loss is None and not any(lrs) else loss)
+        return loss_value(math.nan if loss is None and all(lr <= 0 for lr in lrs) else loss)
 
     @property
     def _model_state(self) -> dict[str, Any]:

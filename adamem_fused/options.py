@@ -14,19 +14,25 @@ MEMORY_PLANES = ("level", "anchored")
 GAPS = ("gradient", "loss")
 BETA_SCOPES = ("tensor", "global")
 
+# Schedulers end a rounding beside their end: LinearLR to 0 at -5e-20, say, and those that
+# compute in float32 up to 1e-7 of where they began below 0. So in a step and in a checkpoint a
+# number may be this far below 0, which does what 0 does.
+ROUNDING = 1e-6
 
-def check_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:
-    """Raises ValueError unless low <= value < high. NaN is not in any range."""
-    if type(value) is float and low <= value < high:
+
+def check_number(name: str, value: Any, high: float = float("inf"), slack: float = 0.0) -> None:
+    """Raises ValueError unless value is a number in [0, high), or at most `slack` below 0."""
+    if type(value) is float and -slack <= value < high:
         return  # asked several times a step, and isinstance with Real is slow
     number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not low <= value < high:
-        allowed = f">= {low}" if high == float("inf") else f"in [{low}, {high})"
-        raise ValueError(f"Invalid {name}: {value!r} (a finite number {allowed})")
+    if not number or not -slack <= value < high:  # NaN is not in any range
+        allowed = ">= 0.0" if high == float("inf") else f"in [0.0, {high})"
+        hint = ", not a tensor: pass its item()" if isinstance(value, Tensor) else ""
+        raise ValueError(f"Invalid {name}: {value!r} (a finite number {allowed}{hint})")
 
 
-def check_lr(lr: Any) -> None:
-    """Raises ValueError unless lr is a finite number >= 0, or a tensor of one element.
+def check_lr(lr: Any, slack: float) -> None:
+    """Raises ValueError unless lr is a number as `check_number` has it, or a tensor of one.
 
     The value of a tensor is looked at on the CPU alone: a GPU would have to be waited for.
     """
@@ -37,15 +43,27 @@ def check_lr(lr: Any) -> None:
                 f"and this one has shape {list(lr.shape)}"
             )
         if lr.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_number("learning rate", lr.item(), 0.0)
+            check_number("learning rate", lr.item(), slack=slack)
     else:
-        check_number("learning rate", lr, 0.0)
+        check_number("learning rate", lr, slack=slack)
 
 
-def check_options(group: dict[str, Any]) -> None:
+def check_betas(betas: Any, slack: float) -> None:
+    """Raises ValueError unless betas are two numbers in [0, 1), in a sequence of any kind."""
+    try:
+        first, second = betas
+        betas[0]
+    except (TypeError, ValueError, LookupError):
+        raise ValueError(f"Invalid betas: {betas!r} (two numbers in [0, 1))") from None
+    check_number("beta parameter at index 0", first, 1.0, slack)
+    check_number("beta parameter at index 1", second, 1.0, slack)
+
+
+def check_options(group: dict[str, Any], slack: float) -> None:
     """Raises on a bad value of the options that both optimizers have."""
-    check_number("weight_decay value", group["weight_decay"], 0.0)
-    check_number("memory_lambda value", group["memory_lambda"], 0.0)
+    check_lr(group["lr"], slack)
+    check_number("weight_decay value", group["weight_decay"], slack=slack)
+    check_number("memory_lambda value", group["memory_lambda"], slack=slack)
     for key, allowed in (
         ("memory_plane", MEMORY_PLANES),
         ("gap", GAPS),
