@@ -43,8 +43,8 @@ template <class T>
 struct AdamWCoefficients {
   T grad_factor;  // -1 for maximize, over grad_scale
   T beta2, one_minus_beta2;
-  T v_scale;  // bias_correction1^2 / bias_correction2
-  T eps;      // times bias_correction1
+  T root_scale;  // bias_correction1 / sqrt(bias_correction2)
+  T eps;         // times bias_correction1
   T memory_lambda, weight_decay;
   T gap_grad, gap_memory;  // c_g - c_d and c_d, times (1 + mu eta) / eta
   T lr, decay;             // decay = 1 - eta mu
@@ -57,12 +57,13 @@ struct SGDCoefficients {
   T lr;
 };
 
-// c_g - c_d and c_d, times scale / eta, or zeros at eta = 0, where the gap term is left out.
+// c_g - c_d and c_d, times scale / eta, or zeros at eta = 0 (or a scheduler's rounding below),
+// where the gap term is left out.
 // So the gap's c_g g - c_d d is (c_g - c_d) g - c_d e, which does not take the difference of
 // two products: d may be near g, and with the "anchored" plane c_g is c_d.
 AM_INLINE void gap_factors(double prev_lr, double lr, double scale, bool anchored, bool loss_gap,
                            double* gap_grad, double* gap_memory) {
-  const double ratio = lr == 0.0 ? 0.0 : scale * (prev_lr / lr);
+  const double ratio = lr <= 0.0 ? 0.0 : scale * (prev_lr / lr);
   *gap_memory = anchored ? ratio : 0.0;
   *gap_grad = (loss_gap ? 0.0 : ratio) - *gap_memory;
 }
@@ -81,7 +82,7 @@ AM_INLINE AdamWCoefficients<T> adamw_coefficients(const AdamWHyper& h, double st
   c.one_minus_beta2 = static_cast<T>(1.0 - h.beta2);
   const double bias_correction1 = 1.0 - h.beta_max * beta_prod;
   const double bias_correction2 = 1.0 - std::pow(h.beta2, step + 1.0);
-  c.v_scale = static_cast<T>(bias_correction1 * bias_correction1 / bias_correction2);
+  c.root_scale = static_cast<T>(bias_correction1 / std::sqrt(bias_correction2));
   c.eps = static_cast<T>(bias_correction1 * h.eps);
   c.memory_lambda = static_cast<T>(h.memory_lambda);
   c.weight_decay = static_cast<T>(h.weight_decay);
@@ -107,9 +108,10 @@ AM_INLINE SGDCoefficients<T> sgd_coefficients(const SGDHyper& h, double prev_lr,
   return c;
 }
 
-// beta = clip(num / den, 0, beta_max); 0 where den = 0 (d equals g). NaN stays NaN.
+// beta = clip(num / den, 0, beta_max); 0 where den = 0 (d equals g), and where it has overflowed:
+// with beta = 0 AM-SGD stays as finite as SGD. NaN stays NaN.
 AM_INLINE double clipped_beta(double num, double den, double beta_max) {
-  if (den == 0.0) return 0.0;
+  if (den == 0.0 || std::isinf(den)) return 0.0;
   const double beta = num / den;
   return beta < 0.0 ? 0.0 : beta > beta_max ? beta_max : beta;
 }
@@ -141,34 +143,43 @@ AM_INLINE V gradient(V g, const C& c) {
   return Scaled ? g * V(c.grad_factor) : g;
 }
 
-// Replaces v by the new one, and gives the square root in
-// P = bias_correction1 (sqrt(v / bias_correction2) + eps). A function of its own, as the CPU
-// kernels call it ahead of the rest.
+// Squares overflow float32 from 1.8e19 on. AM-AdamW takes none that is not weighted first: a
+// gradient may be as large as its exp_avg_sq can hold, as with AdamW.
+
+// Replaces v by the new one, and gives its square root. A function of its own, as the CPU kernels
+// call it ahead of the rest.
 template <bool Scaled, class V, class T>
 AM_INLINE V adamw_root(V g, V& v, const AdamWCoefficients<T>& c) {
   g = gradient<Scaled>(g, c);
-  v = fma(g * g, V(c.one_minus_beta2), v * V(c.beta2));
-  return sqrt(v * V(c.v_scale));
+  v = fma(g * V(c.one_minus_beta2), g, v * V(c.beta2));
+  return sqrt(v);
+}
+
+// P = bias_correction1 (sqrt(v / bias_correction2) + eps)
+template <class V, class T>
+AM_INLINE V adamw_denominator(V root, const AdamWCoefficients<T>& c) {
+  return fma(root, V(c.root_scale), V(c.eps));
 }
 
 // Adds one element's part of num (the gap included) and den. With M = 1 / (P (1 + lambda P)),
 // D = (1 + lambda P) d and u = c_g g - c_d d - e, what the terms have in common is taken out:
 //   1 / P = M (1 + lambda P)     g + lambda P d = D - e
 //   num = (c_g g - c_d d) (d / P + mu x) - e (g + lambda P d) M - mu x e
-//       = M (D u + e^2) + mu x u
+//       = M D u + M e e + mu x u
 // x is read only where Decay.
 template <bool Scaled, bool Decay, class V, class T>
 AM_INLINE void adamw_sums(V g, V d, V root, V x, const AdamWCoefficients<T>& c, V& num, V& den) {
   g = gradient<Scaled>(g, c);
-  const V p = root + V(c.eps);
+  const V p = adamw_denominator(root, c);
   const V damping = fma(p, V(c.memory_lambda), V(T(1)));
   const V m = V(T(1)) / (p * damping);
   const V e = d - g;
   const V u = fma(g, V(c.gap_grad), e * V(T(-1) - c.gap_memory));
-  const V e2 = e * e;
-  num = fma(fma(d * damping, u, e2), m, num);
+  const V weighted = e * m;
+  num = fma(weighted, e, num);
+  num = fma(d * damping * m, u, num);
   if (Decay) num = fma(x * V(c.weight_decay), u, num);
-  den = fma(e2, m, den);
+  den = fma(weighted, e, den);
 }
 
 // Updates one element's d and x with the beta of its tensor. With the new d before its
@@ -178,7 +189,7 @@ template <bool Scaled, class V, class T>
 AM_INLINE void adamw_update(V g, V& d, V root, V& x, T beta, T take,
                             const AdamWCoefficients<T>& c) {
   g = gradient<Scaled>(g, c);
-  const V p = root + V(c.eps);
+  const V p = adamw_denominator(root, c);
   const V m = V(T(1)) / (p * fma(p, V(c.memory_lambda), V(T(1))));
   const V n = fma(g, V(take), fma(p, V(c.memory_lambda), V(beta)) * d);
   const V step = n * m;

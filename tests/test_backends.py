@@ -342,6 +342,35 @@ def test_beta_where_the_memory_is_near_the_gradient(backend, cls, dtype, near):
     assert ours == pytest.approx(reference, rel=0, abs=5e-5 if dtype == torch.float32 else 1e-10)
 
 
+@pytest.mark.parametrize("backend", backends("reference"))
+@pytest.mark.parametrize("huge", [2e19, 1e20])
+def test_a_gradient_whose_square_overflows_float32(backend, huge):
+    """AdamW weights it before it squares it; so it stays finite, and so does this."""
+    optimizers = pair(AMAdamW, [Group([(100,)])], backend, lr=0.05)
+    for step in range(4):
+        set_gradients(*optimizers, step=step)
+        for optimizer in optimizers:
+            (param,) = parameters(optimizer)
+            if step == 1:
+                param.grad[7] = huge
+            optimizer.step()
+            assert param.isfinite().all()
+        expected, ours = (o.state[p]["beta"] for o in optimizers for p in parameters(o))
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("huge", [2e19, 1e30])
+def test_a_sum_of_squares_that_overflows_leaves_amsgd_finite(backend, huge):
+    optimizer = make_optimizer(AMSGD, [Group([(100,), (5,)])], backend)
+    for step in range(4):
+        set_gradients(optimizer, step=step)
+        if step == 1:
+            parameters(optimizer)[0].grad[7] = huge
+        optimizer.step()
+    assert all(param.isfinite().all() for param in parameters(optimizer))
+
+
 @pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_a_difference_of_losses_with_a_tensor_lr_is_that_of_the_number(cls, backend):

@@ -132,7 +132,7 @@ def _set_beta(addresses, layout, hypers, lrs, coefficients, grad_scale, n, i, nu
     tl.store(c, model.grad_factor)
     tl.store(c + 1, model.beta2)
     tl.store(c + 2, model.one_minus_beta2)
-    tl.store(c + 3, model.v_scale)
+    tl.store(c + 3, model.root_scale)
     tl.store(c + 4, model.eps)
     tl.store(c + 5, model.memory_lambda)
     tl.store(c + 6, beta)
@@ -176,7 +176,7 @@ def _update_chunk(
         grad_factor=load_coefficient(c, T),
         beta2=load_coefficient(c + 1, T),
         one_minus_beta2=load_coefficient(c + 2, T),
-        v_scale=load_coefficient(c + 3, T),
+        root_scale=load_coefficient(c + 3, T),
         eps=load_coefficient(c + 4, T),
         memory_lambda=load_coefficient(c + 5, T),
     )

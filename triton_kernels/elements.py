@@ -48,7 +48,7 @@ class AdamWModel(NamedTuple):
     grad_factor: tl.tensor  # -1 for maximize, over grad_scale
     beta2: tl.tensor
     one_minus_beta2: tl.tensor
-    v_scale: tl.tensor  # bias_correction1^2 / bias_correction2
+    root_scale: tl.tensor  # bias_correction1 / sqrt(bias_correction2)
     eps: tl.tensor  # times bias_correction1
     memory_lambda: tl.tensor
 
@@ -74,8 +74,8 @@ def grad_factor(maximize, grad_scale):
 
 @triton.jit
 def gap_factors(prev_lr, lr, scale, anchored, loss_gap, T: tl.constexpr):
-    # At eta = 0 the gap term is left out; the 1 keeps 0 / 0 away.
-    ratio = tl.where(lr == 0, 0.0, scale * prev_lr / tl.where(lr == 0, 1.0, lr))
+    # At eta = 0, or a scheduler's rounding below, the gap term is left out; the 1 keeps 0 / 0 away.
+    ratio = tl.where(lr <= 0, 0.0, scale * prev_lr / tl.where(lr <= 0, 1.0, lr))
     memory = tl.where(anchored != 0, ratio, 0.0)
     return Gap(grad=(tl.where(loss_gap != 0, 0.0, ratio) - memory).to(T), memory=memory.to(T))
 
@@ -90,7 +90,7 @@ def adamw_model(h, step, beta_prod, grad_scale, T: tl.constexpr):
         grad_factor=grad_factor(h.maximize, grad_scale).to(T),
         beta2=h.beta2.to(T),
         one_minus_beta2=(1.0 - h.beta2).to(T),
-        v_scale=(bias_correction1 * bias_correction1 / bias_correction2).to(T),
+        root_scale=(bias_correction1 / tl.sqrt(bias_correction2)).to(T),
         eps=(bias_correction1 * h.eps).to(T),
         memory_lambda=h.memory_lambda.to(T),
     )
@@ -98,17 +98,18 @@ def adamw_model(h, step, beta_prod, grad_scale, T: tl.constexpr):
 
 @triton.jit
 def clipped_beta(num, den, beta_max):
-    """clip(num / den, 0, beta_max); 0 where den = 0 (d equals g). NaN stays NaN."""
-    beta = num / tl.where(den == 0, 1.0, den)
+    """clip(num / den, 0, beta_max); 0 where den is 0 or has overflowed. NaN stays NaN."""
+    none = (den == 0) | (den == float("inf"))
+    beta = num / tl.where(none, 1.0, den)
     beta = tl.where(beta < 0, 0.0, tl.where(beta > beta_max, beta_max, beta))
-    return tl.where(den == 0, 0.0, beta)
+    return tl.where(none, 0.0, beta)
 
 
 @triton.jit
 def _adamw_terms(g, v, c):
-    """The new v, P and M."""
-    v = c.beta2 * v + c.one_minus_beta2 * (g * g)
-    P = tl.sqrt(v * c.v_scale) + c.eps
+    """The new v, P and M. No square is taken unweighted: csrc/am_math.h says why."""
+    v = c.beta2 * v + c.one_minus_beta2 * g * g
+    P = tl.sqrt(v) * c.root_scale + c.eps
     M = 1.0 / (P * (1.0 + c.memory_lambda * P))
     return v, P, M
 
@@ -125,8 +126,8 @@ def adamw_sums(x, g, d, v, c, gap, weight_decay):
     e = d - g
     damped = d + c.memory_lambda * P * d
     slope = gap.grad * g - gap.memory * e
-    num = (slope * damped - e * (damped - e)) * M + (slope - e) * (weight_decay * x)
-    return num, e * e * M
+    num = damped * M * (slope - e) + e * M * e + (slope - e) * (weight_decay * x)
+    return num, e * M * e
 
 
 @triton.jit

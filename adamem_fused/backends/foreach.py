@@ -84,11 +84,11 @@ def _store(tensors: list[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def _over_lr(lr: Lr, value: Tensor) -> Tensor:
-    """value / lr, and 0 at lr = 0, where the gap term is left out."""
+    """value / lr, and 0 at lr = 0 or a rounding below, where the gap term is left out."""
     if isinstance(lr, Tensor):
         lr = lr.to(value)
-        return torch.where(lr == 0, torch.zeros_like(value), value / lr)
-    return value / lr if lr != 0 else torch.zeros_like(value)
+        return torch.where(lr <= 0, torch.zeros_like(value), value / lr)
+    return value / lr if lr > 0 else torch.zeros_like(value)
 
 
 def _in_order(rows: dict[int, Tensor]) -> Tensor:
@@ -98,7 +98,8 @@ def _in_order(rows: dict[int, Tensor]) -> Tensor:
 
 def _clip_beta(rows: list[Tensor], beta_max: float) -> Tensor:
     num, den = torch.stack(rows).unbind(-1)
-    return torch.where(den == 0, torch.zeros_like(num), (num / den).clamp(0, beta_max))
+    none = (den == 0) | den.isposinf()
+    return torch.where(none, torch.zeros_like(num), (num / den).clamp(0, beta_max))
 
 
 def _sums(tensors: Iterable[Tensor]) -> Tensor:
@@ -154,8 +155,8 @@ def _adamw_terms(
 
     t = _column(_pick(batch.steps, indices)) + 1
     beta_prod = _column(_pick(batch.beta_prods, indices))
-    denominator = list(torch._foreach_div(v, _scalars(1 - h.beta2**t, dtype)))
-    torch._foreach_sqrt_(denominator)
+    denominator = list(torch._foreach_sqrt(v))
+    torch._foreach_div_(denominator, _scalars((1 - h.beta2**t).sqrt(), dtype))
     torch._foreach_add_(denominator, h.eps)
     torch._foreach_mul_(denominator, _scalars(1 - h.beta_max * beta_prod, dtype))
     lambda_P = list(torch._foreach_mul(denominator, h.memory_lambda))
@@ -186,8 +187,8 @@ def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
             gap = _column(_pick(batch.prev_lrs, indices)) * _sums(torch._foreach_mul(slope, step))
             lr = h.lr.to(num) if isinstance(h.lr, Tensor) else h.lr
             num = num + (1 + h.weight_decay * lr) * _over_lr(lr, gap)
-        torch._foreach_mul_(e, e)
-        den = _sums(torch._foreach_mul(e, weight))
+        torch._foreach_mul_(weight, e)  # before the other e, for their square may overflow
+        den = _sums(torch._foreach_mul(weight, e))
         rows.update(zip(indices, torch.stack([num, den], dim=1).unbind(), strict=True))
     return _in_order(rows)
 

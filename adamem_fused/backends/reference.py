@@ -13,6 +13,8 @@ t step, P Adam's denominator, eta lr, mu weight decay, lam memory_lambda, kappa 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,7 @@ def _adamw_sums(
     slope = -kappa * d if h.loss_gap else g - kappa * d
     gap = prev_lr * (slope * (d / P + mu * x)).sum()
     num = -(e * (g + lam * P * d) * M).sum() - mu * (x * e).sum()
-    if eta != 0:
+    if eta > 0:
         num = num + (1 + mu * eta) * gap / eta
     den = (e**2 * M).sum()
     return num, den
@@ -92,7 +94,7 @@ def _sgd_sums(g: Tensor, d: Tensor, prev_lr: float, h: SGDHyper) -> tuple[Tensor
     # Not sums of g^2, g d and d^2: their differences are small where d is close to g.
     e = d - g
     num = -(e * (g + lam * d)).sum()
-    if eta != 0:
+    if eta > 0:
         slope = -kappa * d if h.loss_gap else g - kappa * d
         num = num + (1 + lam) * (prev_lr / eta) * (slope * d).sum()
     den = (e**2).sum()
@@ -100,7 +102,7 @@ def _sgd_sums(g: Tensor, d: Tensor, prev_lr: float, h: SGDHyper) -> tuple[Tensor
 
 
 def _clip_beta(num: float, den: float, beta_max: float) -> float:
-    if den == 0:
+    if den == 0 or den == math.inf:
         return 0.0
     return min(max(num / den, 0.0), beta_max) if num == num and den == den else float("nan")
 

@@ -100,7 +100,7 @@ struct AdamW {
   static constexpr int kLanes = Pack<T>::kLanes;
 
   static Coefficients cast(const AdamWCoefficients<double>& c) {
-    return {T(c.grad_factor),   T(c.beta2),        T(c.one_minus_beta2), T(c.v_scale),    T(c.eps),
+    return {T(c.grad_factor),   T(c.beta2),        T(c.one_minus_beta2), T(c.root_scale), T(c.eps),
             T(c.memory_lambda), T(c.weight_decay), T(c.gap_grad),        T(c.gap_memory), T(c.lr),
             T(c.decay)};
   }
