@@ -31,7 +31,8 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         params: parameters, (name, parameter) pairs or parameter groups. float32, float64,
             bfloat16, float16, complex64 or complex128.
         lr: learning rate, a float or a tensor of one element.
-        betas: the cap of beta1, in [0, 1), and the decay of the squared gradients' average.
+        betas: the cap of beta1, in [0, 1), and the decay of the squared gradients' average: a
+            sequence of two numbers.
         eps: added to the denominator.
         weight_decay: decoupled, as in AdamW.
         memory_lambda: weight of the change of direction in the proximal problem. The
@@ -44,7 +45,8 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         beta_scope: one beta for each parameter "tensor", or one "global" beta.
         maximize: maximize the objective.
         foreach: True for the foreach backend, False for none of its kind.
-        fused: True for a fused backend, or an error; False for none.
+        fused: True for a fused backend, or an error; False for none. With True, or with a
+            fused `backend`, a step under torch.amp.GradScaler unscales by itself.
         capturable: as in torch.optim. State is on the device and is not read back with
             either value.
         backend: "cpu", "cuda", "triton", "foreach" or "reference"; None takes the fastest that is

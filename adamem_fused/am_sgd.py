@@ -42,7 +42,8 @@ class AMSGD(AdaptiveMemoryOptimizer):
         beta_scope: one "global" beta, or one for each parameter "tensor".
         maximize: maximize the objective.
         foreach: True for the foreach backend, False for none of its kind.
-        fused: True for a fused backend, or an error; False for none.
+        fused: True for a fused backend, or an error; False for none. With True, or with a
+            fused `backend`, a step under torch.amp.GradScaler unscales by itself.
         capturable: as in torch.optim. State is on the device and is not read back with
             either value.
         backend: "cpu", "cuda", "triton", "foreach" or "reference"; None takes the fastest that is

@@ -187,7 +187,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 # A frozen one may be of any dtype and anywhere: quantized weights, say.
                 if param.requires_grad:
                     self._check_dtype(param)
-                    backends.choose(self.param_groups[-1], param.device)
+                    # Where a meta tensor will be is known at the first step.
+                    if not param.is_meta:
+                        backends.choose(self.param_groups[-1], param.device)
                 sharding.check_param(param)
         except Exception:
             del self.param_groups[known:]
@@ -202,13 +204,13 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """GradScaler's question: does step() unscale and skip on found_inf, on the device?"""
-        # Of each device once: the scaler asks several times a step.
-        return all(
-            backends.choose(group, device).fused
-            for group in self.param_groups
-            for device in {param.device for param in group["params"] if param.requires_grad}
-        )
+        """GradScaler's question: does step() unscale and skip on found_inf, on the device?
+
+        As torch.optim's do, it says so only where that was asked for: trainers then leave the
+        gradients scaled, and some refuse to clip them.
+        """
+        trained = [g for g in self.param_groups if any(p.requires_grad for p in g["params"])]
+        return bool(trained) and all(map(backends.asks_for_fused, trained))
 
     # ---- a step -------------------------------------------------------------------
 

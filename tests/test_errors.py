@@ -295,10 +295,29 @@ def test_default_backend_does_without_the_extension(cls):
 
 
 @both
-def test_cpu_backend_is_refused_on_other_devices(cls):
-    meta = Parameter(torch.empty(2, device="meta"))
-    with pytest.raises(RuntimeError, match=r"'cpu' is not available: .*these are on meta"):
-        cls([meta], backend="cpu")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "cpu"}, r"'cpu' is not available: .*these are on meta"),
+        ({"fused": True}, r"fused=True: no fused backend is available .*these are on meta"),
+    ],
+)
+def test_where_a_meta_parameter_is_to_be_is_asked_at_the_first_step(cls, options, message):
+    """Deferred initialisation makes the optimizer first, and the tensors after it."""
+    module = torch.nn.Linear(3, 2, device="meta")
+    optimizer = cls(module.parameters(), **options)
+    assert optimizer._step_supports_amp_scaling
+    for param in module.parameters():
+        param.grad = torch.empty_like(param)
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    for param in module.parameters():
+        materialised = Parameter(torch.randn(param.shape))
+        materialised.grad = torch.randn(param.shape)
+        param.grad = None
+        torch.utils.swap_tensors(param, materialised)
+    optimizer.step()
+    assert [state["step"].item() for state in optimizer.state.values()] == [1, 1]
 
 
 # ---- a step that raises -----------------------------------------------------------

@@ -79,6 +79,12 @@ def check_choice(options: dict[str, Any]) -> None:
             raise ValueError(f"backend={backend!r} contradicts {key}={asked}")
 
 
+def asks_for_fused(options: dict[str, Any]) -> bool:
+    """Whether a parameter group asks for a fused backend: by fused=True, or by name."""
+    backend = options["backend"]
+    return BACKENDS[backend].fused if backend is not None else bool(options["fused"])
+
+
 def choose(options: dict[str, Any], device: torch.device) -> Backend:
     """The backend that a parameter group asks for, for tensors on `device`.
 
