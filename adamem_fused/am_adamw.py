@@ -112,6 +112,7 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         check_options(group, slack)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group; nothing is added where a value in it is bad."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["betas"] = tuple(map(float, group["betas"]))
