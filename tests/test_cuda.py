@@ -268,7 +268,9 @@ def test_where_the_library_does_not_run_it_says_why_and_the_next_backend_is_take
     assert choose(GPU) is triton
     overview.main()
     driver = "12.4" if "driver" in played else "13.0"
-    expected = f"compiled with CUDA 13.0, does not run on cuda:0 with a driver of CUDA {driver} ({why})"
+    expected = (
+        f"compiled with CUDA 13.0, does not run on cuda:0 with a driver of CUDA {driver} ({why})"
+    )
     assert expected in capsys.readouterr().out
     # Looked at once, not at every step.
     cuda_emulator.play()

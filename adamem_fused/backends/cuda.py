@@ -65,13 +65,13 @@ def _find_reason(device: torch.device) -> str | None:
         return f"its library does not load: {error}"
     compiled, driver = ctypes.c_int(), ctypes.c_int()
     with _on(device):
-        error = library.adamem_check(device.index, ctypes.byref(compiled), ctypes.byref(driver))
-    if error == 0:
+        code = library.adamem_check(device.index, ctypes.byref(compiled), ctypes.byref(driver))
+    if code == 0:
         return None
     ours, theirs = (f"{v.value // 1000}.{v.value % 1000 // 10}" for v in (compiled, driver))
     return (
         f"its library, compiled with CUDA {ours}, does not run on {device} with a driver of CUDA "
-        f"{theirs} ({_error_text(error)}); update the driver, or compile the library with CUDA "
+        f"{theirs} ({_error_text(code)}); update the driver, or compile the library with CUDA "
         f"{theirs} or older and on this machine, or with its GPU in TORCH_CUDA_ARCH_LIST"
     )
 

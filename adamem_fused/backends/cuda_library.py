@@ -81,11 +81,12 @@ def architectures(nvcc: str) -> list[int]:
         found = {int(match[1] + match[2]) for match in matches if match is not None}
         return sorted(found)
     devices = _output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-    capabilities = {int(line.replace(".", "")) for line in devices.split()}
+    capabilities = {int(a + b) for a, b in re.findall(r"^(\d+)\.(\d)$", devices, re.MULTILINE)}
     known = {
         int(number) for number in re.findall(r"compute_(\d+)", _output(nvcc, "--list-gpu-arch"))
     }
-    # CUDA 13 knows none before 7.5. A device that nvcc does not know yet runs the PTX of the newest.
+    # None before 7.5: CUDA 13 knows no older ones. A device that nvcc does not know yet runs the
+    # PTX of the newest.
     usable = [a for a in sorted(capabilities or DEFAULT_ARCHITECTURES) if a >= 75]
     return [a for a in usable if a in known] or [max(known, default=80)]
 
