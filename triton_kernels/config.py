@@ -12,7 +12,7 @@ class Config(NamedTuple):
     num_stages: int
     partials: int  # partial sums that are added at a time
     programs: int  # of the step kernel, on each multiprocessor
-    registers: int | None  # that a thread of these may take; None: the compiler's choice
+    registers: int | None = None  # that a thread of these may take; None: the compiler's choice
 
     def step_options(self, float64: bool) -> dict[str, int]:
         """How the step kernel is compiled and launched."""
@@ -63,9 +63,7 @@ CONFIGS: dict[tuple[str, int], Config] = {
     ),
     # A warp has 64 threads here, and takes some 210 of 512 registers. The sums of an MI300X's 304
     # multiprocessors are ahead by 40 of the 256 MB of its last-level cache.
-    ("hip", 9): Config(
-        chunk=4096, block=2048, num_warps=4, num_stages=1, partials=512, programs=2, registers=None
-    ),
+    ("hip", 9): Config(chunk=4096, block=2048, num_warps=4, num_stages=1, partials=512, programs=2),
     # Triton's interpreter takes milliseconds a program, whatever its size, one after the other.
     ("interpreter", 0): Config(
         chunk=16384,
@@ -74,7 +72,6 @@ CONFIGS: dict[tuple[str, int], Config] = {
         num_stages=1,
         partials=512,
         programs=2,
-        registers=None,
     ),
 }
 
