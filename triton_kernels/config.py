@@ -66,12 +66,7 @@ CONFIGS: dict[tuple[str, int], Config] = {
     ("hip", 9): Config(chunk=4096, block=2048, num_warps=4, num_stages=1, partials=512, programs=2),
     # Triton's interpreter takes milliseconds a program, whatever its size, one after the other.
     ("interpreter", 0): Config(
-        chunk=16384,
-        block=16384,
-        num_warps=1,
-        num_stages=1,
-        partials=512,
-        programs=2,
+        chunk=16384, block=16384, num_warps=1, num_stages=1, partials=512, programs=2
     ),
 }
 
