@@ -34,6 +34,7 @@ test-torch: $(OTHER)/installed
 
 define copy
 mkdir -p $(OTHER)/copy
+find $(OTHER)/copy -type f ! -name '*.so' -delete
 tar -c --exclude='*.so' --exclude=__pycache__ $(COPIED) | tar -x -C $(OTHER)/copy
 endef
 
