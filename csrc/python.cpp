@@ -282,6 +282,17 @@ py::tuple describe(const py::tuple& lists, size_t data, const py::bytes& last_ad
   return py::make_tuple(as_bytes(addresses, last_addresses), as_bytes(structure, last_structure));
 }
 
+// ---- versions: what autograd is told of a step ------------------------------------
+
+// Bumps the version of every tensor, as torch's operators do for what they have written to.
+void bump_versions(const py::tuple& lists) {
+  for (const py::handle list : lists) {
+    PyObject* const* items = items_of(list);
+    const size_t n = py::len(list);
+    for (size_t i = 0; i < n; ++i) bump_version(tensor_of(items[i]));
+  }
+}
+
 // ---- steps without the dispatcher -------------------------------------------------
 
 bool any_modes() { return c10::impl::TorchDispatchModeTLS::any_modes_set(); }
@@ -367,6 +378,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = TORCH_VERSION;
   m.def("gather", torch::wrap_pybind_function(gather));
   m.def("describe", torch::wrap_pybind_function(describe));
+  m.def("bump_versions", torch::wrap_pybind_function(bump_versions));
   m.def("adamw_stats", torch::wrap_pybind_function(adamw_stats));
   m.def("adamw_apply_", torch::wrap_pybind_function(adamw_apply_));
   m.def("sgd_stats", torch::wrap_pybind_function(sgd_stats));

@@ -44,6 +44,13 @@ inline void prefetch_storage(const at::Tensor& tensor) {
   prefetch(tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl(), 64);
 }
 
+// Tells autograd that a tensor was written to: a graph that still needs its old values then
+// raises. One made in inference mode has no counter.
+inline void bump_version(const at::Tensor& tensor) {
+  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  if (impl->version_counter().enabled()) impl->bump_version();
+}
+
 // Calls f(i) for the tensors of a list in order, each one asked for in time.
 template <class F>
 void for_each_ahead(const TensorRefs& refs, F f) {

@@ -6,13 +6,14 @@ and torch.export can trace through a step.
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adamem_fused.backends.batch import check_like
+from adamem_fused.backends.batch import Batch, check_like
 
 
 def _load() -> tuple[Any, str | None]:
@@ -57,6 +58,19 @@ def call(name: str, *args: Any) -> Any:
         if result is not NotImplemented:
             return result
     return getattr(torch.ops.adamem_fused, name)(*args)
+
+
+def bump_versions(batch: Batch) -> None:
+    """Tells autograd that parameters and state were written to, by kernels it does not know of.
+
+    A graph that still needs their old values then raises, as it does after torch's in-place
+    operators. A step that a CUDA graph replays tells nothing.
+    """
+    params, _, *others = batch.lists()
+    if extension is not None:
+        extension.bump_versions((params, *others))
+    else:
+        torch.autograd.graph.increment_version(list(chain(params, *others)))
 
 
 # A real tensor list with one meta tensor in it comes here too: hence the checks.

@@ -67,6 +67,7 @@ double read(const Tensor& t, const char* name, size_t i) {
 
 void write(const Tensor& t, double value) {
   visit_scalar(t, [&](auto* p) { *p = static_cast<std::decay_t<decltype(*p)>>(value); });
+  bump_version(t);
 }
 
 double read_optional(const OptionalTensor& t, double otherwise) {
@@ -164,7 +165,10 @@ struct Views {
           [&](size_t k) -> const Tensor& { return copies->memories[k]; });
   }
 
+  // What is left to do once the kernels have written.
   void store(const Tensor& p, const Tensor* const (&m)[kMemories]) const {
+    bump_version(p);
+    for (const Tensor* memory : m) bump_version(*memory);
     if (copies == nullptr) return;
     if (!p.is_same(copies->param)) p.copy_(copies->param);
     for (size_t k = 0; k < kMemories; ++k)
