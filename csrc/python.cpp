@@ -295,6 +295,7 @@ void bump_versions(const py::tuple& lists) {
 
 // ---- steps without the dispatcher -------------------------------------------------
 
+// Whether some Python code is to see all operators: fake tensors, make_fx, a counter of FLOPs.
 bool any_modes() { return c10::impl::TorchDispatchModeTLS::any_modes_set(); }
 
 // NotImplemented: torch.ops has something to do, for a subclass or a mode.
@@ -378,6 +379,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = TORCH_VERSION;
   m.def("gather", torch::wrap_pybind_function(gather));
   m.def("describe", torch::wrap_pybind_function(describe));
+  m.def("any_modes", any_modes);
   m.def("bump_versions", torch::wrap_pybind_function(bump_versions));
   m.def("adamw_stats", torch::wrap_pybind_function(adamw_stats));
   m.def("adamw_apply_", torch::wrap_pybind_function(adamw_apply_));

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from adamem_fused.backends.batch import Batch, check_like
 
+# pip keeps what it has compiled against another torch in its cache.
+_REINSTALL = "reinstall it (pip install --force-reinstall --no-deps --no-cache-dir)"
+
 
 def _load() -> tuple[Any, str | None]:
     """Loads the extension; returns it, or None and why it is not there."""
@@ -34,13 +37,14 @@ def _load() -> tuple[Any, str | None]:
                 "and without ADAMEM_NO_EXTENSION"
             )
         return None, (
-            f"the C++ extension does not load with torch {torch.__version__} ({error}); reinstall"
+            f"the C++ extension does not load with torch {torch.__version__} ({error}); "
+            f"{_REINSTALL}"
         )
     running = torch.__version__.split("+")[0].split(".")[:2]
     if _C.torch_version.split(".")[:2] != running:
         return None, (
             f"the C++ extension was compiled against torch {_C.torch_version}, and this is torch "
-            f"{torch.__version__}; reinstall"
+            f"{torch.__version__}; {_REINSTALL}"
         )
     return _C, None
 

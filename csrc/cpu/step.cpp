@@ -41,33 +41,31 @@ const Kernels& kernels() {
 
 // ---- reading what was given -----------------------------------------------------
 
-template <class F>
-void visit_scalar(const Tensor& t, F f) {
-  if (t.scalar_type() == at::kFloat) {
-    f(static_cast<float*>(t.data_ptr()));
-  } else {
-    f(static_cast<double*>(t.data_ptr()));
-  }
-}
+// Where a 0-dim tensor's value lies. Kept from when it is read to when it is written: to look
+// at the tensor once more would take longer than either.
+struct Scalar {
+  void* data = nullptr;
+  bool is_double = false;
 
-void check_scalar(const Tensor& t, const char* name, size_t i) {
+  double read() const {
+    return is_double ? *static_cast<double*>(data) : *static_cast<float*>(data);
+  }
+  void write(double value) const {
+    if (is_double) {
+      *static_cast<double*>(data) = value;
+    } else {
+      *static_cast<float*>(data) = static_cast<float>(value);
+    }
+  }
+};
+
+Scalar open_scalar(const Tensor& t, const char* name, size_t i) {
   TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, name,
                    " of tensor ", i, " has dtype ", t.scalar_type(),
                    "; it has to be float32 or float64");
   TORCH_CHECK_VALUE(t.numel() == 1 && t.is_cpu(), name, " of tensor ", i, " has shape ", t.sizes(),
                     " on ", t.device(), "; it has to be a 0-dim tensor on the CPU");
-}
-
-double read(const Tensor& t, const char* name, size_t i) {
-  check_scalar(t, name, i);
-  double value = 0.0;
-  visit_scalar(t, [&](auto* p) { value = *p; });
-  return value;
-}
-
-void write(const Tensor& t, double value) {
-  visit_scalar(t, [&](auto* p) { *p = static_cast<std::decay_t<decltype(*p)>>(value); });
-  bump_version(t);
+  return {t.data_ptr(), t.scalar_type() == at::kDouble};
 }
 
 double read_optional(const OptionalTensor& t, double otherwise) {
@@ -165,10 +163,7 @@ struct Views {
           [&](size_t k) -> const Tensor& { return copies->memories[k]; });
   }
 
-  // What is left to do once the kernels have written.
   void store(const Tensor& p, const Tensor* const (&m)[kMemories]) const {
-    bump_version(p);
-    for (const Tensor* memory : m) bump_version(*memory);
     if (copies == nullptr) return;
     if (!p.is_same(copies->param)) p.copy_(copies->param);
     for (size_t k = 0; k < kMemories; ++k)
@@ -228,6 +223,7 @@ std::vector<size_t> group_of_tensors(const Groups& groups, size_t tensors, size_
 struct AdamWJob {
   Views<2> views;
   AdamWCoefficients<double> coefficients;
+  Scalar steps, beta_prods, prev_lrs, betas;
   double lr, beta_max, step, beta_prod;
   bool shared;
   int64_t numel;
@@ -250,6 +246,7 @@ struct AdamWJob {
 struct SGDJob {
   Views<1> views;
   SGDCoefficients<double> coefficients;
+  Scalar steps, prev_lrs, betas;
   double lr, beta_max, step;
   bool shared;
   int64_t numel;
@@ -282,9 +279,11 @@ void for_each_tensor(size_t tensors, F f) {
   });
 }
 
-void check_betas(const TensorRefs& betas, size_t tensors) {
-  check_length(betas, "betas", tensors);
-  for_each_tensor(tensors, [&](size_t i) { check_scalar(betas[i], "beta", i); });
+// Opens beta, which stats has not and does not look at.
+template <class Job>
+void open_betas(std::vector<Job>& jobs, const TensorRefs& betas) {
+  check_length(betas, "betas", jobs.size());
+  for_each_tensor(jobs.size(), [&](size_t i) { jobs[i].betas = open_scalar(betas[i], "beta", i); });
 }
 
 template <class Job>
@@ -369,13 +368,16 @@ std::vector<AdamWJob> adamw_jobs(const AdamWTensors& t, const Groups& groups,
     job.numel = job.views.numel;
     const double* row = &groups.hypers[group_of[i] * kAdamWColumns];
     job.shared = row[kAdamWColumns - 1] != 0.0;
-    job.step = read(t.steps[i], "step", i);
-    job.beta_prod = read(t.beta_prods[i], "beta_prod", i);
+    job.steps = open_scalar(t.steps[i], "step", i);
+    job.beta_prods = open_scalar(t.beta_prods[i], "beta_prod", i);
+    job.prev_lrs = open_scalar(t.prev_lrs[i], "prev_lr", i);
+    job.step = job.steps.read();
+    job.beta_prod = job.beta_prods.read();
     const AdamWHyper hyper = adamw_hyper(row, lrs[group_of[i]]);
     job.lr = hyper.lr;
     job.beta_max = hyper.beta_max;
-    job.coefficients = adamw_coefficients<double>(hyper, job.step, job.beta_prod,
-                                                  read(t.prev_lrs[i], "prev_lr", i), scale);
+    job.coefficients =
+        adamw_coefficients<double>(hyper, job.step, job.beta_prod, job.prev_lrs.read(), scale);
   });
   return jobs;
 }
@@ -391,15 +393,18 @@ void adamw_apply_(const AdamWTensors& t, const OptionalTensor& rows, const Group
                   const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
   if (read_optional(found_inf, 0.0) != 0.0) return;
   std::vector<AdamWJob> jobs = adamw_jobs(t, groups, grad_scale);
-  check_betas(t.betas, jobs.size());
+  open_betas(jobs, t.betas);
   update(jobs, rows);
   for_each_tensor(jobs.size(), [&](size_t i) {
     const AdamWJob& job = jobs[i];
     job.views.store(t.params[i], {&t.exp_avgs[i], &t.exp_avg_sqs[i]});
-    write(t.steps[i], job.step + 1.0);
-    write(t.beta_prods[i], job.beta_prod * job.beta);
-    write(t.prev_lrs[i], job.lr);
-    write(t.betas[i], job.beta);
+    job.steps.write(job.step + 1.0);
+    job.beta_prods.write(job.beta_prod * job.beta);
+    job.prev_lrs.write(job.lr);
+    job.betas.write(job.beta);
+    for (const TensorRefs* list :
+         {&t.params, &t.exp_avgs, &t.exp_avg_sqs, &t.steps, &t.beta_prods, &t.prev_lrs, &t.betas})
+      bump_version((*list)[i]);
   });
 }
 
@@ -426,11 +431,13 @@ std::vector<SGDJob> sgd_jobs(const SGDTensors& t, const Groups& groups,
     job.numel = job.views.numel;
     const double* row = &groups.hypers[group_of[i] * kSGDColumns];
     job.shared = row[kSGDColumns - 1] != 0.0;
-    job.step = read(t.steps[i], "step", i);
+    job.steps = open_scalar(t.steps[i], "step", i);
+    job.prev_lrs = open_scalar(t.prev_lrs[i], "prev_lr", i);
+    job.step = job.steps.read();
     const SGDHyper hyper = sgd_hyper(row, lrs[group_of[i]]);
     job.lr = hyper.lr;
     job.beta_max = hyper.beta_max;
-    job.coefficients = sgd_coefficients<double>(hyper, read(t.prev_lrs[i], "prev_lr", i), scale);
+    job.coefficients = sgd_coefficients<double>(hyper, job.prev_lrs.read(), scale);
   });
   return jobs;
 }
@@ -446,14 +453,16 @@ void sgd_apply_(const SGDTensors& t, const OptionalTensor& rows, const Groups& g
                 const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
   if (read_optional(found_inf, 0.0) != 0.0) return;
   std::vector<SGDJob> jobs = sgd_jobs(t, groups, grad_scale);
-  check_betas(t.betas, jobs.size());
+  open_betas(jobs, t.betas);
   update(jobs, rows);
   for_each_tensor(jobs.size(), [&](size_t i) {
     const SGDJob& job = jobs[i];
     job.views.store(t.params[i], {&t.momentum_buffers[i]});
-    write(t.steps[i], job.step + 1.0);
-    write(t.prev_lrs[i], job.lr);
-    write(t.betas[i], job.beta);
+    job.steps.write(job.step + 1.0);
+    job.prev_lrs.write(job.lr);
+    job.betas.write(job.beta);
+    for (const TensorRefs* list : {&t.params, &t.momentum_buffers, &t.steps, &t.prev_lrs, &t.betas})
+      bump_version((*list)[i]);
   });
 }
 
