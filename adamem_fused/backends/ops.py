@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from adamem_fused.backends.batch import Batch, check_like
 
@@ -62,6 +63,11 @@ def call(name: str, *args: Any) -> Any:
         if result is not NotImplemented:
             return result
     return getattr(torch.ops.adamem_fused, name)(*args)
+
+
+def is_traced() -> bool:
+    """Whether operators are recorded, or tensors fake: kernels launched past them would be lost."""
+    return any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
 
 
 def bump_versions(batch: Batch) -> None:

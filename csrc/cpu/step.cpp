@@ -279,13 +279,6 @@ void for_each_tensor(size_t tensors, F f) {
   });
 }
 
-// Opens beta, which stats has not and does not look at.
-template <class Job>
-void open_betas(std::vector<Job>& jobs, const TensorRefs& betas) {
-  check_length(betas, "betas", jobs.size());
-  for_each_tensor(jobs.size(), [&](size_t i) { jobs[i].betas = open_scalar(betas[i], "beta", i); });
-}
-
 template <class Job>
 auto schedule(std::vector<Job>& jobs) {
   const auto parallel_for = [](int64_t parts, const auto& f) {
@@ -371,6 +364,7 @@ std::vector<AdamWJob> adamw_jobs(const AdamWTensors& t, const Groups& groups,
     job.steps = open_scalar(t.steps[i], "step", i);
     job.beta_prods = open_scalar(t.beta_prods[i], "beta_prod", i);
     job.prev_lrs = open_scalar(t.prev_lrs[i], "prev_lr", i);
+    if (t.betas.size() != 0) job.betas = open_scalar(t.betas[i], "beta", i);
     job.step = job.steps.read();
     job.beta_prod = job.beta_prods.read();
     const AdamWHyper hyper = adamw_hyper(row, lrs[group_of[i]]);
@@ -392,8 +386,8 @@ Tensor adamw_stats(const AdamWTensors& t, const Groups& groups, const OptionalTe
 void adamw_apply_(const AdamWTensors& t, const OptionalTensor& rows, const Groups& groups,
                   const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
   if (read_optional(found_inf, 0.0) != 0.0) return;
+  check_length(t.betas, "betas", t.params.size());
   std::vector<AdamWJob> jobs = adamw_jobs(t, groups, grad_scale);
-  open_betas(jobs, t.betas);
   update(jobs, rows);
   for_each_tensor(jobs.size(), [&](size_t i) {
     const AdamWJob& job = jobs[i];
@@ -404,7 +398,7 @@ void adamw_apply_(const AdamWTensors& t, const OptionalTensor& rows, const Group
     job.betas.write(job.beta);
     for (const TensorRefs* list :
          {&t.params, &t.exp_avgs, &t.exp_avg_sqs, &t.steps, &t.beta_prods, &t.prev_lrs, &t.betas})
-      bump_version((*list)[i]);
+      bump_version_ahead(*list, i);
   });
 }
 
@@ -433,6 +427,7 @@ std::vector<SGDJob> sgd_jobs(const SGDTensors& t, const Groups& groups,
     job.shared = row[kSGDColumns - 1] != 0.0;
     job.steps = open_scalar(t.steps[i], "step", i);
     job.prev_lrs = open_scalar(t.prev_lrs[i], "prev_lr", i);
+    if (t.betas.size() != 0) job.betas = open_scalar(t.betas[i], "beta", i);
     job.step = job.steps.read();
     const SGDHyper hyper = sgd_hyper(row, lrs[group_of[i]]);
     job.lr = hyper.lr;
@@ -452,8 +447,8 @@ Tensor sgd_stats(const SGDTensors& t, const Groups& groups, const OptionalTensor
 void sgd_apply_(const SGDTensors& t, const OptionalTensor& rows, const Groups& groups,
                 const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
   if (read_optional(found_inf, 0.0) != 0.0) return;
+  check_length(t.betas, "betas", t.params.size());
   std::vector<SGDJob> jobs = sgd_jobs(t, groups, grad_scale);
-  open_betas(jobs, t.betas);
   update(jobs, rows);
   for_each_tensor(jobs.size(), [&](size_t i) {
     const SGDJob& job = jobs[i];
@@ -462,7 +457,7 @@ void sgd_apply_(const SGDTensors& t, const OptionalTensor& rows, const Groups& g
     job.prev_lrs.write(job.lr);
     job.betas.write(job.beta);
     for (const TensorRefs* list : {&t.params, &t.momentum_buffers, &t.steps, &t.prev_lrs, &t.betas})
-      bump_version((*list)[i]);
+      bump_version_ahead(*list, i);
   });
 }
 
