@@ -57,16 +57,6 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 CUDA_NAME = "adamem_fused._cuda"
 
-HEADERS = [
-    "csrc/am_math.h",
-    "csrc/tensor_refs.h",
-    "csrc/cpu/kernels.h",
-    "csrc/cpu/kernels_impl.h",
-    "csrc/cpu/pack.h",
-    "csrc/cpu/schedule.h",
-    "csrc/cpu/step.h",
-]
-
 
 def find_torch():
     """The folder of the installed torch, or None.
@@ -123,11 +113,19 @@ def why_no_cuda():
 class BuildExtension(build_ext):
     """build_ext that compiles each kernel source with its own instruction set, and CUDA."""
 
+    def finalize_options(self):
+        super().finalize_options()
+        # What an earlier build has left may be of another torch, with flags of its own: the times
+        # of files do not tell.
+        self.force = True
+
     def run(self):
         reason = why_no_cuda() if self.extensions else None
         if reason is not None:
             print(f"adamem_fused: without the CUDA kernels: {reason}")
             self.extensions = [ext for ext in self.extensions if ext.name != CUDA_NAME]
+            # Or those of an earlier build would be installed.
+            Path(self.build_lib, self.get_ext_filename(CUDA_NAME)).unlink(missing_ok=True)
         super().run()
 
     def get_ext_filename(self, fullname):
@@ -176,9 +174,7 @@ class BuildExtension(build_ext):
         super().build_extension(ext)
 
     def compile(self, sources, flags):
-        return self.compiler.compile(
-            sources, output_dir=self.build_temp, extra_postargs=flags, depends=HEADERS
-        )
+        return self.compiler.compile(sources, output_dir=self.build_temp, extra_postargs=flags)
 
 
 def extensions():
@@ -188,12 +184,11 @@ def extensions():
         Extension(
             "adamem_fused._C",
             TORCH_SOURCES,
-            depends=HEADERS,
             libraries=["c10", "torch_cpu", "torch", "torch_python"],
             extra_link_args=["-fopenmp"],
             language="c++",
         ),
-        Extension(CUDA_NAME, sorted(glob("csrc/cuda/*.cu")), depends=sorted(glob("csrc/cuda/*.h"))),
+        Extension(CUDA_NAME, sorted(glob("csrc/cuda/*.cu"))),
     ]
 
 

@@ -429,6 +429,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
             self._apply(
                 work.backend, work.batch, work_rows, work.here(grad_scale), work.here(found_inf)
             )
+            if work.sharded and not torch.compiler.is_compiling():
+                # The shards were told that they are written to, not what they are shards of.
+                memories = [self.state[p][name] for p in work.params for name in self.memories]
+                torch.autograd.graph.increment_version([*work.params, *memories])
         if loss is not None and works:
             self._keep_loss(loss, found_inf)
 

@@ -237,6 +237,19 @@ py::object gather(const py::list& groups, const py::dict& state, const py::tuple
   return sizes;
 }
 
+// References to a list's tensors, of whatever kind.
+TensorRefs refs_of_items(const py::handle& list) {
+  PyObject* const* items = items_of(list);
+  const size_t n = py::len(list);
+  TensorRefs refs;
+  refs.reserve(n);
+  for (size_t i = 0; i < n; ++i) {
+    if (i + 16 < n) __builtin_prefetch(items[i + 16]);
+    refs.push_back(tensor_of(items[i]));
+  }
+  return refs;
+}
+
 // ---- describe: what tables are made of --------------------------------------------
 
 // The words as bytes: `last` itself, if it is these.
@@ -260,16 +273,9 @@ py::tuple describe(const py::tuple& lists, size_t data, const py::bytes& last_ad
                    const py::bytes& last_structure) {
   std::vector<int64_t> addresses, structure;
   for (size_t k = 0; k < lists.size(); ++k) {
-    PyObject* const* items = items_of(lists[k]);
-    const size_t n = py::len(lists[k]);
-    TensorRefs refs;
-    refs.reserve(n);
-    for (size_t i = 0; i < n; ++i) {
-      if (i + 16 < n) __builtin_prefetch(items[i + 16]);
-      refs.push_back(tensor_of(items[i]));
-    }
-    addresses.reserve(lists.size() * n);
-    structure.reserve(lists.size() * n * 4);
+    const TensorRefs refs = refs_of_items(lists[k]);
+    addresses.reserve(lists.size() * refs.size());
+    structure.reserve(lists.size() * refs.size() * 4);
     for_each_ahead(refs, [&](size_t i) {
       const Tensor& t = refs[i];
       addresses.push_back(reinterpret_cast<int64_t>(t.data_ptr()));
@@ -282,8 +288,19 @@ py::tuple describe(const py::tuple& lists, size_t data, const py::bytes& last_ad
   return py::make_tuple(as_bytes(addresses, last_addresses), as_bytes(structure, last_structure));
 }
 
+// ---- versions: what autograd is told of a step ------------------------------------
+
+// Bumps the version of every tensor, as torch's operators do for what they have written to.
+void bump_versions(const py::tuple& lists) {
+  for (const py::handle list : lists) {
+    const TensorRefs refs = refs_of_items(list);
+    for (size_t i = 0; i < refs.size(); ++i) bump_version_ahead(refs, i);
+  }
+}
+
 // ---- steps without the dispatcher -------------------------------------------------
 
+// Whether some Python code is to see all operators: fake tensors, make_fx, a counter of FLOPs.
 bool any_modes() { return c10::impl::TorchDispatchModeTLS::any_modes_set(); }
 
 // NotImplemented: torch.ops has something to do, for a subclass or a mode.
@@ -367,6 +384,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = TORCH_VERSION;
   m.def("gather", torch::wrap_pybind_function(gather));
   m.def("describe", torch::wrap_pybind_function(describe));
+  m.def("any_modes", any_modes);
+  m.def("bump_versions", torch::wrap_pybind_function(bump_versions));
   m.def("adamw_stats", torch::wrap_pybind_function(adamw_stats));
   m.def("adamw_apply_", torch::wrap_pybind_function(adamw_apply_));
   m.def("sgd_stats", torch::wrap_pybind_function(sgd_stats));

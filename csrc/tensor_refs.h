@@ -44,6 +44,28 @@ inline void prefetch_storage(const at::Tensor& tensor) {
   prefetch(tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl(), 64);
 }
 
+// Tells autograd that a tensor was written to: a graph that still needs its old values then
+// raises. One made in inference mode has no counter.
+inline void bump_version(const at::Tensor& tensor) {
+  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  if (impl->version_counter().enabled()) impl->bump_version();
+}
+
+// A version lies apart from its TensorImpl, and counting it up waits until it is there.
+inline void prefetch_version(const at::Tensor& tensor) {
+  const c10::VariableVersion& version = tensor.unsafeGetTensorImpl()->version_counter();
+  static_assert(sizeof(version) == sizeof(void*));  // a pointer, which torch does not give
+  __builtin_prefetch(*reinterpret_cast<void* const*>(&version), 1);
+}
+
+// For the tensors of a list in order, as for_each_ahead.
+inline void bump_version_ahead(const TensorRefs& refs, size_t i) {
+  const size_t n = refs.size();
+  if (i + 16 < n) __builtin_prefetch(&refs[i + 16].unsafeGetTensorImpl()->version_counter());
+  if (i + 8 < n) prefetch_version(refs[i + 8]);
+  bump_version(refs[i]);
+}
+
 // Calls f(i) for the tensors of a list in order, each one asked for in time.
 template <class F>
 void for_each_ahead(const TensorRefs& refs, F f) {

@@ -268,6 +268,26 @@ def test_mixed_parameters_take_the_steps_of_one_process(two_ranks, cls, backend,
     two_ranks.run(mixed_steps, cls, {"backend": backend, **options})
 
 
+def step_of_a_graph(cls, backend):
+    param = Parameter(shard(line(), [Shard(0)], tensors()[0]))
+    optimizer = cls([param], backend=backend)
+    for _ in range(2):
+        now, later = (param**2).sum(), (param**3).sum()
+        now.backward()
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            later.backward()
+    for name in MEMORIES[cls]:
+        memory = optimizer.state[param][name]
+        assert memory._version > 0 and memory._local_tensor._version > 0
+
+
+@both
+@pytest.mark.parametrize("backend", backends("cuda", "triton"))
+def test_a_graph_from_before_a_step_raises(two_ranks, cls, backend):
+    two_ranks.run(step_of_a_graph, cls, backend)
+
+
 def partial_gradient_step(cls):
     mesh = line()
     value, grad = tensors(torch.float64, [(4, 3), (4, 3)])

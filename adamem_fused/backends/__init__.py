@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -90,10 +94,13 @@ def choose(options: dict[str, Any], device: torch.device) -> Backend:
 
     Raises:
         RuntimeError: one was asked for, by name or by fused=True, and is not there.
+
+    Warns once for a type of device where none was asked for and foreach, which is many times
+    slower, is all that there is.
     """
     if options["backend"] is not None:
         backend = BACKENDS[options["backend"]]
-        reason = backend.unavailable(device)
+        reason = _unavailable(backend, device)
         if reason is not None:
             raise RuntimeError(f"backend={backend.name!r} is not available: {reason}")
         return backend
@@ -104,10 +111,54 @@ def choose(options: dict[str, Any], device: torch.device) -> Backend:
         for backend in BACKENDS.values():
             if not backend.fused:
                 continue
-            reason = backend.unavailable(device)
+            reason = _unavailable(backend, device)
             if reason is None:
                 return backend
             reasons.append(f"{backend.name}: {reason}")
     if options["fused"]:
         raise RuntimeError(f"fused=True: no fused backend is available ({'; '.join(reasons)})")
-    return foreach if options["foreach"] is None else reference
+    if options["foreach"] is None:
+        if options["fused"] is None and not torch.compiler.is_compiling():
+            _warn_of_foreach(device)
+        return foreach
+    return reference
+
+
+def _unavailable(backend: Backend, device: torch.device) -> str | None:
+    """Why the backend cannot be used; also where a fake tensor is on a GPU that is not there."""
+    if backend.fused and _is_made_up(device):
+        return f"there is no GPU here, and these are on {device}"
+    return backend.unavailable(device)
+
+
+def _is_made_up(device: torch.device) -> bool:
+    # The first question is the cheaper one, and comes at every step.
+    return device.type == "cuda" and not (torch.cuda.is_initialized() or torch.cuda.is_available())
+
+
+# By type of device: the fused backends that are made for it.
+_MADE_FOR: dict[str, tuple[Backend, ...]] = {
+    "cpu": (cpu,),
+    "cuda": (cuda, triton) if torch.version.hip is None else (triton,),
+}
+# Types of devices of which it was said that these are missing.
+_warned: set[str] = set()
+# Where the code is that a user did not write.
+_LIBRARIES = tuple(f"{folder}{os.sep}" for folder in (*torch.__path__, Path(__file__).parents[1]))
+
+
+def _warn_of_foreach(device: torch.device) -> None:
+    """Says once in a process, for a type of device, that a fused backend is missing, and why."""
+    if device.type in _warned or device.type not in _MADE_FOR or _is_made_up(device):
+        return
+    reasons = "; ".join(f"{b.name}: {b.unavailable(device)}" for b in _MADE_FOR[device.type])
+    # At the line of the user's that constructed the optimizer or took a step.
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        f"The foreach backend, which is many times slower, takes the tensors on {device}: no fused "
+        f"backend is available ({reasons}). With foreach=True it does so without this warning.",
+        stacklevel=level,
+    )
+    _warned.add(device.type)

@@ -26,7 +26,7 @@ from torch import Tensor
 # torch.compiler.disable, but without importing torch._dynamo, which takes seconds, at once.
 from torch._compile import _disable_dynamo
 
-from adamem_fused.backends import cpu, cuda_library, schedule
+from adamem_fused.backends import cpu, cuda_library, ops, schedule
 from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check_rows
 from adamem_fused.backends.schedule import Plan
 from adamem_fused.backends.tables import Bucket, Layout, Opened, Tables, open_tables
@@ -300,13 +300,13 @@ def _apply(
 
 
 # ---- the backend ----------------------------------------------------------------------
-# torch.compile traces the operators of csrc/ops.cpp, as the cpu backend calls them. Their
-# kernels for CUDA tensors are in cuda_ops.py.
+# torch.compile and make_fx trace the operators of csrc/ops.cpp, as the cpu backend calls them.
+# Their kernels for CUDA tensors are in cuda_ops.py, and those for fake tensors in ops.py.
 
 
 def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or ops.is_traced():
         return cpu.adamw_stats(batch, grad_scale)
     return _stats(batch, _kernels("adamw"), grad_scale)
 
@@ -315,7 +315,7 @@ def adamw_apply(
     batch: AdamWBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or ops.is_traced():
         cpu.adamw_apply(batch, rows, grad_scale, found_inf)
     else:
         _apply(batch, _kernels("adamw"), rows, grad_scale, found_inf)
@@ -323,7 +323,7 @@ def adamw_apply(
 
 def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or ops.is_traced():
         return cpu.sgd_stats(batch, grad_scale)
     return _stats(batch, _kernels("sgd"), grad_scale)
 
@@ -332,7 +332,7 @@ def sgd_apply(
     batch: SGDBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or ops.is_traced():
         cpu.sgd_apply(batch, rows, grad_scale, found_inf)
     else:
         _apply(batch, _kernels("sgd"), rows, grad_scale, found_inf)

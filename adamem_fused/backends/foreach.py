@@ -262,7 +262,7 @@ def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
         # A first step has no memory: d = g, and both sums are 0.
         part = torch.stack([num, den], dim=1)
         first = _column(_pick(batch.steps, indices)) == 0
-        part = torch.where(first[:, None], torch.zeros_like(part), part)
+        part = torch.where(first.unsqueeze(1), torch.zeros_like(part), part)
         rows.update(zip(indices, part.unbind(), strict=True))
     return _in_order(rows)
 

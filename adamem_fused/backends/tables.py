@@ -180,10 +180,11 @@ class Opened(NamedTuple):
     hypers: list[Any]  # a lr that was moved to the device has to live until the launches
 
     def store(self, batch: Batch) -> None:
-        """Writes what was updated in copies back to the batch's tensors."""
+        """Writes what was updated in copies back to the batch's tensors; bumps all versions."""
         for k, i in self.tables.layout.strided:
             if k != GRADS:
                 batch.lists()[k][i].copy_(self.lists[k][i])
+        ops.bump_versions(batch)
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -26,7 +26,7 @@ from torch import Tensor
 # torch.compiler.disable, but without importing torch._dynamo, which takes seconds, at once.
 from torch._compile import _disable_dynamo
 
-from adamem_fused.backends import schedule
+from adamem_fused.backends import ops, schedule
 from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check_rows
 from adamem_fused.backends.schedule import Plan
 from adamem_fused.backends.tables import Bucket, Layout, Opened, Tables, is_capturing, open_tables
@@ -174,6 +174,11 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _open(batch: Batch, kernels: _Kernels, again: bool) -> Opened:
+    if ops.is_traced():
+        raise RuntimeError(
+            "a step of the triton backend cannot be traced by make_fx, nor taken with fake tensors: "
+            'pass backend="cuda" or backend="foreach"'
+        )
     return open_tables(batch, _config(batch.params[0].device).chunk, kernels.coefficients, again)
 
 

@@ -41,32 +41,31 @@ const Kernels& kernels() {
 
 // ---- reading what was given -----------------------------------------------------
 
-template <class F>
-void visit_scalar(const Tensor& t, F f) {
-  if (t.scalar_type() == at::kFloat) {
-    f(static_cast<float*>(t.data_ptr()));
-  } else {
-    f(static_cast<double*>(t.data_ptr()));
-  }
-}
+// Where a 0-dim tensor's value lies. Kept from when it is read to when it is written: to look
+// at the tensor once more would take longer than either.
+struct Scalar {
+  void* data = nullptr;
+  bool is_double = false;
 
-void check_scalar(const Tensor& t, const char* name, size_t i) {
+  double read() const {
+    return is_double ? *static_cast<double*>(data) : *static_cast<float*>(data);
+  }
+  void write(double value) const {
+    if (is_double) {
+      *static_cast<double*>(data) = value;
+    } else {
+      *static_cast<float*>(data) = static_cast<float>(value);
+    }
+  }
+};
+
+Scalar open_scalar(const Tensor& t, const char* name, size_t i) {
   TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, name,
                    " of tensor ", i, " has dtype ", t.scalar_type(),
                    "; it has to be float32 or float64");
   TORCH_CHECK_VALUE(t.numel() == 1 && t.is_cpu(), name, " of tensor ", i, " has shape ", t.sizes(),
                     " on ", t.device(), "; it has to be a 0-dim tensor on the CPU");
-}
-
-double read(const Tensor& t, const char* name, size_t i) {
-  check_scalar(t, name, i);
-  double value = 0.0;
-  visit_scalar(t, [&](auto* p) { value = *p; });
-  return value;
-}
-
-void write(const Tensor& t, double value) {
-  visit_scalar(t, [&](auto* p) { *p = static_cast<std::decay_t<decltype(*p)>>(value); });
+  return {t.data_ptr(), t.scalar_type() == at::kDouble};
 }
 
 double read_optional(const OptionalTensor& t, double otherwise) {
@@ -224,6 +223,7 @@ std::vector<size_t> group_of_tensors(const Groups& groups, size_t tensors, size_
 struct AdamWJob {
   Views<2> views;
   AdamWCoefficients<double> coefficients;
+  Scalar steps, beta_prods, prev_lrs, betas;
   double lr, beta_max, step, beta_prod;
   bool shared;
   int64_t numel;
@@ -246,6 +246,7 @@ struct AdamWJob {
 struct SGDJob {
   Views<1> views;
   SGDCoefficients<double> coefficients;
+  Scalar steps, prev_lrs, betas;
   double lr, beta_max, step;
   bool shared;
   int64_t numel;
@@ -276,11 +277,6 @@ void for_each_tensor(size_t tensors, F f) {
     const at::NoGradGuard no_grad;  // the other threads do not have the caller's
     for (int64_t i = begin; i < end; ++i) f(static_cast<size_t>(i));
   });
-}
-
-void check_betas(const TensorRefs& betas, size_t tensors) {
-  check_length(betas, "betas", tensors);
-  for_each_tensor(tensors, [&](size_t i) { check_scalar(betas[i], "beta", i); });
 }
 
 template <class Job>
@@ -365,13 +361,17 @@ std::vector<AdamWJob> adamw_jobs(const AdamWTensors& t, const Groups& groups,
     job.numel = job.views.numel;
     const double* row = &groups.hypers[group_of[i] * kAdamWColumns];
     job.shared = row[kAdamWColumns - 1] != 0.0;
-    job.step = read(t.steps[i], "step", i);
-    job.beta_prod = read(t.beta_prods[i], "beta_prod", i);
+    job.steps = open_scalar(t.steps[i], "step", i);
+    job.beta_prods = open_scalar(t.beta_prods[i], "beta_prod", i);
+    job.prev_lrs = open_scalar(t.prev_lrs[i], "prev_lr", i);
+    if (t.betas.size() != 0) job.betas = open_scalar(t.betas[i], "beta", i);
+    job.step = job.steps.read();
+    job.beta_prod = job.beta_prods.read();
     const AdamWHyper hyper = adamw_hyper(row, lrs[group_of[i]]);
     job.lr = hyper.lr;
     job.beta_max = hyper.beta_max;
-    job.coefficients = adamw_coefficients<double>(hyper, job.step, job.beta_prod,
-                                                  read(t.prev_lrs[i], "prev_lr", i), scale);
+    job.coefficients =
+        adamw_coefficients<double>(hyper, job.step, job.beta_prod, job.prev_lrs.read(), scale);
   });
   return jobs;
 }
@@ -386,16 +386,19 @@ Tensor adamw_stats(const AdamWTensors& t, const Groups& groups, const OptionalTe
 void adamw_apply_(const AdamWTensors& t, const OptionalTensor& rows, const Groups& groups,
                   const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
   if (read_optional(found_inf, 0.0) != 0.0) return;
+  check_length(t.betas, "betas", t.params.size());
   std::vector<AdamWJob> jobs = adamw_jobs(t, groups, grad_scale);
-  check_betas(t.betas, jobs.size());
   update(jobs, rows);
   for_each_tensor(jobs.size(), [&](size_t i) {
     const AdamWJob& job = jobs[i];
     job.views.store(t.params[i], {&t.exp_avgs[i], &t.exp_avg_sqs[i]});
-    write(t.steps[i], job.step + 1.0);
-    write(t.beta_prods[i], job.beta_prod * job.beta);
-    write(t.prev_lrs[i], job.lr);
-    write(t.betas[i], job.beta);
+    job.steps.write(job.step + 1.0);
+    job.beta_prods.write(job.beta_prod * job.beta);
+    job.prev_lrs.write(job.lr);
+    job.betas.write(job.beta);
+    for (const TensorRefs* list :
+         {&t.params, &t.exp_avgs, &t.exp_avg_sqs, &t.steps, &t.beta_prods, &t.prev_lrs, &t.betas})
+      bump_version_ahead(*list, i);
   });
 }
 
@@ -422,11 +425,14 @@ std::vector<SGDJob> sgd_jobs(const SGDTensors& t, const Groups& groups,
     job.numel = job.views.numel;
     const double* row = &groups.hypers[group_of[i] * kSGDColumns];
     job.shared = row[kSGDColumns - 1] != 0.0;
-    job.step = read(t.steps[i], "step", i);
+    job.steps = open_scalar(t.steps[i], "step", i);
+    job.prev_lrs = open_scalar(t.prev_lrs[i], "prev_lr", i);
+    if (t.betas.size() != 0) job.betas = open_scalar(t.betas[i], "beta", i);
+    job.step = job.steps.read();
     const SGDHyper hyper = sgd_hyper(row, lrs[group_of[i]]);
     job.lr = hyper.lr;
     job.beta_max = hyper.beta_max;
-    job.coefficients = sgd_coefficients<double>(hyper, read(t.prev_lrs[i], "prev_lr", i), scale);
+    job.coefficients = sgd_coefficients<double>(hyper, job.prev_lrs.read(), scale);
   });
   return jobs;
 }
@@ -441,15 +447,17 @@ Tensor sgd_stats(const SGDTensors& t, const Groups& groups, const OptionalTensor
 void sgd_apply_(const SGDTensors& t, const OptionalTensor& rows, const Groups& groups,
                 const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
   if (read_optional(found_inf, 0.0) != 0.0) return;
+  check_length(t.betas, "betas", t.params.size());
   std::vector<SGDJob> jobs = sgd_jobs(t, groups, grad_scale);
-  check_betas(t.betas, jobs.size());
   update(jobs, rows);
   for_each_tensor(jobs.size(), [&](size_t i) {
     const SGDJob& job = jobs[i];
     job.views.store(t.params[i], {&t.momentum_buffers[i]});
-    write(t.steps[i], job.step + 1.0);
-    write(t.prev_lrs[i], job.lr);
-    write(t.betas[i], job.beta);
+    job.steps.write(job.step + 1.0);
+    job.prev_lrs.write(job.lr);
+    job.betas.write(job.beta);
+    for (const TensorRefs* list : {&t.params, &t.momentum_buffers, &t.steps, &t.prev_lrs, &t.betas})
+      bump_version_ahead(*list, i);
   });
 }
 

@@ -12,7 +12,7 @@ namespace am::cpu {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// One entry a tensor in every list; stats does not look at betas.
+// One entry a tensor in every list; stats is given no betas.
 struct AdamWTensors {
   TensorRefs params, grads, exp_avgs, exp_avg_sqs, steps, beta_prods, prev_lrs, betas;
 };
