@@ -118,8 +118,6 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     # What a backend keeps from step to step, by its name and the device.
     _caches: dict[tuple[str, torch.device], dict[str, Any]]
-    # The lists of the last ordinary step, without gradients.
-    _last: tuple[list[Tensor], ...]
     # Parameters whose state was made in this step.
     _new_state: list[Tensor]
 
@@ -131,7 +129,6 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """Drops what is kept from step to step, of which a step can do without all."""
         self._caches = {}
         self._new_state = []
-        self._last = self._new_batch().lists()
 
     # ---- what a subclass gives ----------------------------------------------------
 
@@ -318,18 +315,16 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """
         if ops.extension is None or torch.compiler.is_compiling():
             return []
-        # Into the lists of the last step: thousands of references need not be taken anew.
-        lists = list(self._last)
-        lists[GRADS] = []
-        batch = self._new_batch(*lists)
-        sizes = ops.extension.gather(
+        gathered = ops.extension.gather(
             [group["params"] for group in self.param_groups],
             self.state,
             (*self.memories, *self.scalars),
-            batch.lists(),
         )
-        if sizes is None or not batch.params:
-            self._last = self._new_batch().lists()
+        if gathered is None:
+            return []
+        sizes, lists = gathered
+        batch = self._new_batch(*lists)
+        if not batch.params:
             return []
         device = batch.params[0].device
         groups = [g for g, size in zip(self.param_groups, sizes, strict=True) if size > 0]
