@@ -308,7 +308,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 "it has to be a dict"
             )
         missing = checkpoints.missing_state(self, param, state or {}, group)
-        self._new_state.append((param, None if state is None else dict(state)))
+        if not torch.compiler.is_compiling():  # where this is called ahead of the step
+            self._new_state.append((param, None if state is None else dict(state)))
         # All at once: whole or, where memory runs out, not at all.
         whole: dict[str, Any] = self.state.setdefault(param, {})
         whole.update(missing)

@@ -300,7 +300,10 @@ def test_tables_of_a_captured_step_are_kept_and_a_new_layout_is_refused(launches
     kept_tables, plan = kept
     assert kept_tables.addresses is captured
     assert plan is cache["plan"]
+    # What it leads to is the user's to keep.
+    gone = weakref.ref(params[1].grad)
     params.pop().grad = None
+    assert gone() is None
     with pytest.raises(RuntimeError, match="take a step with the same parameters"):
         optimizer.step()
     monkeypatch.setattr(tables, "is_capturing", lambda device: False)
