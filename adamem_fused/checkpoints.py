@@ -133,9 +133,7 @@ def missing_state(
             f"{', '.join(needed)}; it has to have these too, or none of its own"
         )
     whole = optimizer._convert_state(param, state, group)
-    return {
-        name: _place(optimizer, param, name, whole[name]) for name in names if name not in own
-    }
+    return {name: _place(optimizer, param, name, whole[name]) for name in names if name not in own}
 
 
 def _checked(param: Tensor, name: str, state: dict[str, Any], is_memory: bool) -> Tensor:
@@ -177,9 +175,7 @@ def _place(optimizer: AdaptiveMemoryOptimizer, param: Tensor, name: str, value: 
 def from_adamw(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     """AdamW's state as AMAdamW's: as if beta had been betas[0] and lr the group's at every step."""
     if "max_exp_avg_sq" in state:
-        raise ValueError(
-            "state has max_exp_avg_sq (amsgrad=True), which AMAdamW does not have"
-        )
+        raise ValueError("state has max_exp_avg_sq (amsgrad=True), which AMAdamW does not have")
     if group.get("decoupled_weight_decay") is False and group["weight_decay"] != 0:
         raise ValueError(
             f"weight_decay {group['weight_decay']} is Adam's, coupled to the gradient; "

@@ -286,7 +286,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 "make the module that gives them with sparse=False"
             )
         names = {*self.memories, *self.scalars}
-        states = list(map(self.state.get, new_params))
+        states: list[Any] = list(map(self.state.get, new_params))
         for i, (param, state) in enumerate(zip(new_params, states, strict=True)):
             if not (isinstance(state, dict) and names <= state.keys()):
                 states[i] = self._init_state(param, group)
@@ -301,19 +301,20 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """Makes a parameter's state, or what is missing in the state that a user has given it."""
         self._check_dtype(param)
-        state = self.state.get(param)
-        if not (state is None or isinstance(state, dict)):
+        is_new = param not in self.state
+        state: dict[str, Any] = {} if is_new else self.state[param]
+        if not isinstance(state, dict):
             raise TypeError(
                 f"state of a parameter of shape {list(param.shape)} is a {type(state).__name__}; "
                 "it has to be a dict"
             )
-        missing = checkpoints.missing_state(self, param, state or {}, group)
+        missing = checkpoints.missing_state(self, param, state, group)
         if not torch.compiler.is_compiling():  # where this is called ahead of the step
-            self._new_state.append((param, None if state is None else dict(state)))
+            self._new_state.append((param, None if is_new else dict(state)))
         # All at once: whole or, where memory runs out, not at all.
-        whole: dict[str, Any] = self.state.setdefault(param, {})
-        whole.update(missing)
-        return whole
+        state.update(missing)
+        self.state[param] = state
+        return state
 
     def _collect(self) -> list[Work]:
         """This step's tensors, a batch for each backend and device."""

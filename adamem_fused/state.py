@@ -27,9 +27,15 @@ def initial_state(
     param: Tensor, memories: Iterable[str], scalars: Mapping[str, float]
 ) -> dict[str, Tensor]:
     """The state before the first step: memories of zeros, and 0-dim scalars."""
-    zeros = {"dtype": memory_dtype(param), "memory_format": torch.preserve_format}
-    like = {"dtype": scalar_dtype(param), "device": param.device}
     return {
-        **{name: torch.zeros_like(param, **zeros) for name in memories},
-        **{name: torch.full((), value, **like) for name, value in scalars.items()},
+        **{
+            name: torch.zeros_like(
+                param, dtype=memory_dtype(param), memory_format=torch.preserve_format
+            )
+            for name in memories
+        },
+        **{
+            name: torch.full((), value, dtype=scalar_dtype(param), device=param.device)
+            for name, value in scalars.items()
+        },
     }

@@ -175,7 +175,7 @@ def test_matches_the_reference_for_both_planes_and_scopes(backend, cls, scope, p
     [("tensor", "gradient", False), ("global", "gradient", True), ("global", "loss", False)],
 )
 def test_zero_gradients_at_lr_0_are_without_effect(backend, cls, scope, gap, tensor_lr):
-    """Before any other step, as checkpoint tools make state: also beside a tensor with a gradient."""
+    """Before any other step, as checkpoint tools make state; also beside a tensor that has one."""
     lr = torch.zeros((), device=DEVICE) if tensor_lr else 0.0
     options = {"beta_scope": scope, "gap": gap, "weight_decay": 0.1, "backend": backend}
     late, early, expected = (

@@ -1,11 +1,19 @@
-"""A step at lr 0 with zero gradients, before any other: tools make state by such, without effect."""
+"""A step at lr 0 with zero gradients, before any other: so tools make state, without effect."""
 
 import copy
 
 import pytest
 import torch
-from cases import OPTIMIZERS, Group, assert_same_bits, backends, make_optimizer, parameters
-from cases import set_gradients, snapshot
+from cases import (
+    OPTIMIZERS,
+    Group,
+    assert_same_bits,
+    backends,
+    make_optimizer,
+    parameters,
+    set_gradients,
+    snapshot,
+)
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -90,7 +98,7 @@ def test_a_tensor_is_idle_by_itself(cls, backend, scope):
     groups = [Group([(5, 3), (4,)], options={"weight_decay": 0.1})]
     optimizer, expected = fresh_pair(cls, backend, groups, beta_scope=scope)
     for each in (optimizer, expected):
-        first, second = parameters(each)
+        second = parameters(each)[1]
         each.param_groups[0]["lr"] = 0.0
         set_gradients(each, step=0)
         second.grad = torch.zeros_like(second) if each is optimizer else None

@@ -215,7 +215,7 @@ def test_fsdp_takes_the_steps_of_one_process(two_ranks, cls, scope, backend, pla
 
 
 def idle_steps(cls, options):
-    """Zero gradients at lr 0; a tensor that has a gradient on one rank alone is at its first step."""
+    """Zero gradients at lr 0, but for a tensor that has a gradient, on one rank alone."""
     params = fsdp_parameters(tensors(torch.float64), line())
     optimizers = [
         two_groups(cls, p, **options) for p in (params, whole_parameters(tensors(torch.float64)))
@@ -265,7 +265,7 @@ def test_reading_the_state_of_a_new_optimizer_changes_nothing(two_ranks, cls, sc
 
 
 def zero_buffers_from_sgd():
-    """As get_optimizer_state_dict makes them for a new SGD: whether they are zeros all ranks know."""
+    """As get_optimizer_state_dict makes them for a new SGD."""
     mesh = line()
     params = fsdp_parameters(tensors(), mesh)
     buffers = [torch.zeros(param.shape) for param in params]
