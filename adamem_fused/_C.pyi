@@ -8,8 +8,7 @@ def gather(
     groups: list[list[Tensor]],
     state: dict[Tensor, Any],
     names: tuple[str, ...],
-    lists: tuple[list[Tensor], ...],
-) -> list[int] | None: ...
+) -> tuple[list[int], tuple[list[Tensor], ...]] | None: ...
 def describe(
     lists: tuple[list[Tensor], ...], data: int, last_addresses: bytes, last_structure: bytes
 ) -> tuple[bytes, bytes]: ...

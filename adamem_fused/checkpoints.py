@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from adamem_fused import sharding
 from adamem_fused.options import ROUNDING
-from adamem_fused.state import memory_dtype, scalar_dtype
+from adamem_fused.state import initial_state, memory_dtype, scalar_dtype
 
 if TYPE_CHECKING:
+    from adamem_fused.backends.batch import Lr
     from adamem_fused.optimizer import AdaptiveMemoryOptimizer
 
 # Options that say how to compute and not what: a checkpoint, which may come from another
@@ -31,18 +33,21 @@ _FOREIGN = (
 
 
 class Kept:
-    """A tensor that Optimizer.load_state_dict leaves alone.
+    """A parameter's loaded state, which Optimizer.load_state_dict leaves alone.
 
     It casts state to the parameter's dtype, by a policy that a subclass cannot override. So
-    tensors go through it in this wrapper.
+    state goes through it in this wrapper.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, state: Any) -> None:
+        self.state = state
 
 
 def wrap(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-    """A checked copy of a state_dict, its tensors wrapped: a load_state_dict pre-hook."""
+    """A checked copy of a state_dict, with the state as it will be: a load_state_dict pre-hook.
+
+    All that can fail is done here, where nothing has changed yet.
+    """
     saved_groups = state_dict["param_groups"]
     sizes = [len(group["params"]) for group in saved_groups]
     if sizes != [len(group["params"]) for group in optimizer.param_groups]:
@@ -59,8 +64,8 @@ def wrap(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         optimizer._check_group(group, ROUNDING)
         groups.append(group)
         for key, param in zip(saved["params"], own["params"], strict=True):
-            if state.get(key):
-                state[key] = _wrap_state(optimizer, param, group, state[key], native)
+            if key in state:
+                state[key] = Kept(_loaded(optimizer, param, group, state[key], native))
         if not native:
             for option in _FOREIGN:
                 group.pop(option, None)
@@ -68,27 +73,68 @@ def wrap(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def unwrap(optimizer: AdaptiveMemoryOptimizer) -> None:
-    """Puts the tensors of a state that has been wrapped in their places."""
-    for param, values in optimizer.state.items():
-        for name, value in values.items():
-            if isinstance(value, Kept):
-                values[name] = _place(optimizer, param, name, value.tensor)
+    """Puts state that has been wrapped in its place."""
+    for key, value in optimizer.state.items():
+        if isinstance(value, Kept):
+            optimizer.state[key] = value.state
 
 
-def _wrap_state(
+def _loaded(
     optimizer: AdaptiveMemoryOptimizer,
     param: Tensor,
     group: dict[str, Any],
-    saved: dict[str, Any],
+    saved: Any,
     native: bool,
-) -> dict[str, Any]:
-    """One parameter's state, checked, converted if it is torch.optim's, and wrapped."""
-    state = dict(saved) if native else optimizer._convert_state(param, saved, group)
+) -> Any:
+    """A copy of one parameter's state, checked, and converted if it is torch.optim's."""
     names = (*optimizer.memories, *optimizer.scalars)
-    if any(name in state for name in names):  # and not the user's own entries alone
+    # The user's own, alone.
+    if not isinstance(saved, dict) or not any(name in saved for name in names):
+        return _copy(saved)
+    state = saved if native else optimizer._convert_state(param, saved, group)
+    loaded = {name: _copy(value) for name, value in state.items() if name not in names}
+    if any(name in state for name in names):
         for name in names:
-            state[name] = _checked(param, name, state, is_memory=name in optimizer.memories)
-    return {k: Kept(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+            value = _checked(param, name, state, is_memory=name in optimizer.memories)
+            loaded[name] = _place(optimizer, param, name, value)
+    return loaded
+
+
+def _copy(value: Any) -> Any:
+    """The user's own state with copies of its tensors; Optimizer's cast would change them."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        copied = copy(value)
+        copied.update({key: _copy(item) for key, item in value.items()})
+        return copied
+    if type(value) in (list, tuple, set):
+        return type(value)(map(_copy, value))
+    return value
+
+
+def missing_state(
+    optimizer: AdaptiveMemoryOptimizer, param: Tensor, state: dict[str, Any], group: dict[str, Any]
+) -> dict[str, Tensor]:
+    """What a parameter's state is to have beside what it has: all of it, or what goes with it.
+
+    With memories and, for AMAdamW, a step, it is as of torch.optim's counterpart.
+
+    Raises:
+        ValueError: there is some of the state, and not enough to know the rest.
+    """
+    names = (*optimizer.memories, *optimizer.scalars)
+    own = [name for name in names if state.get(name) is not None]
+    if not own:
+        return initial_state(param, optimizer.memories, optimizer.scalars)
+    needed = [name for name in optimizer.memories if name not in own]
+    if needed:
+        raise ValueError(
+            f"state of a parameter of shape {list(param.shape)} has {', '.join(own)} and no "
+            f"{', '.join(needed)}; it has to have these too, or none of its own"
+        )
+    whole = optimizer._convert_state(param, state, group)
+    return {name: _place(optimizer, param, name, whole[name]) for name in names if name not in own}
 
 
 def _checked(param: Tensor, name: str, state: dict[str, Any], is_memory: bool) -> Tensor:
@@ -116,14 +162,12 @@ def _checked(param: Tensor, name: str, state: dict[str, Any], is_memory: bool) -
 
 
 def _place(optimizer: AdaptiveMemoryOptimizer, param: Tensor, name: str, value: Tensor) -> Tensor:
-    """A copy of a loaded tensor on its parameter's device and, if alike, in its layout."""
+    """A copy of a tensor of the state on its parameter's device; a memory in its layout too."""
     if name in optimizer.memories:
         dtype = torch.promote_types(value.dtype, memory_dtype(param))
         return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)
-    if name in optimizer.scalars:
-        dtype = torch.promote_types(value.dtype, scalar_dtype(param))
-        return value.detach().to(device=param.device, dtype=dtype, copy=True).reshape(())
-    return value.detach().clone()
+    dtype = torch.promote_types(value.dtype, scalar_dtype(param))
+    return value.detach().to(device=param.device, dtype=dtype, copy=True).reshape(())
 
 
 # ---- torch.optim's state ----------------------------------------------------------
@@ -132,16 +176,14 @@ def _place(optimizer: AdaptiveMemoryOptimizer, param: Tensor, name: str, value: 
 def from_adamw(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     """AdamW's state as AMAdamW's: as if beta had been betas[0] and lr the group's at every step."""
     if "max_exp_avg_sq" in state:
-        raise ValueError(
-            "loaded state has max_exp_avg_sq (amsgrad=True), which AMAdamW does not have"
-        )
+        raise ValueError("state has max_exp_avg_sq (amsgrad=True), which AMAdamW does not have")
     if group.get("decoupled_weight_decay") is False and group["weight_decay"] != 0:
         raise ValueError(
-            f"loaded weight_decay {group['weight_decay']} is Adam's, coupled to the gradient; "
+            f"weight_decay {group['weight_decay']} is Adam's, coupled to the gradient; "
             "AMAdamW's is decoupled"
         )
     if "step" not in state:
-        raise ValueError("loaded state has no step")
+        raise ValueError("state has no step")
     like: dict[str, Any] = {"dtype": scalar_dtype(param), "device": param.device}
     step = torch.as_tensor(state["step"], **like)
     beta1 = torch.tensor(group["betas"][0], **like)
@@ -149,23 +191,29 @@ def from_adamw(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> d
         **{name: state[name] for name in ("exp_avg", "exp_avg_sq") if name in state},
         "step": step,
         "beta_prod": beta1**step,
-        "prev_lr": torch.as_tensor(group["lr"], **like),
-        "beta": beta1,
+        **_last_step(step, group["lr"], beta1),
     }
 
 
 def from_sgd(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     """SGD's state as AMSGD's: the buffer as it is, for -lr times it was the last step.
 
-    SGD has no step count, so what has a buffer counts as one step old. Without momentum SGD
-    saves None: such a parameter starts anew.
+    SGD has no step count, so what has a buffer counts as one step old, unless it is of zeros, as
+    checkpoint tools make them. Without momentum SGD saves None: such a parameter starts anew.
     """
-    if "momentum_buffer" in state and state["momentum_buffer"] is None:
-        return {}
+    buffer = state.get("momentum_buffer")
+    if buffer is None:
+        return {name: value for name, value in state.items() if name != "momentum_buffer"}
     like: dict[str, Any] = {"dtype": scalar_dtype(param), "device": param.device}
-    return {
-        **state,
-        "step": torch.ones((), **like),
-        "prev_lr": torch.as_tensor(group["lr"], **like),
-        "beta": torch.as_tensor(group.get("momentum", 0.0), **like),
-    }
+    step = state.get("step")
+    if step is None:
+        step = sharding.whole((buffer != 0).any()) if isinstance(buffer, Tensor) else 1.0
+    step = torch.as_tensor(step, **like)
+    beta = torch.as_tensor(group.get("momentum", 0.0), **like)
+    return {**state, "step": step, **_last_step(step, group["lr"], beta)}
+
+
+def _last_step(step: Tensor, lr: Lr, beta: Tensor) -> dict[str, Tensor]:
+    """What a step with this lr and beta leaves; where there was none, a beginning."""
+    lr = torch.as_tensor(lr, dtype=step.dtype, device=step.device).reshape(())
+    return {"prev_lr": torch.where(step == 0, 0.0, lr), "beta": torch.where(step == 0, 0.0, beta)}

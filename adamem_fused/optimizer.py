@@ -17,7 +17,7 @@ from adamem_fused import backends, checkpoints, sharding
 from adamem_fused.backends import Backend, ops
 from adamem_fused.backends.batch import FLOATING, GRADS, Batch, Lr, group_slices
 from adamem_fused.options import ROUNDING
-from adamem_fused.state import COMPLEX, memory_dtype, scalar_dtype
+from adamem_fused.state import COMPLEX
 
 ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
 
@@ -86,19 +86,29 @@ class Work:
 
 
 def share_sums(works: list[Work], rows: list[Tensor]) -> None:
-    """Gives every tensor of a group with beta_scope="global" the sums over all such tensors."""
+    """Gives every tensor of a group with beta_scope="global" the sums over all such tensors.
+
+    A first step needs no sums but to see whether it is one, which it can be at lr 0 alone: there
+    it keeps the tensor's own.
+    """
     places = [
-        (work_rows, place)
+        (work_rows, place, hyper.lr, work.batch.steps[place])
         for work, work_rows in zip(works, rows, strict=True)
-        for shared, place in zip(work.batch.shared, group_slices(work.batch), strict=True)
-        if shared
+        for shared, hyper, place in zip(
+            work.batch.shared, work.batch.hypers, group_slices(work.batch), strict=True
+        )
+        if shared and place.stop > place.start
     ]
     if not places:
         return
     device = places[0][0].device
-    total = torch.cat([r[place].to(device) for r, place in places]).sum(0)
-    for work_rows, place in places:
-        work_rows[place] = total.to(work_rows.device)
+    total = torch.cat([r[place].to(device) for r, place, _, _ in places]).sum(0)
+    for work_rows, place, lr, steps in places:
+        shared_rows = total.to(work_rows.device)
+        if isinstance(lr, Tensor) or lr == 0:
+            first = torch.stack([step.double() for step in steps]) == 0
+            shared_rows = torch.where(first[:, None], work_rows[place], shared_rows)
+        work_rows[place] = shared_rows
 
 
 class AdaptiveMemoryOptimizer(Optimizer):
@@ -119,10 +129,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     # What a backend keeps from step to step, by its name and the device.
     _caches: dict[tuple[str, torch.device], dict[str, Any]]
-    # The lists of the last ordinary step, without gradients.
-    _last: tuple[list[Tensor], ...]
-    # Parameters whose state was made in this step.
-    _new_state: list[Tensor]
+    # In a step: parameters whose state it has made or completed, and what they had before.
+    _new_state: list[tuple[Tensor, dict[str, Any] | None]]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._forget()
@@ -132,7 +140,6 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """Drops what is kept from step to step, of which a step can do without all."""
         self._caches = {}
         self._new_state = []
-        self._last = self._new_batch().lists()
 
     # ---- what a subclass gives ----------------------------------------------------
 
@@ -252,16 +259,19 @@ class AdaptiveMemoryOptimizer(Optimizer):
         except Exception:
             self._drop_new_state()
             raise
+        finally:
+            # In place: in torch 2.11 a compiled step may set no attribute of its optimizer.
+            self._new_state.clear()
         return loss
 
     def _drop_new_state(self) -> None:
         """Removes what a step that raised has made."""
-        for param in self._new_state:
-            for name in (*self.memories, *self.scalars):
-                self.state[param].pop(name, None)
-        for param, state in list(self.state.items()):
-            if not state:
+        for param, before in self._new_state:
+            if before is None:
                 del self.state[param]
+            else:
+                self.state[param].clear()
+                self.state[param].update(before)
 
     def _init_group(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *lists: Any
@@ -282,36 +292,39 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 f"{type(self).__name__} does not support sparse gradients: "
                 "make the module that gives them with sparse=False"
             )
-        states = [self.state[param] for param in new_params]
-        first = self.memories[0]
-        for param, state in zip(new_params, states, strict=True):
-            if first not in state:
-                self._init_state(param, state)
+        names = {*self.memories, *self.scalars}
+        states: list[Any] = list(map(self.state.get, new_params))
+        for i, (param, state) in enumerate(zip(new_params, states, strict=True)):
+            if not (isinstance(state, dict) and names <= state.keys()):
+                states[i] = self._init_state(param, group)
         params.extend(new_params)
         grads.extend(new_grads)
         for name, values in zip((*self.memories, *self.scalars), lists, strict=True):
             values.extend([state[name] for state in states])
+            for kind in set(map(type, values)):
+                if not issubclass(kind, Tensor):
+                    raise TypeError(f"state {name} is a {kind.__name__}; it has to be a tensor")
 
-    def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
+    def _init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Makes a parameter's state, or what is missing in the state that a user has given it."""
         self._check_dtype(param)
-        memories = {
-            name: torch.zeros_like(
-                param, dtype=memory_dtype(param), memory_format=torch.preserve_format
+        is_new = param not in self.state
+        state: dict[str, Any] = {} if is_new else self.state[param]
+        if not isinstance(state, dict):
+            raise TypeError(
+                f"state of a parameter of shape {list(param.shape)} is a {type(state).__name__}; "
+                "it has to be a dict"
             )
-            for name in self.memories
-        }
-        scalars = {
-            name: torch.full((), value, dtype=scalar_dtype(param), device=param.device)
-            for name, value in self.scalars.items()
-        }
+        missing = checkpoints.missing_state(self, param, state, group)
+        if not torch.compiler.is_compiling():  # where this is called ahead of the step
+            self._new_state.append((param, None if is_new else dict(state)))
         # All at once: whole or, where memory runs out, not at all.
-        state.update(memories | scalars)
-        self._new_state.append(param)
+        state.update(missing)
+        self.state[param] = state
+        return state
 
     def _collect(self) -> list[Work]:
         """This step's tensors, a batch for each backend and device."""
-        # In place: in torch 2.11 a compiled step may set no attribute of its optimizer.
-        self._new_state.clear()
         for group in self.param_groups:
             self._check_group(group, ROUNDING)
         return self._collect_ordinary() or self._collect_any()
@@ -325,18 +338,16 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """
         if ops.extension is None or torch.compiler.is_compiling():
             return []
-        # Into the lists of the last step: thousands of references need not be taken anew.
-        lists = list(self._last)
-        lists[GRADS] = []
-        batch = self._new_batch(*lists)
-        sizes = ops.extension.gather(
+        gathered = ops.extension.gather(
             [group["params"] for group in self.param_groups],
             self.state,
             (*self.memories, *self.scalars),
-            batch.lists(),
         )
-        if sizes is None or not batch.params:
-            self._last = self._new_batch().lists()
+        if gathered is None:
+            return []
+        sizes, lists = gathered
+        batch = self._new_batch(*lists)
+        if not batch.params:
             return []
         device = batch.params[0].device
         groups = [g for g, size in zip(self.param_groups, sizes, strict=True) if size > 0]
@@ -450,14 +461,18 @@ class AdaptiveMemoryOptimizer(Optimizer):
         return loss_value(math.nan if loss is None and all(lr <= 0 for lr in lrs) else loss)
 
     @property
-    def _model_state(self) -> dict[str, Any]:
-        """Where state of the whole model is kept: with the first parameter, as LBFGS does.
+    def _model_param(self) -> Tensor:
+        """Whose state has that of the whole model: the first parameter, as with LBFGS.
 
         The first that is trained: torch.distributed.checkpoint drops the state of frozen ones.
         """
         params = [param for group in self.param_groups for param in group["params"]]
         trained = (param for param in params if param.requires_grad)
-        return cast("dict[str, Any]", self.state[next(trained, params[0])])
+        return cast("Tensor", next(trained, params[0]))
+
+    @property
+    def _prev_loss(self) -> Tensor | None:
+        return cast("Tensor | None", self.state.get(self._model_param, {}).get("prev_loss"))
 
     def _add_loss_gap(self, works: list[Work], rows: list[Tensor], loss: Tensor) -> None:
         """Adds f(x_{t-1}) - f(x_t), times its factor, to num, where gap="loss".
@@ -465,7 +480,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         The difference belongs to the whole model: each tensor takes the share that its
         number of elements is of all of them, with its own group's factor.
         """
-        prev_loss = self._model_state.get("prev_loss")
+        prev_loss = self._prev_loss
         total = sum(work.loss_numel() for work in works)
         if prev_loss is None or total == 0:
             return
@@ -489,10 +504,12 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def _keep_loss(self, loss: Tensor, found_inf: Tensor | None) -> None:
         current = loss.clone()
         if found_inf is not None:
-            prev_loss = self._model_state.get("prev_loss", torch.full_like(current, torch.nan))
+            prev_loss = self._prev_loss
+            if prev_loss is None:
+                prev_loss = torch.full_like(current, torch.nan)
             skipped = found_inf.to(current.device).reshape(()) != 0
             current = torch.where(skipped, prev_loss, current)
-        self._model_state["prev_loss"] = current
+        self.state.setdefault(self._model_param, {})["prev_loss"] = current
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this class, or of its counterpart in torch.optim.
@@ -512,7 +529,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
             Nothing has changed then.
         """
-        # After the user's own hooks; the tensors are unwrapped in __setstate__.
+        # After the user's own hooks; what is wrapped is unwrapped in __setstate__.
         handle = self.register_load_state_dict_pre_hook(checkpoints.wrap)
         try:
             super().load_state_dict(state_dict)

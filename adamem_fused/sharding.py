@@ -39,6 +39,11 @@ def any_dtensor(tensors: Iterable[Tensor]) -> bool:
     return dtensor is not None and any(issubclass(c, dtensor) for c in set(map(type, tensors)))
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A DTensor as a plain tensor of all its elements, for which the ranks meet."""
+    return tensor.full_tensor() if _is_dtensor(tensor) else tensor
+
+
 def check_param(param: Tensor) -> None:
     """Raises ValueError on a parameter of which each rank holds a term (Partial)."""
     if _is_dtensor(param) and any(placement.is_partial() for placement in param.placements):

@@ -126,12 +126,22 @@ AM_INLINE double sgd_beta(double num, double den, double beta_max, double step) 
   return step == 0.0 ? 0.0 : clipped_beta(num, den, beta_max);
 }
 
+// Whether a step is none: at eta = 0 and without a gradient, before any other. Checkpoint tools make
+// state by such steps, so nothing of them stays. den is that of the tensor alone.
+AM_INLINE bool is_idle(double step, double lr, double den) {
+  return step == 0.0 && lr == 0.0 && den == 0.0;
+}
+
+// AM-SGD's first step takes no sums. For is_idle, den tells whether there is a gradient (weight
+// decay left out, so that den is sum(g^2)) by a number that adds nothing to any other.
+AM_INLINE double sgd_first_den(double den) { return den != 0.0 ? 1e-300 : 0.0; }
+
 // What AM-SGD's new d takes of the old one and of the gradient.
-AM_INLINE void sgd_mixture(double beta, double memory_lambda, double step, double* keep,
+AM_INLINE void sgd_mixture(double beta, double memory_lambda, double step, bool idle, double* keep,
                            double* take) {
   const bool first = step == 0.0;
-  *keep = first ? 0.0 : (beta + memory_lambda) / (1.0 + memory_lambda);
-  *take = first ? 1.0 : (1.0 - beta) / (1.0 + memory_lambda);
+  *keep = idle ? 1.0 : first ? 0.0 : (beta + memory_lambda) / (1.0 + memory_lambda);
+  *take = idle ? 0.0 : first ? 1.0 : (1.0 - beta) / (1.0 + memory_lambda);
 }
 
 // The element functions. g is the gradient as stored; it is multiplied with grad_factor

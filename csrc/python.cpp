@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <optional>
-#include <string_view>
 #include <vector>
 
 #include "cpu/step.h"
@@ -92,37 +91,25 @@ class Cursor {
   bool ahead_ = false;  // key_ is still to be met
 };
 
-// A list that is filled anew. What is in its place already stays there: to take and give back
-// references to thousands of tensors takes as long as to look at them.
+// A list of at most so many items, which owns them: nothing else may for the time of a step.
 class Filling {
  public:
-  explicit Filling(const py::handle& list) : list_(list.ptr()) {
-    TORCH_CHECK_TYPE(PyList_Check(list_), "gather fills lists, not a ", Py_TYPE(list_)->tp_name);
+  explicit Filling(Py_ssize_t most) : list_(py::reinterpret_steal<py::list>(PyList_New(most))) {
+    if (!list_) throw python_error();
   }
 
-  // Whether the item is in place, `ahead` places after the next.
-  bool holds(PyObject* item, Py_ssize_t ahead = 0) const {
-    return size_ + ahead < PyList_GET_SIZE(list_) && PyList_GET_ITEM(list_, size_ + ahead) == item;
-  }
+  // Takes over a reference.
+  void put(PyObject* item) { PyList_SET_ITEM(list_.ptr(), size_++, item); }
 
-  // What it puts out of its place goes to `replaced`: dropping a tensor may run any code.
-  void put(PyObject* item, std::vector<py::object>& replaced) {
-    if (size_ == PyList_GET_SIZE(list_)) {
-      if (PyList_Append(list_, item) != 0) throw python_error();
-    } else if (!holds(item)) {
-      replaced.push_back(py::reinterpret_steal<py::object>(PyList_GET_ITEM(list_, size_)));
-      PyList_SET_ITEM(list_, size_, py::handle(item).inc_ref().ptr());
-    }
-    ++size_;
-  }
-
-  // Drops what is left of a longer filling.
-  void finish() {
-    if (PyList_SetSlice(list_, size_, PyList_GET_SIZE(list_), nullptr) != 0) throw python_error();
+  py::list finish() {
+    const Py_ssize_t most = PyList_GET_SIZE(list_.ptr());
+    if (size_ < most && PyList_SetSlice(list_.ptr(), size_, most, nullptr) != 0)
+      throw python_error();
+    return std::move(list_);
   }
 
  private:
-  PyObject* list_;
+  py::list list_;
   Py_ssize_t size_ = 0;
 };
 
@@ -132,9 +119,9 @@ class Gatherer {
  public:
   static constexpr size_t kRun = 64;
 
-  Gatherer(const py::dict& state, const py::tuple& names, const py::tuple& lists)
-      : states_(state.ptr()), lists_(lists.begin(), lists.end()) {
+  Gatherer(const py::dict& state, const py::tuple& names, size_t most) : states_(state.ptr()) {
     for (const py::handle name : names) names_.push_back(name.ptr());
+    for (size_t k = 0; k < 2 + names_.size(); ++k) lists_.emplace_back(most);
   }
 
   // Adds a run's tensors to the lists; false where one of them is not ordinary.
@@ -171,19 +158,19 @@ class Gatherer {
       for (size_t k = 0; k < names_.size(); ++k) {
         PyObject* value = values.find(names_[k]);
         if (value == nullptr) return false;
-        if (!lists_[2 + k].holds(value, i)) __builtin_prefetch(value);
+        __builtin_prefetch(value, 1);
         values_.push_back(value);
       }
     }
     PyObject* const* value = values_.data();
     for (const Entry& entry : entries_) {
-      const auto grad = py::reinterpret_steal<py::object>(THPVariable_Wrap(*entry.grad));
+      auto grad = py::reinterpret_steal<py::object>(THPVariable_Wrap(*entry.grad));
       if (!is_exact(grad.ptr())) return false;
-      lists_[0].put(entry.param, replaced_);
-      lists_[1].put(grad.ptr(), replaced_);
+      lists_[0].put(py::handle(entry.param).inc_ref().ptr());
+      lists_[1].put(grad.release().ptr());
       for (size_t k = 2; k < lists_.size(); ++k, ++value) {
-        if (!lists_[k].holds(*value) && !is_exact(*value)) return false;
-        lists_[k].put(*value, replaced_);
+        if (!is_exact(*value)) return false;
+        lists_[k].put(py::handle(*value).inc_ref().ptr());
       }
     }
     return true;
@@ -191,8 +178,10 @@ class Gatherer {
 
   size_t last_run() const { return entries_.size(); }
 
-  void finish() {
-    for (Filling& list : lists_) list.finish();
+  py::tuple finish() {
+    py::tuple lists(lists_.size());
+    for (size_t k = 0; k < lists_.size(); ++k) lists[k] = lists_[k].finish();
+    return lists;
   }
 
  private:
@@ -208,24 +197,22 @@ class Gatherer {
   std::optional<c10::Device> device_;
   std::vector<Entry> entries_;
   std::vector<PyObject*> values_;
-  std::vector<py::object> replaced_;
 };
 
-// Fills `lists` with the parameters that have a gradient, the gradients, and their state by
-// name, a list for each; returns how many tensors each group has. None where one of them is
-// not ordinary: not a plain real tensor with a plain gradient and whole state, or not on the
-// device of the others.
-py::object gather(const py::list& groups, const py::dict& state, const py::tuple& names,
-                  const py::tuple& lists) {
-  TORCH_CHECK_VALUE(lists.size() == 2 + names.size(), "gather fills ", 2 + names.size(),
-                    " lists, not ", lists.size());
-  Gatherer gatherer(state, names, lists);
-  py::list sizes;
+// How many tensors of each group have a gradient; and lists of these parameters, the gradients,
+// and their state by name. None where one of them is not ordinary: not a plain real tensor with a
+// plain gradient and whole state, or not on the device of the others.
+py::object gather(const py::list& groups, const py::dict& state, const py::tuple& names) {
+  size_t most = 0;
   for (const py::handle group : groups) {
     if (!PyList_Check(group.ptr())) return py::none();
-    const auto params = py::reinterpret_borrow<py::list>(group);
-    PyObject* const* items = PySequence_Fast_ITEMS(params.ptr());
-    const size_t n = params.size();
+    most += PyList_GET_SIZE(group.ptr());
+  }
+  Gatherer gatherer(state, names, most);
+  py::list sizes;
+  for (const py::handle group : groups) {
+    PyObject* const* items = items_of(group);
+    const size_t n = py::len(group);
     size_t size = 0;
     for (size_t begin = 0; begin < n; begin += Gatherer::kRun) {
       if (!gatherer.add(items + begin, std::min(Gatherer::kRun, n - begin))) return py::none();
@@ -233,8 +220,7 @@ py::object gather(const py::list& groups, const py::dict& state, const py::tuple
     }
     sizes.append(size);
   }
-  gatherer.finish();
-  return sizes;
+  return py::make_tuple(sizes, gatherer.finish());
 }
 
 // References to a list's tensors, of whatever kind.
@@ -252,12 +238,41 @@ TensorRefs refs_of_items(const py::handle& list) {
 
 // ---- describe: what tables are made of --------------------------------------------
 
-// The words as bytes: `last` itself, if it is these.
-py::bytes as_bytes(const std::vector<int64_t>& words, const py::bytes& last) {
-  const std::string_view bytes(reinterpret_cast<const char*>(words.data()),
-                               words.size() * sizeof(int64_t));
-  return bytes == std::string_view(last) ? last : py::bytes(bytes.data(), bytes.size());
-}
+// Words that are most often those of the last step. As long as they are, none is written: with
+// thousands of tensors it is half a megabyte.
+class Words {
+ public:
+  explicit Words(const py::bytes& last)
+      : last_(last),
+        known_(reinterpret_cast<const int64_t*>(PyBytes_AS_STRING(last.ptr()))),
+        count_(PyBytes_GET_SIZE(last.ptr()) / sizeof(int64_t)) {}
+
+  void put(int64_t word) {
+    if (same_ < count_ && known_[same_] == word && words_.empty()) {
+      ++same_;
+      return;
+    }
+    if (words_.empty()) {
+      words_.reserve(count_);
+      words_.assign(known_, known_ + same_);
+    }
+    words_.push_back(word);
+  }
+
+  // As bytes: the last step's very object, if they are these.
+  py::bytes finish() const {
+    if (words_.empty() && same_ == count_) return last_;
+    const int64_t* words = words_.empty() ? known_ : words_.data();
+    const size_t count = words_.empty() ? same_ : words_.size();
+    return py::bytes(reinterpret_cast<const char*>(words), count * sizeof(int64_t));
+  }
+
+ private:
+  const py::bytes last_;
+  const int64_t* known_;
+  size_t count_, same_ = 0;
+  std::vector<int64_t> words_;  // all of them, from the first that is another
+};
 
 // dtype, device, layout and number of dimensions in a word.
 int64_t kind_of(const Tensor& t) {
@@ -271,21 +286,19 @@ int64_t kind_of(const Tensor& t) {
 // they are what they were, the very objects that are given as the last ones.
 py::tuple describe(const py::tuple& lists, size_t data, const py::bytes& last_addresses,
                    const py::bytes& last_structure) {
-  std::vector<int64_t> addresses, structure;
+  Words addresses(last_addresses), structure(last_structure);
   for (size_t k = 0; k < lists.size(); ++k) {
     const TensorRefs refs = refs_of_items(lists[k]);
-    addresses.reserve(lists.size() * refs.size());
-    structure.reserve(lists.size() * refs.size() * 4);
     for_each_ahead(refs, [&](size_t i) {
       const Tensor& t = refs[i];
-      addresses.push_back(reinterpret_cast<int64_t>(t.data_ptr()));
-      structure.push_back(kind_of(t));
-      for (const int64_t size : t.sizes()) structure.push_back(size);
+      addresses.put(reinterpret_cast<int64_t>(t.data_ptr()));
+      structure.put(kind_of(t));
+      for (const int64_t size : t.sizes()) structure.put(size);
       if (k < data)
-        for (const int64_t stride : t.strides()) structure.push_back(stride);
+        for (const int64_t stride : t.strides()) structure.put(stride);
     });
   }
-  return py::make_tuple(as_bytes(addresses, last_addresses), as_bytes(structure, last_structure));
+  return py::make_tuple(addresses.finish(), structure.finish());
 }
 
 // ---- versions: what autograd is told of a step ------------------------------------

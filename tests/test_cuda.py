@@ -53,6 +53,7 @@ def emulated(monkeypatch):
             "cuda and (edges or random_shapes or empty_group or leaves_gradients "
             "or two_million and dtype0)",
         ],
+        ["test_idle_steps.py", "test_lifetimes.py", "-k", "cuda"],
     ],
     ids=lambda selection: selection[0],
 )

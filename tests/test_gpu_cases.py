@@ -170,6 +170,46 @@ def test_matches_the_reference_for_both_planes_and_scopes(backend, cls, scope, p
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "scope, gap, tensor_lr",
+    [("tensor", "gradient", False), ("global", "gradient", True), ("global", "loss", False)],
+)
+def test_zero_gradients_at_lr_0_are_without_effect(backend, cls, scope, gap, tensor_lr):
+    """Before any other step, as checkpoint tools make state; also beside a tensor that has one."""
+    lr = torch.zeros((), device=DEVICE) if tensor_lr else 0.0
+    options = {"beta_scope": scope, "gap": gap, "weight_decay": 0.1, "backend": backend}
+    late, early, expected = (
+        cls(make_params([(600,), (3,), (0, 3)]), lr=lr, **options) for _ in range(3)
+    )
+    for optimizer, zeros in ((late, (0, 1, 2)), (early, (0, 2)), (expected, ())):
+        params = optimizer.param_groups[0]["params"]
+        set_grads(params, 0)
+        for i, param in enumerate(params):
+            if i in zeros:
+                param.grad.zero_()
+            elif optimizer is expected:
+                param.grad = None
+        optimizer.step(lambda: 1.0)
+        counts = [
+            optimizer.state[param]["step"].item() if optimizer.state[param] else 0
+            for param in params
+        ]
+        assert counts == [0, int(optimizer is early), 0]
+        optimizer.param_groups[0]["lr"] = 0.05
+        # The tensor that had a gradient is another from here on.
+        if optimizer is early:
+            assert optimizer.state[params[1]][cls.memories[0]].count_nonzero() == 3
+            continue
+        for step in (1, 2):
+            set_grads(params, step)
+            optimizer.step(lambda step=step: 1 / step)
+    for param, other in zip(*(o.param_groups[0]["params"] for o in (late, expected)), strict=True):
+        assert torch.equal(param, other)
+        for name, value in expected.state[other].items():
+            assert torch.equal(late.state[param][name], value), name
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_several_groups_with_their_own_values_and_maximize(backend, cls):
     params = make_params([(300,), (7,), (5,)])
     cap = {"betas": (0.7, 0.9)} if cls is AMAdamW else {"beta_max": 0.5}
@@ -571,15 +611,22 @@ def test_default_device_is_not_that_of_a_step(backend, cls):
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_gradients_are_not_kept_alive(backend, cls):
-    params = make_params([(8,)])
-    optimizer = cls(params, backend=backend)
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_nothing_is_kept_alive(backend, cls, scope):
+    params = make_params([(8,), (4, 2)])
+    params[1].data = params[1].data.t().contiguous().t()  # goes through copies
+    optimizer = cls(params, backend=backend, beta_scope=scope)
     set_grads(params, 0)
     optimizer.step()
-    kept = weakref.ref(params[0].grad.untyped_storage())
+    tensors = [param.grad for param in params]
+    tensors += [value for state in optimizer.state.values() for value in state.values()]
+    kept = [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
+    kept += [weakref.ref(tensor) for tensor in tensors]
+    del tensors
     optimizer.zero_grad()
+    optimizer.state.clear()
     gc.collect()
-    assert kept() is None
+    assert [reference() for reference in kept] == [None] * len(kept)
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)

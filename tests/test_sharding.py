@@ -214,6 +214,73 @@ def test_fsdp_takes_the_steps_of_one_process(two_ranks, cls, scope, backend, pla
     two_ranks.run(fsdp_steps, cls, dtype, options)
 
 
+def idle_steps(cls, options):
+    """Zero gradients at lr 0, but for a tensor that has a gradient, on one rank alone."""
+    params = fsdp_parameters(tensors(torch.float64), line())
+    optimizers = [
+        two_groups(cls, p, **options) for p in (params, whole_parameters(tensors(torch.float64)))
+    ]
+    for optimizer in optimizers:
+        lrs = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        for _ in range(2):
+            for index, param in enumerate(parameters(optimizer)):
+                grad = torch.zeros(param.shape, dtype=param.dtype)
+                if index == 1:
+                    grad[0] = 1.0
+                param.grad = place_like(param, grad)
+            optimizer.step()
+        for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr
+        steps = [optimizer.state[param]["step"].item() for param in parameters(optimizer)]
+        assert steps == [0, 2, 0, 0]
+    assert_steps_agree(*optimizers, 1e-12)
+
+
+@both
+@scopes
+@each_backend
+def test_idle_steps_are_those_of_one_process(two_ranks, cls, scope, backend):
+    two_ranks.run(idle_steps, cls, {"backend": backend, "beta_scope": scope})
+
+
+def state_is_read_first(cls, scope):
+    models = [model_of(torch.float64) for _ in range(2)]
+    optimizers = []
+    for model, read in zip(models, (True, False), strict=True):
+        fully_shard(model, mesh=line())
+        optimizer = cls(model.parameters(), lr=0.05, weight_decay=0.1, beta_scope=scope)
+        if read:
+            get_optimizer_state_dict(model, optimizer)
+        train(model, optimizer, 3, part_of_rank())
+        optimizers.append(optimizer)
+    assert bits_of(optimizers[0]) == bits_of(optimizers[1])
+
+
+@both
+@scopes
+def test_reading_the_state_of_a_new_optimizer_changes_nothing(two_ranks, cls, scope):
+    two_ranks.run(state_is_read_first, cls, scope)
+
+
+def zero_buffers_from_sgd():
+    """As get_optimizer_state_dict makes them for a new SGD."""
+    mesh = line()
+    params = fsdp_parameters(tensors(), mesh)
+    buffers = [torch.zeros(param.shape) for param in params]
+    buffers[1][0] = 1.0  # on the first rank alone
+    group = {**torch.optim.SGD([torch.zeros(1)], momentum=0.9).state_dict()["param_groups"][0]}
+    state = {i: {"momentum_buffer": place_like(params[i], b)} for i, b in enumerate(buffers)}
+    optimizer = AMSGD(params)
+    optimizer.load_state_dict({"state": state, "param_groups": [{**group, "params": [*state]}]})
+    assert [optimizer.state[param]["step"].item() for param in params] == [0, 1, 0, 0]
+
+
+def test_buffers_of_zeros_from_sgd_are_no_step_on_any_rank(two_ranks):
+    two_ranks.run(zero_buffers_from_sgd)
+
+
 @both
 @each_backend
 def test_the_gap_of_losses_is_shared_by_the_sizes_of_whole_tensors(two_ranks, cls, backend):

@@ -19,6 +19,7 @@ from adamem_fused.triton_kernels.elements import (
     adamw_update,
     clipped_beta,
     gap_factors,
+    is_idle,
 )
 from adamem_fused.triton_kernels.schedule import (
     claim_item,
@@ -123,10 +124,11 @@ def _set_beta(addresses, layout, hypers, lrs, coefficients, grad_scale, n, i, nu
     model = adamw_model(h, step, beta_prod, grad_scale, tl.float64)
     # Every warp has read the scalars before one of them writes.
     tl.debug_barrier()
-    write_scalar(addresses, layout, 4, 0, n, i, step + 1.0)
-    write_scalar(addresses, layout, 4, 1, n, i, beta_prod * beta)
-    write_scalar(addresses, layout, 4, 2, n, i, h.lr)
-    write_scalar(addresses, layout, 4, 3, n, i, beta)
+    if not is_idle(step, h.lr, den):
+        write_scalar(addresses, layout, 4, 0, n, i, step + 1.0)
+        write_scalar(addresses, layout, 4, 1, n, i, beta_prod * beta)
+        write_scalar(addresses, layout, 4, 2, n, i, h.lr)
+        write_scalar(addresses, layout, 4, 3, n, i, beta)
 
     c = coefficients + COEFFICIENTS * i
     tl.store(c, model.grad_factor)
@@ -224,8 +226,9 @@ def adamw_beta(
         if tl.load(found_inf) != 0:
             return
     i = tl.program_id(0).to(tl.int64)
+    step = read_scalar(addresses, layout, 4, 0, n, i)
     num, den = num_den(
-        rows, totals, hypers, partials, layout, chunks, n, i, ADAMW_HYPERS, CHUNK, PARTIALS
+        rows, totals, hypers, partials, layout, chunks, n, i, step, ADAMW_HYPERS, CHUNK, PARTIALS
     )  # fmt: skip
     _set_beta(addresses, layout, hypers, lrs, coefficients, grad_scale, n, i, num, den)
 

@@ -106,6 +106,26 @@ def clipped_beta(num, den, beta_max):
 
 
 @triton.jit
+def is_idle(step, lr, den):
+    """Whether a step is none: at eta = 0 and without a gradient, before any other.
+
+    Checkpoint tools make state by such steps, so nothing of them stays. den is that of the tensor
+    alone.
+    """
+    return (step == 0) & (lr == 0) & (den == 0)
+
+
+@triton.jit
+def sgd_first_den(lr, den):
+    """AM-SGD's first step takes no sums. For is_idle, den tells whether there is a gradient.
+
+    Weight decay left out, den is sum(g^2); the number that stands for it adds nothing to any other.
+    """
+    tiny = tl.full((), 1e-300, tl.float64)
+    return tl.where((lr == 0) & (den != 0), tiny, 0.0)
+
+
+@triton.jit
 def _adamw_terms(g, v, c):
     """The new v, P and M. No square is taken unweighted: csrc/am_math.h says why."""
     v = c.beta2 * v + c.one_minus_beta2 * g * g

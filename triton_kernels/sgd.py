@@ -11,6 +11,8 @@ from adamem_fused.triton_kernels.elements import (
     clipped_beta,
     gap_factors,
     grad_factor,
+    is_idle,
+    sgd_first_den,
     sgd_sums,
     sgd_update,
 )
@@ -78,7 +80,8 @@ def _sum_chunk(
     prev_lr = read_scalar(addresses, layout, 3, 1, n, i)
     factor = grad_factor(h.maximize, grad_scale).to(T)
     gap = gap_factors(prev_lr, h.lr, 1.0 + h.memory_lambda, h.anchored, h.loss_gap, T)
-    weight_decay = h.weight_decay.to(T)
+    first = step == 0
+    weight_decay = tl.where(first, 0.0, h.weight_decay).to(T)
     memory_lambda = h.memory_lambda.to(T)
 
     start = chunk * CHUNK
@@ -97,11 +100,13 @@ def _sum_chunk(
         x, g, d, num, den, middle, end, end, factor, gap, weight_decay, memory_lambda,
         BLOCK, T, DECAY, False, STAGES,
     )  # fmt: skip
-    # A first step has no memory: d = g, and both sums are 0. A tensor without elements has no
-    # place in the table.
+    total_num, total_den = tl.sum(num).to(tl.float64), tl.sum(den).to(tl.float64)
+    # A first step has no memory: d = g, and both sums are 0, or next to it. A tensor without
+    # elements has no place in the table.
     at = partials + tl.load(layout + FIRST_CHUNK * n + i) + chunk
-    tl.store(at, tl.where(step == 0, 0.0, tl.sum(num).to(tl.float64)), mask=numel > 0)
-    tl.store(at + chunks, tl.where(step == 0, 0.0, tl.sum(den).to(tl.float64)), mask=numel > 0)
+    tl.store(at, tl.where(first, 0.0, total_num), mask=numel > 0)
+    total_den = tl.where(first, sgd_first_den(h.lr, total_den), total_den)
+    tl.store(at + chunks, total_den, mask=numel > 0)
 
 
 @triton.jit
@@ -111,18 +116,22 @@ def _set_beta(addresses, layout, hypers, lrs, coefficients, grad_scale, n, i, nu
     step = read_scalar(addresses, layout, 3, 0, n, i)
     first = step == 0
     beta = tl.where(first, 0.0, clipped_beta(num, den, h.beta_max))
+    idle = is_idle(step, h.lr, den)
     # Every warp has read the scalars before one of them writes.
     tl.debug_barrier()
-    write_scalar(addresses, layout, 3, 0, n, i, step + 1.0)
-    write_scalar(addresses, layout, 3, 1, n, i, h.lr)
-    write_scalar(addresses, layout, 3, 2, n, i, beta)
+    if not idle:
+        write_scalar(addresses, layout, 3, 0, n, i, step + 1.0)
+        write_scalar(addresses, layout, 3, 1, n, i, h.lr)
+        write_scalar(addresses, layout, 3, 2, n, i, beta)
 
     c = coefficients + COEFFICIENTS * i
     damping = 1.0 + h.memory_lambda
     tl.store(c, grad_factor(h.maximize, grad_scale))
     tl.store(c + 1, h.weight_decay)
-    tl.store(c + 2, tl.where(first, 0.0, (beta + h.memory_lambda) / damping))
-    tl.store(c + 3, tl.where(first, 1.0, (1.0 - beta) / damping))
+    keep = tl.where(first, 0.0, (beta + h.memory_lambda) / damping)
+    take = tl.where(first, 1.0, (1.0 - beta) / damping)
+    tl.store(c + 2, tl.where(idle, 1.0, keep))
+    tl.store(c + 3, tl.where(idle, 0.0, take))
     tl.store(c + 4, h.lr)
 
 
@@ -203,8 +212,9 @@ def sgd_beta(
         if tl.load(found_inf) != 0:
             return
     i = tl.program_id(0).to(tl.int64)
+    step = read_scalar(addresses, layout, 3, 0, n, i)
     num, den = num_den(
-        rows, totals, hypers, partials, layout, chunks, n, i, SGD_HYPERS, CHUNK, PARTIALS
+        rows, totals, hypers, partials, layout, chunks, n, i, step, SGD_HYPERS, CHUNK, PARTIALS
     )  # fmt: skip
     _set_beta(addresses, layout, hypers, lrs, coefficients, grad_scale, n, i, num, den)
 

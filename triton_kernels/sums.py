@@ -56,15 +56,18 @@ def sum_shared(
 
 @triton.jit
 def num_den(
-    rows, totals, hypers, partials, layout, chunks, n, i, COLUMNS: tl.constexpr,
+    rows, totals, hypers, partials, layout, chunks, n, i, step, COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
-    """From the rows where there are any, which is after something was done to them."""
+    """From the rows where there are any, which is after something was done to them.
+
+    A first step needs no sums but to see whether it is one: it keeps the tensor's own.
+    """
     group = tl.load(layout + GROUP * n + i)
     if rows is not None:
         num = tl.load(rows + 2 * i)
         den = tl.load(rows + 2 * i + 1)
-    elif tl.load(hypers + group * COLUMNS + COLUMNS - 1) != 0:
+    elif (tl.load(hypers + group * COLUMNS + COLUMNS - 1) != 0) & (step != 0):
         num = tl.load(totals)
         den = tl.load(totals + 1)
     else:

@@ -133,7 +133,9 @@ def _unavailable(backend: Backend, device: torch.device) -> str | None:
 
 def _is_made_up(device: torch.device) -> bool:
     # The first question is the cheaper one, and comes at every step.
-    return device.type == "cuda" and not (torch.cuda.is_initialized() or torch.cuda.is_available())
+    if device.type != "cuda" or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False
+    return not torch.cuda.is_available()
 
 
 # By type of device: the fused backends that are made for it.

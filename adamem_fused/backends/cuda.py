@@ -291,8 +291,9 @@ def _apply(
                     _call(kernels.stats, step, bucket, stream)
             if shared:
                 _call(_library().adamem_sum_rows, step, stream)
+                lists = 2 + len(batch.memories)
                 columns = opened.tables.hypers.numel() // len(batch.hypers)
-                _call(_library().adamem_share_rows, step, columns, stream)
+                _call(_library().adamem_share_rows, step, lists, columns, stream)
             _call(kernels.beta, step, stream)
             for bucket in reversed(buckets):
                 _call(kernels.apply, step, bucket, stream)

@@ -102,6 +102,34 @@ def _clip_beta(rows: list[Tensor], beta_max: float) -> Tensor:
     return torch.where(none, torch.zeros_like(num), (num / den).clamp(0, beta_max))
 
 
+def _is_zero(lr: Lr, device: torch.device) -> Tensor | None:
+    """Where lr may be 0, whether it is; None where it is not."""
+    if isinstance(lr, Tensor):
+        return lr.to(device) == 0
+    return torch.ones((), dtype=torch.bool, device=device) if lr == 0 else None
+
+
+def _idle(first: Tensor, lr: Lr, rows: list[Tensor]) -> Tensor | None:
+    """Which tensors' step is none: at lr 0 and without a gradient, before any other.
+
+    None where no step can be, as the lr is not 0.
+    """
+    is_zero = _is_zero(lr, first.device)
+    if is_zero is None:
+        return None
+    return first & is_zero & (torch.stack(rows).unbind(-1)[1] == 0)
+
+
+def _scalar_lists(batch: Batch, indices: list[int]) -> list[list[Tensor]]:
+    return [_pick(scalars, indices) for scalars in batch.lists()[2 + len(batch.memories) :]]
+
+
+def _restore(idle: Tensor, batch: Batch, indices: list[int], before: list[Tensor]) -> None:
+    """Gives the scalars of idle tensors the values from before the step."""
+    for scalars, old in zip(_scalar_lists(batch, indices), before, strict=True):
+        torch._foreach_copy_(scalars, torch.where(idle, old, _column(scalars)).unbind())
+
+
 def _sums(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack([tensor.sum(dtype=torch.float64) for tensor in tensors])
 
@@ -203,8 +231,11 @@ def adamw_apply(
         h = _hyper(batch, group)
         x, g, d, v, denominator, lambda_P = _adamw_terms(batch, dtype, indices, h)
         steps = _pick(batch.steps, indices)
-        beta = _clip_beta(_pick(by_tensor, indices), h.beta_max)
-        beta = torch.where(_column(steps) == 0, torch.full_like(beta, h.beta_max), beta)
+        own_rows, first = _pick(by_tensor, indices), _column(steps) == 0
+        idle = _idle(first, h.lr, own_rows)
+        before = [] if idle is None else list(map(_column, _scalar_lists(batch, indices)))
+        beta = _clip_beta(own_rows, h.beta_max)
+        beta = torch.where(first, torch.full_like(beta, h.beta_max), beta)
 
         # d = ((1 - beta) g + (beta + lambda P) d) / (1 + lambda P)
         torch._foreach_mul_(d, torch._foreach_add(lambda_P, _scalars(beta, dtype)))
@@ -225,6 +256,8 @@ def adamw_apply(
         torch._foreach_copy_(betas, beta.unbind())
         torch._foreach_mul_(_pick(batch.beta_prods, indices), betas)
         _store_lr(_pick(batch.prev_lrs, indices), h.lr)
+        if idle is not None:
+            _restore(idle, batch, indices, before)
 
 
 # ---- AM-SGD -----------------------------------------------------------------------
@@ -259,10 +292,18 @@ def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
             gap = _column(_pick(batch.prev_lrs, indices)) * _sums(torch._foreach_mul(slope, d))
             num = num + (1 + h.memory_lambda) * _over_lr(h.lr, gap)
         den = _sums(torch._foreach_mul(e, e))
-        # A first step has no memory: d = g, and both sums are 0.
-        part = torch.stack([num, den], dim=1)
+        # A first step has no memory: d = g, and both sums are 0. Where the step may be idle, den
+        # tells whether there is a gradient, by a number that adds nothing to any other.
         first = _column(_pick(batch.steps, indices)) == 0
-        part = torch.where(first.unsqueeze(1), torch.zeros_like(part), part)
+        first_den = torch.zeros_like(den)
+        is_zero = _is_zero(h.lr, den.device)
+        if is_zero is not None:
+            own = _sgd_terms(batch, dtype, indices, h._replace(weight_decay=0.0))
+            e = torch._foreach_sub(own[2], own[1])
+            has_gradient = _sums(torch._foreach_mul(e, e)) != 0
+            first_den = torch.where(is_zero & has_gradient, first_den + 1e-300, first_den)
+        num = torch.where(first, torch.zeros_like(num), num)
+        part = torch.stack([num, torch.where(first, first_den, den)], dim=1)
         rows.update(zip(indices, part.unbind(), strict=True))
     return _in_order(rows)
 
@@ -277,17 +318,22 @@ def sgd_apply(
         h = _hyper(batch, group)
         x, g, d = _sgd_terms(batch, dtype, indices, h)
         steps = _pick(batch.steps, indices)
-        first = _column(steps) == 0
-        beta = _clip_beta(_pick(by_tensor, indices), h.beta_max)
+        own_rows, first = _pick(by_tensor, indices), _column(steps) == 0
+        idle = _idle(first, h.lr, own_rows)
+        before = [] if idle is None else list(map(_column, _scalar_lists(batch, indices)))
+        beta = _clip_beta(own_rows, h.beta_max)
         beta = torch.where(first, torch.zeros_like(beta), beta)
 
         # d = ((beta + lambda) d + (1 - beta) g) / (1 + lambda), and g at the first step
         keep = torch.where(first, torch.zeros_like(beta), beta + h.memory_lambda)
+        take = 1 - beta
         damping = torch.where(
             first, torch.ones_like(beta), torch.full_like(beta, 1 + h.memory_lambda)
         )
+        if idle is not None:
+            keep, take = torch.where(idle, 1.0, keep), torch.where(idle, 0.0, take)
         torch._foreach_mul_(d, _scalars(keep, dtype))
-        torch._foreach_add_(d, torch._foreach_mul(g, _scalars(1 - beta, dtype)))
+        torch._foreach_add_(d, torch._foreach_mul(g, _scalars(take, dtype)))
         torch._foreach_div_(d, _scalars(damping, dtype))
         _step_x(x, d, h.lr)
 
@@ -297,3 +343,5 @@ def sgd_apply(
         betas = _pick(batch.betas, indices)
         torch._foreach_copy_(betas, beta.unbind())
         _store_lr(_pick(batch.prev_lrs, indices), h.lr)
+        if idle is not None:
+            _restore(idle, batch, indices, before)

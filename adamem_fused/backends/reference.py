@@ -107,6 +107,11 @@ def _clip_beta(num: float, den: float, beta_max: float) -> float:
     return min(max(num / den, 0.0), beta_max) if num == num and den == den else float("nan")
 
 
+def _is_idle(t: float, eta: float, den: float) -> bool:
+    """Whether step t is none: at eta = 0 and without a gradient, before any other."""
+    return t == 1 and eta == 0 and den == 0
+
+
 def _gradient(g: Tensor, maximize: bool) -> Tensor:
     return -g.double() if maximize else g.double()
 
@@ -141,6 +146,8 @@ def adamw_apply(
             t = float(batch.steps[i]) + 1
             beta_prod = float(batch.beta_prods[i])
             num, den = rows[i].tolist()
+            if _is_idle(t, float(h.lr), den):
+                continue
             # There is no earlier iterate at t = 1.
             beta = h.beta_max if t == 1 else _clip_beta(num, den, h.beta_max)
             x, d, v = _adamw_update(
@@ -172,15 +179,16 @@ def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
     rows = torch.zeros(len(batch.params), 2, dtype=torch.float64, device="cpu")
     for h, group in zip(batch.hypers, group_slices(batch), strict=True):
         for i in range(group.start, group.stop):
+            d, prev_lr = batch.momentum_buffers[i].double(), float(batch.prev_lrs[i])
             if float(batch.steps[i]) == 0:
-                continue  # no memory yet: d = g, and both sums are 0
-            num, den = _sgd_sums(
-                _decayed(batch.params[i], batch.grads[i], h),
-                batch.momentum_buffers[i].double(),
-                float(batch.prev_lrs[i]),
-                h,
-            )
-            rows[i, 0], rows[i, 1] = num, den
+                # No memory yet: d = g, and both sums are 0. Where the step may be idle, den tells
+                # whether there is a gradient, by a number that adds nothing to any other.
+                if float(h.lr) == 0:
+                    _, den = _sgd_sums(_gradient(batch.grads[i], h.maximize), d, prev_lr, h)
+                    rows[i, 1] = 1e-300 if den != 0 else 0.0
+                continue
+            g = _decayed(batch.params[i], batch.grads[i], h)
+            rows[i, 0], rows[i, 1] = _sgd_sums(g, d, prev_lr, h)
     return rows.to(batch.params[0].device)
 
 
@@ -196,13 +204,16 @@ def sgd_apply(
             g = _decayed(batch.params[i], batch.grads[i], h)
             d = batch.momentum_buffers[i].double()
             num, den = rows[i].tolist()
-            if float(batch.steps[i]) == 0:
+            t = float(batch.steps[i]) + 1
+            if _is_idle(t, eta, den):
+                continue
+            if t == 1:
                 beta, d = 0.0, g
             else:
                 beta = _clip_beta(num, den, h.beta_max)
                 d = ((beta + lam) * d + (1 - beta) * g) / (1 + lam)
             batch.params[i].copy_(x - eta * d)
             batch.momentum_buffers[i].copy_(d)
-            batch.steps[i].add_(1)
+            batch.steps[i].fill_(t)
             batch.prev_lrs[i].fill_(eta)
             batch.betas[i].fill_(beta)

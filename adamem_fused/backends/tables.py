@@ -246,9 +246,10 @@ def open_tables(batch: Batch, chunk: int, coefficients: int, again: bool = False
     if capturing:
         if tables is not last:
             batch.cache["recorded"] = tables
-        # The graph reads them whenever it is replayed, whatever later steps bring.
-        kept = tuple(map(list, lists))  # the batch's own are filled anew at every step
-        batch.cache.setdefault("captured", []).append((tables, kept))
+        # The graph reads them whenever it is replayed, whatever later steps bring. The tensors
+        # that they lead to are the user's to keep, as with torch's optimizers; copies that stand
+        # in for some are of the graph's own memory.
+        batch.cache.setdefault("captured", []).append(tables)
         return Opened(tables, lists, hypers)
     batch.cache["tables"] = tables
     if device.type != "cpu" and layout.spare is None:

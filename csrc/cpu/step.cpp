@@ -237,6 +237,7 @@ struct AdamWJob {
   Sums sum_chunk(int64_t begin, int64_t n) const {
     return kernels().adamw_sums[views.dtype](chunk(begin, n), coefficients);
   }
+  bool is_idle() const { return am::is_idle(step, lr, sums.den); }
   void set_beta() { beta = adamw_beta(sums.num, sums.den, beta_max, step); }
   void update_chunk(int64_t begin, int64_t n) const {
     kernels().adamw_update[views.dtype](chunk(begin, n), coefficients, beta);
@@ -256,15 +257,19 @@ struct SGDJob {
   SGDChunk chunk(int64_t begin, int64_t n) const {
     return {views.param_at(begin), views.grad_at(begin), views.memory_at(0, begin), n};
   }
-  // A first step has no memory: d = g, and both sums are zero.
+  // A first step has no memory: d = g, and both sums are zero, or next to it.
   Sums sum_chunk(int64_t begin, int64_t n) const {
-    return step == 0.0 ? Sums{0.0, 0.0}
-                       : kernels().sgd_sums[views.dtype](chunk(begin, n), coefficients);
+    if (step != 0.0) return kernels().sgd_sums[views.dtype](chunk(begin, n), coefficients);
+    if (lr != 0.0) return {0.0, 0.0};
+    SGDCoefficients<double> c = coefficients;
+    c.weight_decay = 0.0;
+    return {0.0, sgd_first_den(kernels().sgd_sums[views.dtype](chunk(begin, n), c).den)};
   }
+  bool is_idle() const { return am::is_idle(step, lr, sums.den); }
   void set_beta() { beta = sgd_beta(sums.num, sums.den, beta_max, step); }
   void update_chunk(int64_t begin, int64_t n) const {
     double keep, take;
-    sgd_mixture(beta, coefficients.memory_lambda, step, &keep, &take);
+    sgd_mixture(beta, coefficients.memory_lambda, step, is_idle(), &keep, &take);
     kernels().sgd_update[views.dtype](chunk(begin, n), coefficients, keep, take);
   }
 };
@@ -310,8 +315,9 @@ void share_sums(std::vector<Job>& jobs) {
     total.num += job.sums.num;
     total.den += job.sums.den;
   }
+  // A first step needs no sums but to see whether it is one.
   for (Job& job : jobs)
-    if (job.shared) job.sums = total;
+    if (job.shared && job.step != 0.0) job.sums = total;
 }
 
 // With rows: the far side of the seam. Without: both sides, in one walk where no tensor's
@@ -391,6 +397,7 @@ void adamw_apply_(const AdamWTensors& t, const OptionalTensor& rows, const Group
   update(jobs, rows);
   for_each_tensor(jobs.size(), [&](size_t i) {
     const AdamWJob& job = jobs[i];
+    if (job.is_idle()) return;
     job.views.store(t.params[i], {&t.exp_avgs[i], &t.exp_avg_sqs[i]});
     job.steps.write(job.step + 1.0);
     job.beta_prods.write(job.beta_prod * job.beta);
@@ -452,6 +459,7 @@ void sgd_apply_(const SGDTensors& t, const OptionalTensor& rows, const Groups& g
   update(jobs, rows);
   for_each_tensor(jobs.size(), [&](size_t i) {
     const SGDJob& job = jobs[i];
+    if (job.is_idle()) return;
     job.views.store(t.params[i], {&t.momentum_buffers[i]});
     job.steps.write(job.step + 1.0);
     job.prev_lrs.write(job.lr);

@@ -53,6 +53,7 @@ struct AdamWTensor {
     update.beta = beta;
     update.take = 1.0 - beta;
     *reinterpret_cast<AdamWUpdate<double>*>(s.coefficients + tensor * kColumns) = update;
+    if (is_idle(step, h.lr, sums.den)) return;
     write_scalar(s, kLists, kBetaProd, tensor, read_scalar(s, kLists, kBetaProd, tensor) * beta);
     write_scalar(s, kLists, kStep, tensor, step + 1.0);
     write_scalar(s, kLists, kPrevLr, tensor, h.lr);
@@ -90,6 +91,8 @@ struct AdamW : AdamWTensor {
   static __device__ __noinline__ void set_model(const Step& s, int64_t tensor, Model& model) {
     model = coefficients<T>(s, tensor);
   }
+
+  static __device__ Sums chunk_sums(const Model&, Sums sums) { return sums; }
 
   template <bool Decay>
   static __device__ void add_sums(const Chunk& chunk, int length, const Model c, T& num, T& den) {

@@ -104,7 +104,7 @@ class Worker {
     typename O::Compute num = 0, den = 0;
     O::add_sums(typename O::Chunk(step_, bucket_, tensor, chunk * kChunk), length_of(tensor, chunk),
                 shared_.model, num, den);
-    const Sums sums = add_over_block(shared_.warps, num, den);
+    const Sums sums = O::chunk_sums(shared_.model, add_over_block(shared_.warps, num, den));
     // A tensor without elements has no place in the table.
     if (threadIdx.x == 0 && layout_at(step_, kNumel, tensor) > 0)
       step_.partials[layout_at(step_, kFirstChunk, tensor) + chunk] = sums;

@@ -14,13 +14,19 @@ __global__ void __launch_bounds__(kThreads) sum_rows_kernel(Step step) {
 }
 
 // Gives every tensor of a group that shares its beta the sums over all such tensors. One block.
-__global__ void __launch_bounds__(kThreads) share_rows_kernel(Step step, int columns) {
+// lists, columns: rows of `addresses` before the scalars, and of hyperparameters.
+__global__ void __launch_bounds__(kThreads) share_rows_kernel(Step step, int lists, int columns) {
   __shared__ Sums warps[kThreads / kWarp];
   __shared__ Sums total;
   // `shared` is a group's last hyperparameter.
   const auto is_shared = [&](int64_t tensor) {
     const int64_t group = layout_at(step, kGroup, tensor);
     return step.hypers[group * columns + columns - 1] != 0.0;
+  };
+  // A first step needs no sums but to see whether it is one, which it can be at eta = 0 alone.
+  const auto keeps_its_own = [&](int64_t tensor) {
+    return read_lr(step, layout_at(step, kGroup, tensor), columns) == 0.0 &&
+           read_scalar(step, lists, 0, tensor) == 0.0;
   };
   double num = 0.0, den = 0.0;
   for (int64_t tensor = threadIdx.x; tensor < step.tensors; tensor += kThreads) {
@@ -32,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) share_rows_kernel(Step step, int col
   if (threadIdx.x == 0) total = sums;
   __syncthreads();
   for (int64_t tensor = threadIdx.x; tensor < step.tensors; tensor += kThreads)
-    if (is_shared(tensor)) step.rows[tensor] = total;
+    if (is_shared(tensor) && !keeps_its_own(tensor)) step.rows[tensor] = total;
 }
 
 }  // namespace
@@ -46,8 +52,8 @@ int adamem_sum_rows(const Step* step, void* stream) {
   return launch(sum_rows_kernel, step->tensors, *step, stream, *step);
 }
 
-int adamem_share_rows(const Step* step, int columns, void* stream) {
-  return launch(share_rows_kernel, 1, *step, stream, *step, columns);
+int adamem_share_rows(const Step* step, int lists, int columns, void* stream) {
+  return launch(share_rows_kernel, 1, *step, stream, *step, lists, columns);
 }
 
 // Whether the library runs on a device, and the versions of CUDA that it was compiled with and

@@ -40,8 +40,10 @@ struct SGDTensor {
     const double beta = sgd_beta(sums.num, sums.den, h.beta_max, step);
     SGDUpdate<double> update;
     update.coefficients = coefficients<double>(s, tensor);
-    sgd_mixture(beta, h.memory_lambda, step, &update.keep, &update.take);
+    const bool idle = is_idle(step, h.lr, sums.den);
+    sgd_mixture(beta, h.memory_lambda, step, idle, &update.keep, &update.take);
     *reinterpret_cast<SGDUpdate<double>*>(s.coefficients + tensor * kColumns) = update;
+    if (idle) return;
     write_scalar(s, kLists, kStep, tensor, step + 1.0);
     write_scalar(s, kLists, kPrevLr, tensor, h.lr);
     write_scalar(s, kLists, kBeta, tensor, beta);
@@ -79,6 +81,11 @@ struct SGD : SGDTensor {
 
   static __device__ __noinline__ void set_model(const Step& s, int64_t tensor, Model& model) {
     model = {coefficients<T>(s, tensor), read_scalar(s, kLists, kStep, tensor) == 0.0};
+    if (model.is_first) model.coefficients.weight_decay = T(0);
+  }
+
+  static __device__ Sums chunk_sums(const Model& model, Sums sums) {
+    return model.is_first ? Sums{0.0, sgd_first_den(sums.den)} : sums;
   }
 
   template <bool Decay>
@@ -100,10 +107,10 @@ struct SGD : SGDTensor {
         });
   }
 
-  // A first step has no memory: d = g, and both sums are 0.
+  // A first step has no memory: d = g, and both sums are 0, or next to it.
   static __device__ void add_sums(const Chunk& chunk, int length, const Model& model, T& num,
                                   T& den) {
-    if (model.is_first) return;
+    if (model.is_first && model.coefficients.lr != T(0)) return;
     if (model.coefficients.weight_decay != T(0)) {
       add_sums<true>(chunk, length, model.coefficients, num, den);
     } else {
