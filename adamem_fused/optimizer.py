@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adamem_fused import backends, checkpoints, sharding
+from adamem_fused import backends, checkpoints, flattened, sharding
 from adamem_fused.backends import Backend, ops
 from adamem_fused.backends.batch import FLOATING, GRADS, Batch, Lr, group_slices
 from adamem_fused.state import COMPLEX, memory_dtype, scalar_dtype
@@ -123,8 +123,14 @@ class AdaptiveMemoryOptimizer(Optimizer):
     # Parameters whose state was made in this step.
     _new_state: list[Tensor]
 
+    # The shapes of the parameters it was given, and who made it as one of several.
+    _given: flattened.Given
+    _maker: str | None = None
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._forget()
+        self._given = flattened.shapes([])
+        self._maker = flattened.find_maker()
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
@@ -178,16 +184,20 @@ class AdaptiveMemoryOptimizer(Optimizer):
             self._check_group({**self.defaults, **param_group})
         known = len(self.param_groups)
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            for param in self.param_groups[-1]["params"]:
+            flattened.check_scope(self._maker, group)
+            flattened.check_marks(group)
+            for param in group["params"]:
                 # A frozen one may be of any dtype and anywhere: quantized weights, say.
                 if param.requires_grad:
                     self._check_dtype(param)
-                    backends.choose(self.param_groups[-1], param.device)
+                    backends.choose(group, param.device)
                 sharding.check_param(param)
         except Exception:
             del self.param_groups[known:]
             raise
+        self._given += flattened.shapes(group["params"])
 
     def _check_dtype(self, param: Tensor) -> None:
         if param.dtype not in FLOATING + COMPLEX:
@@ -230,7 +240,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 state of the wrong type.
             RuntimeError: a sparse gradient; gap="loss" without a closure; a backend that
                 was asked for and is not there; `grad_scale` or `found_inf` for one that is
-                not fused; a parameter or state that cannot be updated in place.
+                not fused; a parameter or state that cannot be updated in place; parameters
+                that a scheme such as FSDP1 or DeepSpeed's ZeRO has flattened or split.
             ValueError: a hyperparameter that has become bad; state of the wrong shape; with
                 gap="loss", a loss that is not one number.
 
@@ -278,9 +289,11 @@ class AdaptiveMemoryOptimizer(Optimizer):
             )
         states = [self.state[param] for param in new_params]
         first = self.memories[0]
-        for param, state in zip(new_params, states, strict=True):
-            if first not in state:
-                self._init_state(param, state)
+        without = [p for p, s in zip(new_params, states, strict=True) if first not in s]
+        if without:
+            flattened.check_new(group, without, self.param_groups, self._given)
+            for param in without:
+                self._init_state(param, self.state[param])
         params.extend(new_params)
         grads.extend(new_grads)
         for name, values in zip((*self.memories, *self.scalars), lists, strict=True):
@@ -307,6 +320,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self._new_state = []
         for group in self.param_groups:
             self._check_group(group)
+            if self._maker is not None:
+                flattened.check_scope(self._maker, group)
         return self._collect_ordinary() or self._collect_any()
 
     def _collect_ordinary(self) -> list[Work]:
@@ -518,4 +533,6 @@ class AdaptiveMemoryOptimizer(Optimizer):
             group.pop("differentiable", None)
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+        if "_given" not in vars(self):  # of a copy, for which __init__ was not called
+            self._given = flattened.shapes(p for g in self.param_groups for p in g["params"])
         checkpoints.unwrap(self)
