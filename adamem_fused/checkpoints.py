@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from adamem_fused import sharding
+from adamem_fused import flattened, sharding
 from adamem_fused.options import ROUNDING
 from adamem_fused.state import initial_state, memory_dtype, scalar_dtype
 
@@ -62,6 +62,7 @@ def wrap(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         native = "memory_plane" in saved and not any(option in saved for option in _FOREIGN)
         group = {**saved, **options, "params": saved["params"]}
         optimizer._check_group(group, ROUNDING)
+        flattened.check_new(own, own["params"], optimizer.param_groups, optimizer._given)
         groups.append(group)
         for key, param in zip(saved["params"], own["params"], strict=True):
             if key in state:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adamem_fused import backends, checkpoints, sharding
+from adamem_fused import backends, checkpoints, flattened, sharding
 from adamem_fused.backends import Backend, ops
 from adamem_fused.backends.batch import FLOATING, GRADS, Batch, Lr, group_slices
 from adamem_fused.options import ROUNDING
@@ -132,8 +132,14 @@ class AdaptiveMemoryOptimizer(Optimizer):
     # In a step: parameters whose state it has made or completed, and what they had before.
     _new_state: list[tuple[Tensor, dict[str, Any] | None]]
 
+    # The shapes of the parameters it was given, and who made it as one of several.
+    _given: flattened.Given
+    _maker: str | None = None
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._forget()
+        self._given = flattened.shapes([])
+        self._maker = flattened.find_maker()
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
@@ -189,18 +195,22 @@ class AdaptiveMemoryOptimizer(Optimizer):
             self._check_group({**self.defaults, **param_group})
         known = len(self.param_groups)
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            for param in self.param_groups[-1]["params"]:
+            flattened.check_scope(self._maker, group)
+            flattened.check_marks(group)
+            for param in group["params"]:
                 # A frozen one may be of any dtype and anywhere: quantized weights, say.
                 if param.requires_grad:
                     self._check_dtype(param)
                     # Where a meta tensor will be is known at the first step.
                     if not param.is_meta:
-                        backends.choose(self.param_groups[-1], param.device)
+                        backends.choose(group, param.device)
                 sharding.check_param(param)
         except Exception:
             del self.param_groups[known:]
             raise
+        self._given += flattened.shapes(group["params"])
 
     def _check_dtype(self, param: Tensor) -> None:
         if param.dtype not in FLOATING + COMPLEX:
@@ -243,7 +253,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 state of the wrong type.
             RuntimeError: a sparse gradient; gap="loss" without a closure; a backend that
                 was asked for and is not there; `grad_scale` or `found_inf` for one that is
-                not fused; a parameter or state that cannot be updated in place.
+                not fused; a parameter or state that cannot be updated in place; parameters
+                that a scheme such as FSDP1 or DeepSpeed's ZeRO has flattened or split.
             ValueError: a hyperparameter that has become bad; state of the wrong shape; with
                 gap="loss", a loss that is not one number.
 
@@ -294,9 +305,16 @@ class AdaptiveMemoryOptimizer(Optimizer):
             )
         names = {*self.memories, *self.scalars}
         states: list[Any] = list(map(self.state.get, new_params))
-        for i, (param, state) in enumerate(zip(new_params, states, strict=True)):
-            if not (isinstance(state, dict) and names <= state.keys()):
-                states[i] = self._init_state(param, group)
+        new = [
+            i
+            for i, state in enumerate(states)
+            if not (isinstance(state, dict) and names <= state.keys())
+        ]
+        if new:
+            without = [new_params[i] for i in new]
+            flattened.check_new(group, without, self.param_groups, self._given)
+            for i in new:
+                states[i] = self._init_state(new_params[i], group)
         params.extend(new_params)
         grads.extend(new_grads)
         for name, values in zip((*self.memories, *self.scalars), lists, strict=True):
@@ -327,6 +345,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """This step's tensors, a batch for each backend and device."""
         for group in self.param_groups:
             self._check_group(group, ROUNDING)
+            if self._maker is not None:
+                flattened.check_scope(self._maker, group)
         return self._collect_ordinary() or self._collect_any()
 
     def _collect_ordinary(self) -> list[Work]:
@@ -546,4 +566,6 @@ class AdaptiveMemoryOptimizer(Optimizer):
             group.pop("differentiable", None)
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+        if "_given" not in vars(self):  # of a copy, for which __init__ was not called
+            self._given = flattened.shapes(p for g in self.param_groups for p in g["params"])
         checkpoints.unwrap(self)

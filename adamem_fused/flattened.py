@@ -1,0 +1,200 @@
+"""Schemes that flatten or split plain parameters, refused: their betas would be other ones.
+
+Beta belongs to a whole tensor, or to the whole model. A rank that is given a piece of a flat
+buffer, or one of many optimizers, cannot know it. A DTensor says what it is a part of
+(sharding.py); these do not, so they are told by what they leave: an attribute, the caller, or
+a parameter that was not there before.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any
+
+import torch.distributed as dist
+from torch import Size, Tensor
+from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
+
+from adamem_fused.sharding import any_dtensor
+
+# How many parameters of each shape an optimizer was given. Not weak references, which would
+# keep torch.utils.swap_tensors from working.
+Given = Counter[Size]
+
+# Modules whose frames call an optimizer's step for flat partitions.
+_ZERO = (
+    "deepspeed.runtime.bf16_optimizer",
+    "deepspeed.runtime.fp16.fused_optimizer",
+    "deepspeed.runtime.superoffload",
+    "deepspeed.runtime.zenflow",
+    "deepspeed.runtime.zero",
+)
+
+# Modules that make an optimizer of a class they are given for a part of the parameters.
+_OVER_RANKS = {
+    "fairscale.optim.oss": "fairscale's OSS",
+    "torch.distributed.optim.zero_redundancy_optimizer": "ZeroRedundancyOptimizer",
+}
+_BY_PARAMETER = {
+    "torch.distributed.optim.apply_optimizer_in_backward": "_apply_optimizer_in_backward",
+    "torchao.optim.cpu_offload": "torchao's CPUOffloadOptimizer",
+}
+
+_INSTEAD = "Use FSDP2 (torch.distributed.fsdp.fully_shard) or DistributedDataParallel"
+
+
+def _find_caller(modules: Iterable[str]) -> FrameType | None:
+    """The nearest frame of these modules, or of modules within them."""
+    if not any(module in sys.modules for module in modules):
+        return None
+    prefixes = tuple(f"{module}." for module in modules)
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if f"{frame.f_globals.get('__name__')}.".startswith(prefixes):
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+# ---- one optimizer of several ---------------------------------------------------------
+
+
+def find_maker() -> str | None:
+    """To be called while an optimizer is made: who makes one of several, if so, in a sentence."""
+    frame = _find_caller(_OVER_RANKS)
+    if frame is not None:
+        maker = frame.f_locals.get("self")
+        if getattr(maker, "world_size", _world_size()) > 1:
+            name = _OVER_RANKS[frame.f_globals["__name__"]]
+            return f"{name} gives each rank's optimizer a part of the parameters"
+    frame = _find_caller(_BY_PARAMETER)
+    if frame is not None:
+        return f"{_BY_PARAMETER[frame.f_globals['__name__']]} makes an optimizer for each parameter"
+    return None
+
+
+def check_scope(maker: str | None, group: dict[str, Any]) -> None:
+    """Raises RuntimeError on beta_scope="global" where `maker` makes one optimizer of several."""
+    if maker is not None and group["beta_scope"] == "global":
+        raise RuntimeError(
+            f'{maker}, so beta_scope="global" would be a beta for that part, not for the model. '
+            'Pass beta_scope="tensor"'
+        )
+
+
+# ---- flat parameters ------------------------------------------------------------------
+
+
+def shapes(params: Iterable[Tensor]) -> Given:
+    return Counter(param.shape for param in params if not is_lazy(param))
+
+
+def check_marks(group: dict[str, Any]) -> None:
+    """Raises RuntimeError on parameters that FSDP1 has flattened, unless beta is right for them.
+
+    It is where nothing is split, as with NO_SHARD, and nothing joined or beta_scope="global".
+    """
+    params = [param for param in group["params"] if param.requires_grad]
+    flattened = [param for param in params if getattr(param, "_fsdp_flattened", False)]
+    views = [param for param in flattened if not getattr(param, "_is_flat_param", False)]
+    # The whole tensors of NO_SHARD have their shapes; the pieces of others have one dimension.
+    split = any(param.dim() == 1 for param in views) and _any_split(views)
+    joined = False
+    for param in flattened:
+        if getattr(param, "_is_flat_param", False):
+            split = split or param.numel() < param._unpadded_unsharded_size.numel()
+            joined = joined or param._num_params > 1
+    if split:
+        raise RuntimeError(
+            "FSDP1 (FullyShardedDataParallel) splits flattened parameters over ranks, so each "
+            f"rank would take betas of its own for its pieces. {_INSTEAD}"
+        )
+    if joined and group["beta_scope"] != "global":
+        raise RuntimeError(
+            "FSDP1 (FullyShardedDataParallel) with use_orig_params=False joins tensors into one, "
+            f"which would take one beta for them. {_INSTEAD}, or pass use_orig_params=True"
+        )
+
+
+def _any_split(views: list[Tensor]) -> bool:
+    """Whether FSDP1 has split one of its views, or may have, where it cannot be found.
+
+    A view does not know its FSDP unit.
+    """
+    module = sys.modules["torch.distributed.fsdp._flat_param"]
+    whole: set[int] = set()
+    for handle in gc.get_objects():
+        if type(handle) is module.FlatParamHandle and not handle.uses_sharded_strategy:
+            flat = handle.flat_param
+            whole.update(map(id, (*(flat._params or ()), *(flat._shared_params or ()))))
+    return any(param.dim() == 1 and id(param) not in whole for param in views)
+
+
+def check_new(
+    group: dict[str, Any], new: list[Tensor], groups: list[dict[str, Any]], given: Given
+) -> None:
+    """Raises RuntimeError on flat parameters among those of a group that have no state yet.
+
+    With one rank and beta_scope="global" it warns: beta is right if a step has the whole model.
+    """
+    check_marks(group)
+    if any(getattr(param, "tensor_model_parallel", False) for param in new) and _world_size() > 1:
+        warnings.warn(
+            "Parameters marked tensor_model_parallel (Megatron, DeepSpeed's AutoTP) are pieces of "
+            "tensors unless there is one such rank: each rank then takes betas of its own. Use "
+            "DTensors (torch.distributed.tensor.parallel)",
+            stacklevel=2,
+        )
+    if _find_caller(_ZERO) is not None:
+        scheme = "DeepSpeed's ZeRO"
+    elif _any_flat(new, groups, given):
+        scheme = "A scheme like Megatron's distributed optimizer"
+    else:
+        return
+    if _world_size() > 1:
+        raise RuntimeError(
+            f"{scheme} has put pieces of flat buffers in the place of parameters, so each rank "
+            f"would take betas of its own for its pieces. {_INSTEAD}"
+        )
+    if group["beta_scope"] != "global":
+        raise RuntimeError(
+            f"{scheme} has put a flat buffer in the place of parameters, which would take one "
+            f"beta for them. {_INSTEAD}"
+        )
+    warnings.warn(
+        f"{scheme} has put a flat buffer in the place of parameters: beta is the model's only if "
+        f"each step has all of it. {_INSTEAD}",
+        stacklevel=2,
+    )
+
+
+def _any_flat(new: list[Tensor], groups: list[dict[str, Any]], given: Given) -> bool:
+    """Whether a parameter is a flat buffer or a piece of one, in the place of others.
+
+    That is of one dimension, and of a size that no parameter had which the optimizer was given.
+    Parameters that a user has replaced by pruned or grown ones are not meant: they stand beside
+    tensors of two or more dimensions, or one for one.
+    """
+    flat = [
+        param
+        for param in new
+        if param.dim() == 1 and param.shape not in given and not any_dtensor([param])
+    ]
+    if not flat:
+        return False
+    params = [param for group in groups for param in group["params"] if not is_lazy(param)]
+    if _world_size() == 1 and len(params) >= given.total():
+        return False
+    return not all(isinstance(param, Parameter) for param in flat) or all(
+        param.dim() < 2 for param in params
+    )

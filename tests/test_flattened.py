@@ -1,0 +1,470 @@
+"""Schemes that flatten or split plain parameters are refused, and what looks like them is not."""
+
+import copy
+import pickle
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import OPTIMIZERS, bits, parameters, relative_error
+from ranks import Ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer, _apply_optimizer_in_backward
+from torch.nn import LazyLinear, Linear, Parameter, Sequential, Tanh
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import swap_tensors
+
+from adamem_fused import AMSGD, AMAdamW
+
+both = pytest.mark.parametrize("cls", OPTIMIZERS)
+SCOPES = ("tensor", "global")
+# Beta leaves its cap with these within a few steps.
+OPTIONS = {
+    cls: {"memory_plane": "anchored", "lr": lr} for cls, lr in ((AMAdamW, 0.05), (AMSGD, 1.0))
+}
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+def model_of():
+    torch.manual_seed(0)
+    return Sequential(Linear(5, 8), Tanh(), Linear(8, 8), Tanh(), Linear(8, 3)).double()
+
+
+def make(cls, params, scope):
+    return cls(params, beta_scope=scope, **OPTIONS[cls])
+
+
+def decay_groups(model):
+    """Weights and biases in groups of their own."""
+    return [
+        {"params": [p for p in model.parameters() if (p.dim() > 1) == weights]}
+        for weights in (True, False)
+    ]
+
+
+def backward(model, step, part=slice(None)):
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)[part]
+    model(x).sub(x.sin()[:, :3]).square().mean().backward()
+
+
+def train(model, optimizer, part=slice(None), steps=6):
+    for step in range(steps):
+        optimizer.zero_grad()
+        backward(model, step, part)
+        optimizer.step()
+
+
+def part_of_rank():
+    return slice(dist.get_rank() * 4, dist.get_rank() * 4 + 4)
+
+
+def assert_as_in_one_process(cls, scope, params):
+    model = model_of()
+    optimizer = make(cls, model.parameters(), scope)
+    train(model, optimizer)
+    betas = [optimizer.state[p]["beta"].item() for p in model.parameters()]
+    assert any(0 < beta < 0.88 for beta in betas), f"beta says nothing here: {betas}"
+    for ours, theirs in zip(params, model.parameters(), strict=True):
+        assert relative_error(ours.detach(), theirs.detach()) <= 1e-12
+
+
+def assert_refused(optimizer, match):
+    """A step raises, and has changed nothing."""
+    before = [bits(param.detach().clone()) for param in parameters(optimizer)]
+    with pytest.raises(RuntimeError, match=match):
+        optimizer.step()
+    for param, old in zip(parameters(optimizer), before, strict=True):
+        assert torch.equal(bits(param.detach()), old)
+    assert not any(optimizer.state.values())
+
+
+# ---- FSDP1 ------------------------------------------------------------------------
+
+
+def fsdp1(strategy, use_orig_params):
+    options = {}
+    if "HYBRID" in strategy:
+        options["device_mesh"] = init_device_mesh("cpu", (1, 2), mesh_dim_names=("copy", "shard"))
+    return FullyShardedDataParallel(
+        model_of(),
+        sharding_strategy=ShardingStrategy[strategy],
+        use_orig_params=use_orig_params,
+        device_id=torch.device("cpu"),
+        **options,
+    )
+
+
+def refuses_fsdp1(strategy, use_orig_params):
+    model = fsdp1(strategy, use_orig_params)
+    for cls in OPTIMIZERS:
+        for scope in SCOPES:
+            with pytest.raises(RuntimeError, match=r"^FSDP1 .* splits .* Use FSDP2 "):
+                make(cls, model.parameters(), scope)
+    optimizer = make(AMSGD, [Parameter(torch.ones(2))], "tensor")
+    with pytest.raises(RuntimeError, match=r"^FSDP1 "):
+        optimizer.add_param_group({"params": list(model.parameters())})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+@pytest.mark.parametrize(
+    "strategy", ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2"]
+)
+def test_fsdp1_is_refused(two_ranks, strategy, use_orig_params):
+    two_ranks.run(refuses_fsdp1, strategy, use_orig_params)
+
+
+def refuses_fsdp1_around_its_parameters(cls):
+    for scope in SCOPES:
+        model = model_of()
+        optimizer = make(cls, model.parameters(), scope)
+        model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        backward(model, 0, part_of_rank())
+        assert_refused(optimizer, "^FSDP1 .* splits")
+
+
+@both
+def test_fsdp1_around_the_optimizers_parameters_is_refused_at_the_first_step(two_ranks, cls):
+    two_ranks.run(refuses_fsdp1_around_its_parameters, cls)
+
+
+def takes_unsharded_fsdp1(cls):
+    for scope in SCOPES:
+        model = fsdp1("NO_SHARD", True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer = make(cls, decay_groups(model), scope)
+            train(model, optimizer, part_of_rank())
+        assert_as_in_one_process(cls, scope, model.module.parameters())
+
+    model = fsdp1("NO_SHARD", False)
+    with pytest.raises(RuntimeError, match=r"joins tensors .* use_orig_params=True"):
+        make(cls, model.parameters(), "tensor")
+    train(model, make(cls, model.parameters(), "global"), part_of_rank())
+    with FullyShardedDataParallel.summon_full_params(model):
+        assert_as_in_one_process(cls, "global", model.module.parameters())
+
+
+@both
+def test_fsdp1_that_splits_nothing_takes_the_steps_of_one_process(two_ranks, cls):
+    two_ranks.run(takes_unsharded_fsdp1, cls)
+
+
+# ---- one optimizer of several -----------------------------------------------------
+
+
+def over_ranks(cls):
+    model = DistributedDataParallel(model_of())
+    with pytest.raises(RuntimeError, match=r'^ZeroRedundancyOptimizer .*Pass beta_scope="tensor"'):
+        ZeroRedundancyOptimizer(model.parameters(), cls, beta_scope="global")
+
+    sharded = ZeroRedundancyOptimizer(
+        model.parameters(), cls, beta_scope="tensor", parameters_as_bucket_view=True, **OPTIONS[cls]
+    )
+    train(model, sharded, part_of_rank())
+    assert_as_in_one_process(cls, "tensor", model.module.parameters())
+    sharded.param_groups[0]["beta_scope"] = "global"
+    with pytest.raises(RuntimeError, match=r"^ZeroRedundancyOptimizer"):
+        sharded.step()
+    sharded.param_groups[0]["beta_scope"] = "tensor"
+    with pytest.raises(RuntimeError, match=r"^ZeroRedundancyOptimizer"):
+        sharded.add_param_group(
+            {"params": [Parameter(torch.ones(3).double())], "beta_scope": "global"}
+        )
+
+    # Of one rank: nothing is split.
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    model = model_of()
+    whole = ZeroRedundancyOptimizer(
+        model.parameters(), cls, process_group=alone, beta_scope="global", **OPTIONS[cls]
+    )
+    train(model, whole)
+    assert_as_in_one_process(cls, "global", model.parameters())
+
+
+@both
+def test_one_beta_for_the_model_is_refused_of_zero_redundancy_optimizer(two_ranks, cls):
+    two_ranks.run(over_ranks, cls)
+
+
+@both
+def test_one_beta_for_the_model_is_refused_of_optimizers_for_each_parameter(cls):
+    model = model_of()
+    with pytest.raises(RuntimeError, match="optimizer for each parameter"):
+        _apply_optimizer_in_backward(cls, model.parameters(), {"beta_scope": "global"})
+    model = model_of()
+    _apply_optimizer_in_backward(cls, model.parameters(), {**OPTIONS[cls], "beta_scope": "tensor"})
+    for step in range(6):
+        backward(model, step)
+    assert_as_in_one_process(cls, "tensor", model.parameters())
+
+
+def module_of(monkeypatch, name, source):
+    module = types.ModuleType(name)
+    exec(source, module.__dict__)
+    monkeypatch.setitem(sys.modules, name, module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["torchao.optim.cpu_offload", "fairscale.optim.oss"])
+def test_makers_that_are_not_installed_are_told_by_their_modules(monkeypatch, name):
+    source = "world_size = 2\ndef make(self, cls, *args, **options): return cls(*args, **options)"
+    module = module_of(monkeypatch, name, source)
+    with pytest.raises(RuntimeError, match=rf"^{name.split('.')[0]}'s"):
+        module.make(module, AMSGD, [Parameter(torch.ones(3))])
+    module.make(module, AMSGD, [Parameter(torch.ones(3))], beta_scope="tensor")
+    AMSGD([Parameter(torch.ones(3))])
+
+
+# ---- flat buffers in the place of parameters --------------------------------------
+
+
+def flatten(optimizer, pieces=1, piece=0, parameter=False):
+    """Puts a flat buffer in the place of each group's parameters, as ZeRO does, or a piece."""
+    for group in optimizer.param_groups:
+        flat = torch.cat([param.detach().flatten() for param in group["params"]])
+        flat = flat.chunk(pieces)[piece].clone()
+        group["params"] = [Parameter(flat) if parameter else flat.requires_grad_()]
+        flat = group["params"][0]
+        flat.grad = torch.ones_like(flat)
+
+
+def shards(optimizer, pieces, piece):
+    """Puts a flat piece of each parameter in its place, as Megatron's distributed optimizer."""
+    for group in optimizer.param_groups:
+        group["params"] = [
+            param.detach().flatten().chunk(pieces)[piece].clone().requires_grad_()
+            for param in group["params"]
+        ]
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+
+
+def refuses_pieces(cls):
+    for scope in SCOPES:
+        for parameter in (False, True):
+            optimizer = make(cls, model_of().parameters(), scope)
+            flatten(optimizer, 2, dist.get_rank(), parameter)
+            assert_refused(optimizer, "pieces of flat buffers .* Use FSDP2")
+        optimizer = make(cls, decay_groups(model_of()), scope)
+        shards(optimizer, 2, dist.get_rank())
+        assert_refused(optimizer, "pieces of flat buffers .* Use FSDP2")
+
+
+@both
+def test_pieces_of_flat_buffers_are_refused(two_ranks, cls):
+    two_ranks.run(refuses_pieces, cls)
+
+
+@both
+@pytest.mark.parametrize("parameter", [False, True])
+def test_a_flat_buffer_takes_one_beta_for_the_model_or_is_refused(cls, parameter):
+    optimizer = make(cls, model_of().parameters(), "tensor")
+    flatten(optimizer, parameter=parameter)
+    assert_refused(optimizer, "flat buffer .* Use FSDP2")
+
+    model = model_of()
+    optimizer = make(cls, model.parameters(), "global")
+    flatten(optimizer, parameter=parameter)
+    (flat,) = parameters(optimizer)
+    sizes = [param.numel() for param in model.parameters()]
+    offsets = flat.detach().split(sizes)
+    for param, piece in zip(model.parameters(), offsets, strict=True):
+        param.data = piece.view_as(param)
+    with pytest.warns(UserWarning, match="only if each step has all of it"):
+        for step in range(6):
+            backward(model, step)
+            flat.grad = torch.cat([param.grad.flatten() for param in model.parameters()])
+            optimizer.step()
+            model.zero_grad()
+    assert_as_in_one_process(cls, "global", model.parameters())
+
+
+@both
+def test_a_flat_buffer_is_refused_before_its_state_is_loaded(cls):
+    trained = make(cls, [torch.zeros(139, dtype=torch.float64, requires_grad=True)], "tensor")
+    parameters(trained)[0].grad = torch.ones(139, dtype=torch.float64)
+    trained.step()
+    optimizer = make(cls, model_of().parameters(), "tensor")
+    flatten(optimizer)
+    with pytest.raises(RuntimeError, match="flat buffer"):
+        optimizer.load_state_dict(trained.state_dict())
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deepspeed.runtime.zero.stage_1_and_2",
+        "deepspeed.runtime.zero.stage3",
+        "deepspeed.runtime.bf16_optimizer",
+    ],
+)
+def test_zero_is_told_by_who_calls_where_a_piece_has_a_parameters_size(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, ".".join(name.split(".")[:3]), types.ModuleType(name))
+    caller = module_of(monkeypatch, name, "def step(optimizer): optimizer.step()")
+    optimizer = make(AMSGD, [Parameter(torch.ones(2, 2)), Parameter(torch.ones(4))], "tensor")
+    flatten(optimizer)
+    optimizer.param_groups[0]["params"] = [torch.ones(4, requires_grad=True)]
+    parameters(optimizer)[0].grad = torch.ones(4)
+    with pytest.raises(RuntimeError, match=r"^DeepSpeed's ZeRO .* Use FSDP2"):
+        caller.step(optimizer)
+    assert not optimizer.state
+
+
+def split_by_tensor_parallelism():
+    param = Parameter(torch.ones(4, 3))
+    param.tensor_model_parallel = True
+    param.grad = torch.ones(4, 3)
+    with pytest.warns(UserWarning, match="tensor_model_parallel"):
+        AMSGD([param]).step()
+
+
+def test_tensor_parallelism_of_plain_tensors_is_warned_of(two_ranks):
+    two_ranks.run(split_by_tensor_parallelism)
+
+
+def test_a_compiled_step_refuses_too():
+    optimizer = make(AMAdamW, model_of().parameters(), "tensor")
+    flatten(optimizer)
+    with pytest.raises(Exception, match="flat buffer"):
+        torch.compile(optimizer.step, backend="eager")()
+
+
+# ---- what goes on without a word --------------------------------------------------
+
+
+def with_grads(params):
+    for param in params:
+        param.grad = torch.ones_like(param)
+    return params
+
+
+def plain_copies(params):
+    """As apex and torch.amp's master parameters: not of the class Parameter, of equal shapes."""
+    return [param.detach().clone().requires_grad_() for param in params]
+
+
+def pruned(params):
+    """Half the outputs of every layer, as structured pruning leaves them."""
+    return [Parameter(param.detach()[: len(param) // 2].clone()) for param in params]
+
+
+def grown(params):
+    """More rows of everything, as densification of Gaussians does."""
+    return [Parameter(torch.cat([param.detach()] * 2)) for param in params]
+
+
+def fewer(params):
+    return params[2:]
+
+
+def new_head(params):
+    return [*params[:-2], Parameter(torch.ones(7, 8).double()), Parameter(torch.ones(7).double())]
+
+
+def smaller_model(params):
+    return list(Sequential(Linear(5, 4), Linear(4, 2)).double().parameters())
+
+
+def more(params):
+    return [*params, Parameter(torch.ones(11).double())]
+
+
+def scalars(params):
+    return [Parameter(param.detach().sum()) for param in params]
+
+
+CHANGES = [plain_copies, pruned, grown, fewer, new_head, smaller_model, more, scalars]
+
+
+def goes_on(cls, scope, change, stepped):
+    optimizer = make(cls, decay_groups(model_of()), scope)
+    if stepped:
+        with_grads(parameters(optimizer))
+        optimizer.step()
+        optimizer.state.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if change in (pruned, grown, plain_copies):
+            for group in optimizer.param_groups:
+                group["params"] = with_grads(change(group["params"]))
+        else:
+            del optimizer.param_groups[1]
+            optimizer.param_groups[0]["params"] = with_grads(change(list(model_of().parameters())))
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+
+
+@both
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_parameters_that_a_user_replaces_are_taken(cls, scope, change):
+    for stepped in (False, True):
+        goes_on(cls, scope, change, stepped)
+
+
+def go_on():
+    for change in CHANGES:
+        for stepped in (False, True):
+            goes_on(AMAdamW, "tensor", change, stepped)
+            goes_on(AMSGD, "global", change, stepped)
+    # As accelerate prepares for FSDP2: sharded after the optimizer was made, and replaced in it.
+    for cls in OPTIMIZERS:
+        for scope in SCOPES:
+            model = model_of()
+            optimizer = make(cls, decay_groups(model), scope)
+            places = {id(param): name for name, param in model.named_parameters()}
+            fully_shard(model)
+            params = dict(model.named_parameters())
+            for group in optimizer.param_groups:
+                group["params"] = [params[places[id(param)]] for param in group["params"]]
+            train(model, optimizer, part_of_rank())
+            whole = [param.full_tensor() for param in model.parameters()]
+            assert_as_in_one_process(cls, scope, whole)
+            # And data parallelism.
+            model = DistributedDataParallel(model_of())
+            train(model, make(cls, model.parameters(), scope), part_of_rank())
+            assert_as_in_one_process(cls, scope, model.module.parameters())
+
+
+def test_what_goes_on_in_one_process_does_on_two_ranks(two_ranks):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        two_ranks.run(go_on)
+
+
+@both
+def test_frozen_lazy_swapped_copied_and_added_parameters_are_taken(cls):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*flat.*")
+        model = Sequential(LazyLinear(8), Linear(8, 3)).double()
+        for param in model[1].parameters():
+            param.requires_grad_(False)
+        optimizer = make(cls, model.parameters(), "tensor")
+        train(model, optimizer, steps=2)
+        for param in model[1].parameters():
+            param.requires_grad_()
+        train(model, optimizer, steps=2)
+        swap_tensors(model[1].bias, Parameter(torch.ones(3).double()))
+        train(model, optimizer, steps=2)
+        optimizer.add_param_group({"params": with_grads([Parameter(torch.ones(13).double())])})
+        optimizer.step()
+        for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+            copied.state.clear()
+            with_grads(parameters(copied))
+            copied.step()
+        # The pieces that it was given are its parameters.
+        flat = with_grads([torch.ones(9, requires_grad=True)])
+        make(cls, flat, "tensor").step()
