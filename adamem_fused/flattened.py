@@ -95,8 +95,13 @@ def check_scope(maker: str | None, group: dict[str, Any]) -> None:
 # ---- flat parameters ------------------------------------------------------------------
 
 
+def _has_shape(param: Tensor) -> bool:
+    """Not so that of a lazy module, or of symbols, as in make_fx's tracing."""
+    return not is_lazy(param) and all(type(size) is int for size in param.shape)
+
+
 def shapes(params: Iterable[Tensor]) -> Given:
-    return Counter(param.shape for param in params if not is_lazy(param))
+    return Counter(param.shape for param in params if _has_shape(param))
 
 
 def check_marks(group: dict[str, Any]) -> None:
@@ -188,11 +193,14 @@ def _any_flat(new: list[Tensor], groups: list[dict[str, Any]], given: Given) -> 
     flat = [
         param
         for param in new
-        if param.dim() == 1 and param.shape not in given and not any_dtensor([param])
+        if _has_shape(param)
+        and param.dim() == 1
+        and param.shape not in given
+        and not any_dtensor([param])
     ]
     if not flat:
         return False
-    params = [param for group in groups for param in group["params"] if not is_lazy(param)]
+    params = [param for group in groups for param in group["params"] if _has_shape(param)]
     if _world_size() == 1 and len(params) >= given.total():
         return False
     return not all(isinstance(param, Parameter) for param in flat) or all(

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.integrations
 
 STEPS = 6
 # Beta leaves its cap with these within a few steps.
-OPTIONS = {cls: {"memory_plane": "anchored", "lr": lr} for cls, lr in ((AMAdamW, 0.1), (AMSGD, 2.0))}
+OPTIONS = {
+    cls: {"memory_plane": "anchored", "lr": lr} for cls, lr in ((AMAdamW, 0.1), (AMSGD, 2.0))
+}
 CASES = [(cls, scope) for cls in OPTIMIZERS for scope in ("tensor", "global")]
 
 
