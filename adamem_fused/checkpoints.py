@@ -58,8 +58,9 @@ def wrap(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         options = {
             key: value for key, value in own.items() if key not in saved or key in _IMPLEMENTATION
         }
-        # torch.optim's optimizers keep options that are not theirs, and drop state that is not.
-        native = "memory_plane" in saved and not any(option in saved for option in _FOREIGN)
+        # torch.optim's optimizers keep options that are not theirs, and drop state that is not. All
+        # of them have this option, and it is none that a user would give a group of his own.
+        native = "memory_plane" in saved and "differentiable" not in saved
         group = {**saved, **options, "params": saved["params"]}
         optimizer._check_group(group, ROUNDING)
         flattened.check_new(own, own["params"], optimizer.param_groups, optimizer._given)

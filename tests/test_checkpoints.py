@@ -541,3 +541,14 @@ def test_there_and_back_again_is_a_checkpoint_of_torch_s(theirs, options, ours):
     assert not {"amsgrad", "momentum", "nesterov", "dampening", "decoupled_weight_decay"} & set(
         group
     )
+
+
+@both
+@pytest.mark.parametrize("entry", ["momentum", "nesterov", "amsgrad", "mine"])
+def test_a_user_s_own_entry_in_a_group_makes_no_checkpoint_of_torch_s(cls, entry):
+    """A trainer may keep what it likes there, under whatever name."""
+    optimizer, loaded = (cls([{"params": [Parameter(torch.ones(3))], entry: 0.5}]) for _ in "ab")
+    train(optimizer, 3)
+    loaded.load_state_dict(optimizer.state_dict())
+    loaded.param_groups[0]["params"][0].data.copy_(optimizer.param_groups[0]["params"][0])
+    assert snapshot(loaded) == snapshot(optimizer)
