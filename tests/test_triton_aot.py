@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -19,6 +20,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from adamem_fused import AMSGD, AMAdamW
+from adamem_fused.backends import triton as backend
 from adamem_fused.triton_kernels import adamw, sgd, sums
 from adamem_fused.triton_kernels.config import config_for
 from adamem_fused.triton_kernels.tables import ADAMW_HYPERS
@@ -206,6 +209,45 @@ def test_the_machine_code_has_128_bit_accesses(name, tmp_path):
     # A thread's 8 float32 elements of a tensor are two accesses.
     assert len(re.findall(r"LDG\.E\.128", sass)) == 2 * CHUNK_KERNELS[name]["loads"]
     assert len(re.findall(r"STG\.E\.128", sass)) == 2 * CHUNK_KERNELS[name]["stores"]
+
+
+# ---- as the backend launches them -----------------------------------------------------
+
+
+class NoGPU:
+    """In the place of Triton's driver, of which a launch that only compiles asks no more."""
+
+    def get_current_target(self):
+        return CUDA[1]
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.mark.parametrize("cls", [AMAdamW, AMSGD])
+@pytest.mark.parametrize("scope, launches", [("tensor", 1), ("global", 4)])
+def test_a_step_is_compiled_once_for_any_tensors_and_groups(monkeypatch, cls, scope, launches):
+    """Tables begin where they do: at multiples of 16 bytes, or not."""
+    compiled = []
+
+    def compile_launch(kernel, programs, *args, **options):
+        compiled.append(kernel.warmup(*args, grid=(programs,), **options))
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoGPU())
+    monkeypatch.setattr(backend, "unavailable", lambda device: None)
+    monkeypatch.setattr(backend, "_config", lambda device: config_for("cuda", 9))
+    monkeypatch.setattr(backend, "_launch", compile_launch)
+    for n in (1, 2, 3):
+        params = [torch.zeros(2000 * n, requires_grad=True) for _ in range(n)]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        groups = [{"params": param} for param in params]
+        cls(groups, backend="triton", beta_scope=scope).step()
+    assert len(compiled) == 3 * launches
+    assert len({kernel.hash for kernel in compiled}) == launches
 
 
 # ---- the kernels that do a whole step -------------------------------------------------
