@@ -124,8 +124,8 @@ AM_INLINE double sgd_beta(double num, double den, double beta_max, double step) 
   return step == 0.0 ? 0.0 : clipped_beta(num, den, beta_max);
 }
 
-// Whether a step is none: at eta = 0 and without a gradient, before any other. Checkpoint tools make
-// state by such steps, so nothing of them stays. den is that of the tensor alone.
+// Whether a step is none: at eta = 0 and without a gradient, before any other. Checkpoint tools
+// make state by such steps, so nothing of them stays. den is that of the tensor alone.
 AM_INLINE bool is_idle(double step, double lr, double den) {
   return step == 0.0 && lr == 0.0 && den == 0.0;
 }
