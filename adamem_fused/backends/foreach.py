@@ -298,10 +298,12 @@ def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
         first_den = torch.zeros_like(den)
         is_zero = _is_zero(h.lr, den.device)
         if is_zero is not None:
-            own = _sgd_terms(batch, dtype, indices, h._replace(weight_decay=0.0))
-            e = torch._foreach_sub(own[2], own[1])
-            has_gradient = _sums(torch._foreach_mul(e, e)) != 0
-            first_den = torch.where(is_zero & has_gradient, first_den + 1e-300, first_den)
+            own_den = den
+            if h.weight_decay != 0:
+                _, g, d = _sgd_terms(batch, dtype, indices, h._replace(weight_decay=0.0))
+                e = torch._foreach_sub(d, g)
+                own_den = _sums(torch._foreach_mul(e, e))
+            first_den = torch.where(is_zero & (own_den != 0), first_den + 1e-300, first_den)
         num = torch.where(first, torch.zeros_like(num), num)
         part = torch.stack([num, torch.where(first, first_den, den)], dim=1)
         rows.update(zip(indices, part.unbind(), strict=True))
