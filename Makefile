@@ -4,10 +4,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help test demo bench bench-cpu experiments gpu-check check clean
+.PHONY: help test test-integrations demo bench bench-cpu experiments gpu-check check clean
 
 help:
 	@echo "make test         the tests"
+	@echo "make test-integrations  the tests with trainers, in .venv-integrations"
 	@echo "make demo         a small GPT trained with AdamW and with AMAdamW: table and picture"
 	@echo "make bench-cpu    step times on the CPU against torch's AdamW and SGD, and README's section"
 	@echo "make bench        the same on the GPU, with PYTHON's own torch; README stays as it is"
@@ -18,6 +19,10 @@ help:
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# In an environment of its own: trainers bring much with them.
+test-integrations: .venv-integrations/installed
+	.venv-integrations/bin/python -m pytest -m integrations tests/integrations
 
 demo: .venv/installed
 	$(BIN)/python -m bench.demo
@@ -57,5 +62,11 @@ check: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	touch $@
 
+.venv-integrations/installed: tests/integrations/requirements.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+	$(PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info adamem_fused/*.so
+	rm -rf .venv .venv-integrations build *.egg-info adamem_fused/*.so
