@@ -4,11 +4,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help test test-torch demo bench bench-cpu experiments gpu-check check clean
+.PHONY: help test test-torch test-integrations demo bench bench-cpu experiments gpu-check check clean
 
 help:
 	@echo "make test         the tests"
 	@echo "make test-torch   the tests with another torch, TORCH=2.11.0, in an environment of its own"
+	@echo "make test-integrations"
+	@echo "                  the tests with trainers, in an environment of their own"
 	@echo "make demo         a small GPT trained with AdamW and with AMAdamW: table and picture"
 	@echo "make bench-cpu    step times on the CPU against torch's AdamW and SGD, and README's section"
 	@echo "make bench        the same on the GPU, with PYTHON's own torch; README stays as it is"
@@ -37,6 +39,10 @@ mkdir -p $(OTHER)/copy
 find $(OTHER)/copy -type f ! -name '*.so' -delete
 tar -c --exclude='*.so' --exclude=__pycache__ $(COPIED) | tar -x -C $(OTHER)/copy
 endef
+
+# In an environment of its own: trainers bring much with them.
+test-integrations: .venv-integrations/installed
+	.venv-integrations/bin/python -m pytest -m integrations tests/integrations
 
 demo: .venv/installed
 	$(BIN)/python -m bench.demo
@@ -87,5 +93,11 @@ $(OTHER)/installed: $(OTHER)/requirements setup.py pyproject.toml $(wildcard csr
 	ADAMEM_CUDA=0 $(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable $(OTHER)/copy
 	touch $@
 
+.venv-integrations/installed: tests/integrations/requirements.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+	$(PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf .venv .venv-torch-* build *.egg-info adamem_fused/*.so
+	rm -rf .venv .venv-torch-* .venv-integrations build *.egg-info adamem_fused/*.so

@@ -186,14 +186,15 @@ def check_new(
 def _any_flat(new: list[Tensor], groups: list[dict[str, Any]], given: Given) -> bool:
     """Whether a parameter is a flat buffer or a piece of one, in the place of others.
 
-    That is of one dimension, and of a size that no parameter had which the optimizer was given.
-    Parameters that a user has replaced by pruned or grown ones are not meant: they stand beside
-    tensors of two or more dimensions, or one for one.
+    Such a one has one dimension, a size that no parameter had which the optimizer was given, and
+    is no Parameter, or no matrix is left beside it. In one process nothing is split: there it
+    has to stand for several. What a user has pruned or grown is not meant.
     """
     flat = [
         param
         for param in new
-        if _has_shape(param)
+        if param.requires_grad
+        and _has_shape(param)
         and param.dim() == 1
         and param.shape not in given
         and not any_dtensor([param])
@@ -203,6 +204,6 @@ def _any_flat(new: list[Tensor], groups: list[dict[str, Any]], given: Given) -> 
     params = [param for group in groups for param in group["params"] if _has_shape(param)]
     if _world_size() == 1 and len(params) >= given.total():
         return False
-    return not all(isinstance(param, Parameter) for param in flat) or all(
-        param.dim() < 2 for param in params
-    )
+    if not all(isinstance(param, Parameter) for param in flat):
+        return True
+    return any(len(shape) > 1 for shape in given) and all(param.dim() < 2 for param in params)

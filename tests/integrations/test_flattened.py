@@ -1,5 +1,6 @@
 """Trainers whose schemes flatten or split parameters are refused; their DDP and FSDP2 are not."""
 
+import contextlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -62,12 +63,23 @@ def part() -> Tensor:
     return rows()[dist.get_rank() :: dist.get_world_size()]
 
 
-def set_up() -> None:
+def set_up(deepspeed: bool = False) -> None:
     """What torchrun tells trainers."""
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
-    os.environ.update(DS_ACCELERATOR="cpu")
+    if deepspeed:
+        os.environ.update(DS_ACCELERATOR="cpu")
+        from deepspeed import ops
+
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo, and nothing to compile
+
+
+@contextlib.contextmanager
+def nothing_said() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=r".*(flat|betas?)\b")
+        yield
 
 
 def whole(model: Module) -> Iterator[Tensor]:
@@ -116,7 +128,7 @@ def train_with_deepspeed(cls, scope, config):
 
 
 def refuses_deepspeed(config):
-    set_up()
+    set_up(deepspeed=True)
     for cls, scope in CASES:
         with pytest.raises(RuntimeError, match=r"^DeepSpeed's ZeRO .* Use FSDP2"):
             train_with_deepspeed(cls, scope, config)
@@ -132,7 +144,7 @@ def test_deepspeeds_flat_master_parameters_are_refused(two_ranks):
 
 
 def takes_deepspeed():
-    set_up()
+    set_up(deepspeed=True)
     for cls, scope in CASES:
         model = train_with_deepspeed(cls, scope, deepspeed_config(0))
         assert_as_in_one_process(model, cls, scope)
@@ -143,7 +155,7 @@ def test_deepspeed_without_zero_takes_the_steps_of_one_process(two_ranks):
 
 
 def takes_deepspeed_alone():
-    set_up()
+    set_up(deepspeed=True)
     for cls in OPTIMIZERS:
         config = deepspeed_config(2, train_micro_batch_size_per_gpu=8)
         with pytest.raises(RuntimeError, match=r"^DeepSpeed's ZeRO .* one beta"):
@@ -174,7 +186,7 @@ def train_with_accelerate(cls, scope, deepspeed=None, fsdp=None):
     if fsdp is not None:  # accelerate leaves it out on a CPU
         accelerator.state._shared_state["distributed_type"] = DistributedType.FSDP
         accelerator.state._shared_state["fsdp_plugin"] = fsdp
-    print(accelerator.distributed_type, accelerator.is_fsdp2)
+        accelerator.state._shared_state["device"] = torch.device("cpu")
     model = Model()
     optimizer = make(cls, model.parameters(), scope)
     model, optimizer, batches = accelerator.prepare(model, optimizer, loader())
@@ -193,7 +205,7 @@ def fsdp_plugin(version, **options):
 
 
 def refuses_accelerate(stage):
-    set_up()
+    set_up(deepspeed=True)
     from accelerate import DeepSpeedPlugin
 
     for cls, scope in CASES:
@@ -221,8 +233,7 @@ def test_fsdp1_through_accelerate_is_refused(two_ranks):
 def takes_accelerate(version):
     set_up()
     for cls, scope in CASES:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*(flat|betas?)\\b")
+        with nothing_said():
             fsdp = fsdp_plugin(version) if version else None
             model = train_with_accelerate(cls, scope, fsdp=fsdp)
         assert_as_in_one_process(model, cls, scope)
@@ -264,7 +275,7 @@ def train_with_trainer(cls, scope, folder, **arguments):
 
 
 def refuses_trainer(folder, arguments, match):
-    set_up()
+    set_up("deepspeed" in arguments)
     for cls, scope in CASES:
         with pytest.raises(RuntimeError, match=match):
             train_with_trainer(cls, scope, folder, **arguments)
@@ -278,24 +289,100 @@ def test_zero_through_hf_trainer_is_refused(two_ranks, tmp_path, stage):
     )
 
 
-def test_fsdp1_through_hf_trainer_is_refused(two_ranks, tmp_path):
-    arguments = {"fsdp": True, "fsdp_config": {"version": 1, "use_orig_params": True}}
-    two_ranks.run(refuses_trainer, str(tmp_path), arguments, "^FSDP1 .* Use FSDP2")
-
-
-def takes_trainer(folder, arguments):
+def takes_trainer(folder):
     set_up()
     for cls, scope in CASES:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*(flat|betas?)\\b")
-            model = train_with_trainer(cls, scope, folder, **arguments)
+        with nothing_said():
+            model = train_with_trainer(cls, scope, folder)
         assert_as_in_one_process(model, cls, scope)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [{}, {"fsdp": True, "fsdp_config": {"version": 2}}],
-    ids=["ddp", "fsdp2"],
-)
-def test_hf_trainer_takes_the_steps_of_one_process(two_ranks, tmp_path, arguments):
-    two_ranks.run(takes_trainer, str(tmp_path), arguments)
+def test_hf_trainer_takes_the_steps_of_one_process(two_ranks, tmp_path):
+    two_ranks.run(takes_trainer, str(tmp_path))
+
+
+# ---- Lightning --------------------------------------------------------------------
+
+
+def train_with_lightning(cls, scope):
+    from lightning import LightningModule, Trainer
+
+    class Lit(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = Model()
+
+        def training_step(self, batch, index):
+            return self.model(batch)[0]
+
+        def configure_optimizers(self):
+            return make(cls, self.parameters(), scope)
+
+    model = Lit()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        max_epochs=STEPS,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, loader())
+    return model.model
+
+
+def takes_lightning():
+    set_up()
+    for cls, scope in CASES:
+        with nothing_said():
+            model = train_with_lightning(cls, scope)
+        assert_as_in_one_process(model, cls, scope)
+
+
+def test_lightning_takes_the_steps_of_one_process(two_ranks):
+    two_ranks.run(takes_lightning)
+
+
+# ---- torchao ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def offload(monkeypatch):
+    """torchao's CPUOffloadOptimizer, with a CPU in the place of the GPU that it needs."""
+    from torchao.optim import cpu_offload
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+        def synchronize(self):
+            pass
+
+        def record_event(self):
+            return self
+
+    empty_like = torch.empty_like
+    monkeypatch.setattr(cpu_offload, "get_available_devices", lambda: ["cuda"])
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(
+        torch, "empty_like", lambda *args, pin_memory=False, **more: empty_like(*args, **more)
+    )
+    return cpu_offload.CPUOffloadOptimizer
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_torchaos_cpu_offload_is_refused_one_beta_for_the_model(offload, cls):
+    options = {**OPTIONS[cls], "minimal_size": 0}
+    with pytest.raises(RuntimeError, match=r"^torchao's CPUOffloadOptimizer .*\"tensor\""):
+        offload(Model().parameters(), cls, beta_scope="global", **options)
+    model = Model()
+    optimizer = offload(model.parameters(), cls, beta_scope="tensor", **options)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(rows())[0].backward()
+        optimizer.step()
+    assert_as_in_one_process(model, cls, "tensor")
