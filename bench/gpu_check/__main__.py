@@ -155,7 +155,9 @@ def run_stage(name: str, results: Results, seconds: float) -> bool:
     not_done += [f"{name} {backend}: {reason}" for backend, reason in missing.items() if reason]
     lines = STAGES[name].table(stage) + failed + [f"not done: {reason}" for reason in not_done]
     took = time.monotonic() - start
-    print("\n".join([*lines, f"{name}: {'failed' if failed else 'done'}, {took:.0f} s"]), flush=True)
+    print(
+        "\n".join([*lines, f"{name}: {'failed' if failed else 'done'}, {took:.0f} s"]), flush=True
+    )
     return not failed
 
 

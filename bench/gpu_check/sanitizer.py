@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext, suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,10 +39,11 @@ def take_steps(backend: str, planted: bool) -> None:
                 param.requires_grad_()
             optimizer = cls(params, lr=0.01, backend=backend, beta_scope=scope)
             for _ in range(2):
-                for param in params:
-                    param.grad = torch.randn_like(param)
+                grads = [torch.randn_like(param) for param in params]
                 if planted:
-                    params[0].grad.untyped_storage().resize_(64)
+                    grads[0].untyped_storage().resize_(64)
+                for param, grad in zip(params, grads, strict=True):
+                    param.grad = grad
                 optimizer.step()
             gpu.synchronize()
 
@@ -63,7 +63,7 @@ def run(results: Results, backends: list[str], seconds: float) -> None:
     """All at the same time: most of it is waiting. What they say is kept as sanitizer.log."""
     folder = results.path.parent
     program = find_tool("compute-sanitizer")
-    running = []
+    running, logs = [], []
     for backend in backends:
         results.begin("sanitizer", backend)
         for tool, planted in (("memcheck", False), ("racecheck", False), ("memcheck", True)):
@@ -81,8 +81,9 @@ def run(results: Results, backends: list[str], seconds: float) -> None:
                 # Else memcheck sees one allocation, torch's, and no end of a tensor.
                 {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             )
-            running.append((backend, case, planted, process, log))
-    for backend, case, planted, process, log in running:
+            running.append((backend, case, planted, process))
+            logs.append(log)
+    for backend, case, planted, process in running:
         how = process.end()
         if planted:
             found = how == f"failed: exit status {FOUND}"
@@ -91,11 +92,7 @@ def run(results: Results, backends: list[str], seconds: float) -> None:
         results.put("sanitizer", backend, case, result if how == "done" else {"failed": how})
     for backend in backends:
         results.end("sanitizer", backend, "done")
-    merge([log for *_, log in running], folder / "sanitizer.log")
-
-
-def merge(logs: list[Path], into: Path) -> None:
-    with into.open("w") as file:
+    with (folder / "sanitizer.log").open("w") as file:
         for log in logs:
             file.write(f"---- {log.stem}\n{log.read_text(errors='replace')}\n")
             log.unlink()

@@ -11,7 +11,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from bench.gpu_check.processes import ROOT, Limited
@@ -38,7 +37,7 @@ def command(marks: str, workers: int, without: Sequence[str]) -> list[str]:
 
 
 def read_log(text: str) -> Case:
-    """Counts of outcomes, what failed, and why something was skipped, of a log as far as it goes."""
+    """Counts of outcomes, what failed and why something was skipped, as far as a log goes."""
     outcomes = re.findall(rf"^\[gw\d+\] \[ *\d+%\] ({OUTCOMES}) (\S+::.+?) *$", text, re.MULTILINE)
     alone = re.findall(rf"^(\S+::.+?) ({OUTCOMES})\b", text, re.MULTILINE)
     outcomes += [(outcome, test) for test, outcome in alone]

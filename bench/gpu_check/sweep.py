@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,10 +101,7 @@ def run(part: Part, backend: str) -> None:
             part.case("sizes", no_libraries)
     for sizes, other in others.items():
         for name in LISTS:
-            part.case(
-                f"{name}, {sizes}",
-                lambda name=name, other=other: time_sizes(backend, name, base, other),
-            )
+            part.case(f"{name}, {sizes}", partial(time_sizes, backend, name, base, other))
 
 
 def no_libraries() -> Case:
@@ -116,5 +114,7 @@ def table(stage: dict[str, Any]) -> list[str]:
         for case, found in part["cases"].items():
             if "other" in found:
                 other, base = (1e3 * statistics.median(found[side]) for side in ("other", "base"))
-                lines.append(f"{backend:7s} {case:44s} {other:8.3f} {base:8.3f} {other / base:6.3f}")
+                lines.append(
+                    f"{backend:7s} {case:44s} {other:8.3f} {base:8.3f} {other / base:6.3f}"
+                )
     return lines

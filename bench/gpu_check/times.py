@@ -18,6 +18,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class Gradients:
     """What becomes of the gradients from step to step, and from sample to sample."""
 
     def __init__(self, params: Sequence[Tensor], regime: str) -> None:
-        self._grads = [param.grad for param in params]
+        self._grads = [param.grad for param in params if param.grad is not None]
         self._falling = {"cap": [], "below": self._grads, "mixture": self._grads[::2]}[regime]
         self._factor = 2.0
         self._changes = 0
@@ -184,7 +185,7 @@ def time_case(
         if side == "ours":
             shares.append(share_at_cap(ours))
 
-    sides = {"ours": ours.step, "torch": theirs.step}
+    sides: dict[str, Step] = {"ours": ours.step, "torch": theirs.step}
     found = measure(sides, Gradients(params, regime), PAIRS, SAMPLE_SECONDS, look)
     if regime != "cap":
         for side in sides:
@@ -222,10 +223,7 @@ def run(part: Part, backend: str) -> None:
     lists = gpu_cases.cases(gpu.free_bytes())
     for name, optimizer, dtype, regime in CASES:
         label = f"{lists[name].name}, {optimizer}, {dtype}, {regime}".replace("torch.", "")
-        part.case(
-            label,
-            lambda args=(lists[name], optimizer, dtype, regime): time_case(backend, *args),
-        )
+        part.case(label, partial(time_case, backend, lists[name], optimizer, dtype, regime))
 
 
 # ---- report -----------------------------------------------------------------------------
@@ -242,8 +240,9 @@ def timed(part: dict[str, Any]) -> dict[str, Case]:
 
 def table(stage: dict[str, Any]) -> list[str]:
     lines = [
-        f"{'':40s} {'ms':>8s} {'predicted':>9s} {'torch':>8s} {'ratio':>6s} {'least':>6s} {'most':>6s}"
-        f" {'target':>6s} {'of copy':>7s} {'wall':>8s} {'torch':>8s} {'host':>7s} {'torch':>7s} at cap"
+        f"{'':40s} {'ms':>8s} {'predicted':>9s} {'torch':>8s} {'ratio':>6s} {'least':>6s} "
+        f"{'most':>6s} {'target':>6s} {'of copy':>7s} {'wall':>8s} {'torch':>8s} {'host':>7s} "
+        f"{'torch':>7s} at cap"
     ]
     for backend, part in stage.items():
         copy = part["cases"].get("copy", {}).get("bandwidth")

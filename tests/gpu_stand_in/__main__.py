@@ -1,11 +1,13 @@
-"""bench.gpu_check without a GPU: python tests/gpu_stand_in -m bench.gpu_check ...
+"""bench.gpu_check without a GPU:
+
+    TRITON_INTERPRET=1 PYTHONPATH=.:tests python tests/gpu_stand_in -m bench.gpu_check ...
 
 The emulated cuda backend and Triton's interpreter work on the CPU in the GPU's place, on short
 lists, and everything that the check asks of torch.cuda has something else to ask. ncu and
 compute-sanitizer of this folder run what they are given and print what the programs would.
 
-STAND_IN_FAULT=STAGE:BACKEND:KIND makes that process fail: KIND is "wrong", as a step that does
-something else, "hangs", or "dies".
+STAND_IN_FAULT=STAGE:BACKEND:KIND makes that process fail: KIND is "wrong", of steps that do
+nothing, "hangs", or "dies".
 """
 
 from __future__ import annotations
@@ -18,11 +20,6 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT), str(HERE.parent)]
-
 import cuda_emulator
 import pytest
 import torch
@@ -31,7 +28,7 @@ from adamem_fused.backends import BACKENDS, cuda_library
 from bench import gpu_cases
 from bench.gpu_check import gpu, processes, smoke, suite, sweep, times
 
-
+HERE = Path(__file__).parent
 # One of each kind.
 CASES = (
     ("gpt2-small", "AMAdamW", torch.float32, "below"),
