@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -17,11 +18,20 @@ from adamem_fused.backends import cuda_library
 ROOT = Path(__file__).parents[2]
 INTERPRETER = [sys.executable]
 GRACE = 5.0  # seconds for saying where it was
+PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
 
 
 def module(name: str, *arguments: object) -> list[str]:
     """The command that runs a module."""
     return [*INTERPRETER, "-m", name, *map(str, arguments)]
+
+
+def _in_a_group() -> None:
+    """A group of its own, so that all of it can be ended; and it ends where this process does, as
+    the next run's times would suffer from it."""
+    os.setpgrp()
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Limited:
@@ -51,8 +61,7 @@ class Limited:
             stdout=output,
             stderr=None if output is None else subprocess.STDOUT,
             env={**os.environ, **always, **(environment or {})},
-            # A group, so that all of it ends, and no session, which would outlive ours.
-            preexec_fn=os.setpgrp,
+            preexec_fn=_in_a_group,
         )
         if output is not None:
             output.close()
