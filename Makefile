@@ -46,10 +46,10 @@ gpu-check:
 # enough to compile against, so that nothing of CUDA is downloaded.
 PYTHON312 ?= python3.12
 BUNDLE := build/gpu-bundle
-gpu-bundle: build/gpu-venv/installed .venv/requirements
+gpu-bundle: build/gpu-venv/installed
 	ADAMEM_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 build/gpu-venv/bin/python setup.py build_ext \
 		--build-lib $(BUNDLE) --build-temp build/gpu-temp --parallel 2
-	TORCH_CUDA_ARCH_LIST=9.0 $(BIN)/python -m bench.gpu_check.cuda_sizes $(BUNDLE)/sizes
+	TORCH_CUDA_ARCH_LIST=9.0 build/gpu-venv/bin/python -m bench.gpu_check.cuda_sizes $(BUNDLE)/sizes
 
 build/gpu-venv/installed:
 	$(PYTHON312) -m venv build/gpu-venv

@@ -63,7 +63,8 @@ def test_the_whole_check(tmp_path):
     stages = read(tmp_path)["stages"]
     assert list(stages) == ["build", *__main__.STAGES]
     for stage, parts in stages.items():
-        expected = {"build": ["all"], "tests": list(suite.RUNS)}.get(stage, BACKENDS)
+        whole = {"build": ["all"], "ncu": ["all"], "tests": list(suite.RUNS)}
+        expected = whole.get(stage, BACKENDS)
         assert list(parts) == list(expected)
         assert {part["ended"] for part in parts.values()} == {"done"}
         for part in parts.values():
@@ -74,14 +75,14 @@ def test_the_whole_check(tmp_path):
     assert "cuda     AMSGD tiny float32 " in output
     assert "gpt2-small, AMAdamW, float32, below " in output
     assert "triton  2^28, chunk=128 block=64 " in output
-    assert "triton gpt2-small, ours " in output
+    assert "gpt2-small, triton " in output
     assert "side by side: 2 passed, 0 failed, 0 error, 1 skipped" in output
     assert "triton   memcheck, planted: it is found" in output
     # The sizes of the CUDA kernels are fixed here: that is said, and fails nothing.
     assert "not done: sweep cuda, sizes: " in output
     names = {path.name for path in tmp_path.iterdir()}
-    logs = {"ncu-cuda.csv", "ncu-triton.csv", "tests-side-by-side.log", "tests-alone.log"}
-    assert names - {"gpu.png"} == {"gpu.json", "sanitizer.log", *logs}
+    logs = {"ncu.csv", "tests-side-by-side.log", "tests-alone.log", "sanitizer.log"}
+    assert names - {"gpu.png"} == {"gpu.json", *logs}
     assert "Invalid __global__ read" in (tmp_path / "sanitizer.log").read_text()
 
 
@@ -287,6 +288,9 @@ def test_counters_are_read_from_ncus_output():
     assert found["bandwidth"] == pytest.approx(11100.5 / 1.1e-6)
     assert found["l2_hits"] is None
     assert counters.read_csv(["==ERROR== ERR_NVGPUCTRPERM"]) == []
+    assert "not_done" in counters.summarize([], numel=100)
+    del step[0][counters.READ]
+    assert "no number for 'dram__bytes_read.sum'" in counters.summarize(step, 100)["failed"]
 
 
 LOG = """\
@@ -341,8 +345,8 @@ def test_the_sizes_of_the_sweep_are_sizes_of_the_kernels():
         changed = cuda_sizes.with_sizes(config, sizes)
         for name, value in sizes.items():
             assert f"{name} = {value}" in changed and f"{name} = {value}" not in config
-    with pytest.raises(ValueError, match=r"config\.h defines kWarp 0 times"):
-        cuda_sizes.with_sizes(config, {"kWarp": 1})
+    with pytest.raises(ValueError, match=r"config\.h defines kNothing 0 times"):
+        cuda_sizes.with_sizes(config, {"kNothing": 1})
     pytest.importorskip("triton", reason="triton is not installed")
     from adamem_fused.triton_kernels.config import config_for
 
@@ -353,6 +357,14 @@ def test_the_sizes_of_the_sweep_are_sizes_of_the_kernels():
 
 
 # ---- times --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2-small", "llama-2-7b", "resnet-50", "5000x1000"])
+def test_a_mixture_is_near_half_of_the_elements(name):
+    shapes = gpu_cases.cases(80 * 2**30)[name].shapes
+    tensors = [torch.empty(shape, device="meta") for shape in shapes]
+    share = sum(t.numel() for t in times.half_of(tensors)) / sum(t.numel() for t in tensors)
+    assert 0.45 < share < 0.55
 
 
 def timing(ours: list[float], theirs: list[float], target: float | None = 1.6) -> dict:

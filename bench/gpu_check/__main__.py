@@ -19,7 +19,7 @@ A table ends each stage. To --out, to $OUT, or to bench/results/<device>/ it wri
 
     gpu.json       everything, after every case (bench/gpu_check/record.py)
     gpu.png        ratios of step times
-    ncu-*.csv, tests-*.log, sanitizer.log    what other programs said
+    ncu.csv, tests-*.log, sanitizer.log    what other programs said
 
 A run that was cut off is gone on with by --stages; what other stages have found is kept, if it
 was found on the same device with the same versions. Beside these goes notes.md, by hand: what
@@ -111,8 +111,7 @@ def run_sweep(check: Check, seconds: float) -> None:
 
 
 def run_ncu(check: Check, seconds: float) -> None:
-    for backend in check.backends:
-        counters.run(check.results, backend, seconds / len(check.backends))
+    counters.run(check.results, check.backends, seconds)
 
 
 def run_tests(check: Check, seconds: float) -> None:

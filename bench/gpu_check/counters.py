@@ -1,9 +1,9 @@
 """What the device's own counters say of a step, read by ncu: bytes from and to memory, hits in
 L2, and why warps wait.
 
-    ncu ... python -m bench.gpu_check.counters BACKEND
+    ncu ... python -m bench.gpu_check.counters BACKEND...
 
-takes the steps: this package's and torch's on the same tensors, each behind a kernel that is
+takes the steps: the backends' and torch's on the same tensors, each behind a kernel that is
 seen to be neither's. ncu runs a kernel several times, with L2 emptied before each, so that a
 step of one launch is counted as if it came after work that left nothing of use there.
 """
@@ -49,12 +49,13 @@ STALLS = (
 )
 
 
-def take_steps(backend: str) -> None:
+def take_steps(backends: Sequence[str]) -> None:
     lists = gpu_cases.cases(gpu.free_bytes())
     marker = torch.ones(1, device=gpu.device)
     for name in LISTS:
         params = times.make_params(lists[name].shapes, torch.float32)
-        for optimizer in times.make_optimizers("AMAdamW", params, backend):
+        optimizers = [times.make_ours("AMAdamW", params, backend) for backend in backends]
+        for optimizer in (*optimizers, times.make_theirs("AMAdamW", params)):
             for _ in range(3):
                 optimizer.step()
             with gpu.profiled():
@@ -62,14 +63,14 @@ def take_steps(backend: str) -> None:
                 optimizer.step()
 
 
-def command(ncu: str, backend: str) -> list[str]:
+def command(ncu: str, backends: Sequence[str]) -> list[str]:
     metrics = [READ, WRITTEN, SECONDS, HITS, L2_SECTORS, *map(STALL.format, STALLS)]
     return [
         ncu,
         *["--csv", "--print-units", "base"],
         *["--profile-from-start", "off", "--clock-control", "none"],
         *["--metrics", ",".join(metrics)],
-        *module("bench.gpu_check.counters", backend),
+        *module("bench.gpu_check.counters", *backends),
     ]
 
 
@@ -98,8 +99,13 @@ def steps_of(kernels: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def summarize(kernels: Sequence[dict[str, Any]], numel: int) -> Case:
     """A step's kernels together; hits and stalls are those of the longest."""
-    longest = max(kernels, key=lambda kernel: kernel[SECONDS])
-    read, written = (sum(kernel[key] for kernel in kernels) for key in (READ, WRITTEN))
+    if not kernels:
+        return {"not_done": "ncu has counted none of its kernels"}
+    try:
+        longest = max(kernels, key=lambda kernel: kernel[SECONDS])
+        read, written = (sum(kernel[key] for kernel in kernels) for key in (READ, WRITTEN))
+    except KeyError as error:
+        return {"failed": f"ncu has no number for {error}"}
     seconds = sum(kernel[SECONDS] for kernel in kernels) / 1e9
     stalls = {name: longest.get(STALL.format(name), 0.0) for name in STALLS}
     return {
@@ -115,52 +121,44 @@ def summarize(kernels: Sequence[dict[str, Any]], numel: int) -> Case:
     }
 
 
-def run(results: Results, backend: str, seconds: float) -> None:
-    """Runs ncu, whose output is kept as ncu-BACKEND.csv."""
-    folder = results.path.parent
-    results.begin("ncu", backend)
+def run(results: Results, backends: Sequence[str], seconds: float) -> None:
+    """Runs ncu, whose output is kept as ncu.csv."""
+    results.begin("ncu", "all")
     ncu = find_tool("ncu")
     if ncu is None:
-        results.put("ncu", backend, "all", {"not_done": "ncu is not installed"})
-        return results.end("ncu", backend, "done")
-    log = folder / f"ncu-{backend}.csv"
+        results.put("ncu", "all", "steps", {"not_done": "ncu is not installed"})
+        return results.end("ncu", "all", "done")
+    log = results.path.with_name("ncu.csv")
     log.unlink(missing_ok=True)
-    how = Limited(command(ncu, backend), seconds, log).end()
+    how = Limited(command(ncu, backends), seconds, log).end()
     lines = log.read_text(errors="replace").splitlines()
-    steps = steps_of(read_csv(lines))
+    steps = iter(steps_of(read_csv(lines)))
     lists = gpu_cases.cases(gpu.free_bytes())
-    for i, (name, side) in enumerate((name, side) for name in LISTS for side in SIDES):
-        case, found = lists[name], Case(not_done="ncu has counted no kernel")
-        if i < len(steps) and steps[i]:
-            try:
-                found = summarize(steps[i], case.numel)
-            except KeyError as error:
-                found = {"failed": f"no value of {error}"}
-            one_pass = 28.0
-            found["predicted_bytes"] = one_pass
-            if side == "ours":
-                predicted = gpu_cases.predicted_bytes(
-                    "AMAdamW", case.shapes, torch.float32, gpu.l2_bytes()
-                )
-                found["predicted_bytes"] = round(predicted, 2)
-        results.put("ncu", backend, f"{name}, {side}", found)
+    for case in (lists[name] for name in LISTS):
+        bytes_predicted = gpu_cases.predicted_bytes(
+            "AMAdamW", case.shapes, torch.float32, gpu.l2_bytes()
+        )
+        for side in (*backends, "torch"):
+            found = summarize(next(steps, []), case.numel)
+            found["predicted_bytes"] = 28.0 if side == "torch" else round(bytes_predicted, 2)
+            results.put("ncu", "all", f"{case.name}, {side}", found)
     errors = [line for line in lines if line.startswith("==ERROR==")]
-    return results.end("ncu", backend, f"failed: {errors[0]}" if errors else how)
+    return results.end("ncu", "all", f"failed: {errors[0]}" if errors else how)
 
 
 def table(stage: dict[str, Any]) -> list[str]:
     lines = [
-        f"{'bytes a parameter':32s} {'counted':>7s} {'predicted':>9s} {'read':>6s} {'written':>7s} "
+        f"{'bytes a parameter':24s} {'counted':>7s} {'predicted':>9s} {'read':>6s} {'written':>7s} "
         f"{'of L2':>6s} {'L2 hits':>7s} {'GB/s':>6s} {'ms':>8s} {'launches':>8s}  warps wait for"
     ]
-    for backend, part in stage.items():
+    for part in stage.values():
         for case, found in part["cases"].items():
             if "bandwidth" not in found:
                 continue
             hits = "" if found["l2_hits"] is None else f"{found['l2_hits']:.0f}%"
             stalls = ", ".join(f"{k} {v:.1f}" for k, v in list(found["stalls"].items())[:4])
             lines.append(
-                f"{f'{backend} {case}':32s} {found['read'] + found['written']:7.2f} "
+                f"{case:24s} {found['read'] + found['written']:7.2f} "
                 f"{found['predicted_bytes']:9.2f} {found['read']:6.2f} {found['written']:7.2f} "
                 f"{found['through_l2']:6.1f} {hits:>7s} {found['bandwidth'] / 1e9:6.0f} "
                 f"{1e3 * found['seconds']:8.3f} {found['kernels']:8d}  {stalls}"
@@ -169,4 +167,4 @@ def table(stage: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    take_steps(sys.argv[1])
+    take_steps(sys.argv[1:])

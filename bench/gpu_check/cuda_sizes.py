@@ -2,20 +2,21 @@
 
     python -m bench.gpu_check.cuda_sizes FOLDER
 
-leaves there one library for each; its name says what is other in it. Takes nvcc and no GPU.
+leaves there one library for each; its name says what is other in it. Takes nvcc, and neither
+torch nor a GPU.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from adamem_fused.backends import cuda_library
-
-CSRC = cuda_library.SOURCES.parent
+ROOT = Path(__file__).parents[2]
 SIZES: tuple[dict[str, int], ...] = (
     {"kChunk": 4096},
     {"kChunk": 1024},
@@ -35,16 +36,26 @@ def with_sizes(config: str, sizes: dict[str, int]) -> str:
     return config
 
 
+def load_cuda_library() -> Any:
+    """adamem_fused/backends/cuda_library.py, without the package, which would import torch."""
+    path = ROOT / "adamem_fused" / "backends" / "cuda_library.py"
+    spec = importlib.util.spec_from_file_location("cuda_library", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def compile_sizes(folder: Path, sizes: dict[str, int]) -> None:
+    cuda_library = load_cuda_library()
     nvcc = cuda_library.find_nvcc()
     if nvcc is None:
         sys.exit("cuda_sizes: no nvcc was found")
     name = ",".join(f"{key}={value}" for key, value in sizes.items())
     with tempfile.TemporaryDirectory() as temporary:
-        sources = shutil.copytree(CSRC, Path(temporary) / "csrc") / "cuda"
-        config = sources / "config.h"
+        cuda_library.SOURCES = shutil.copytree(ROOT / "csrc", Path(temporary) / "csrc") / "cuda"
+        config = cuda_library.SOURCES / "config.h"
         config.write_text(with_sizes(config.read_text(), sizes))
-        vars(cuda_library).update(SOURCES=sources)
         cuda_library.compile_library(nvcc, folder / f"{name}.so", cuda_library.architectures(nvcc))
 
 

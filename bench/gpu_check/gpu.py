@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,7 +45,8 @@ def multiprocessors() -> int:
 
 
 def free_bytes() -> int:
-    """Memory that is free once what torch keeps for later is given back."""
+    """Memory that is free once what nobody uses is given back."""
+    gc.collect()
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info()[0]
 

@@ -11,20 +11,24 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from bench.gpu_check.processes import ROOT, Limited
 from bench.gpu_check.record import Case, Results
 
-TESTS = ROOT / "tests"
 WORKERS = 8
 TEST_SECONDS = 60
 RUNS = {"side by side": ("gpu and not slow", WORKERS), "alone": ("gpu and slow", 0)}
 OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED"
 
 
+def find_files() -> list[Path]:
+    tests = (ROOT / "tests").glob("test_*.py")
+    return sorted(path for path in tests if "pytest.mark.gpu" in path.read_text())
+
+
 def command(marks: str, workers: int, without: Sequence[str]) -> list[str]:
-    files = [path for path in TESTS.glob("test_*.py") if "pytest.mark.gpu" in path.read_text()]
     options = ["--noconftest", "-p", "no:cacheprovider", "-v", "-rfEs"]
     if workers and importlib.util.find_spec("xdist") is not None:
         options += ["-n", str(workers)]
@@ -33,7 +37,7 @@ def command(marks: str, workers: int, without: Sequence[str]) -> list[str]:
         options += [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]
     if without:
         options += ["-k", " and ".join(f"not {backend}" for backend in without)]
-    return [sys.executable, "-m", "pytest", "-m", marks, *options, *map(str, sorted(files))]
+    return [sys.executable, "-m", "pytest", "-m", marks, *options, *map(str, find_files())]
 
 
 def read_log(text: str) -> Case:

@@ -78,7 +78,7 @@ KERNELS = cuda._kernels.__wrapped__
 def time_sizes(backend: str, name: str, base: MakeStep, other: MakeStep) -> Case:
     params = times.make_params(gpu_cases.cases(gpu.free_bytes())[name].shapes, torch.float32)
     sides = {
-        side: make(times.make_optimizers("AMAdamW", params, backend)[0])
+        side: make(times.make_ours("AMAdamW", params, backend))
         for side, make in (("other", other), ("base", base))
     }
     gradients = times.Gradients(params, "cap")

@@ -9,7 +9,7 @@ What beta is depends on the gradients, and the work may depend on beta. Hence th
 
     cap      constant gradients, twice or half as large from sample to sample: beta at its cap
     below    gradients that fall by 0.7 from step to step: beta below it, near 0.47
-    mixture  every other tensor's gradients fall
+    mixture  those of tensors with half of the elements fall
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from bench.gpu_check import gpu
 from bench.gpu_check.record import Case, NotDone, Part
 
 PAIRS = 7  # of samples
-SAMPLE_SECONDS = 0.1
+SAMPLE_SECONDS = 0.05
 MAX_STEPS = 50  # of a sample: gradients that fall stay numbers of full precision
-LEAD = 8  # steps after which beta is where the regime has it
+LEAD = 8  # steps of gradients that fall until beta is below its cap
 FALL = 0.7
 COPIED = 2**28  # numbers
 
@@ -66,14 +66,28 @@ CASES = (
 AT_CAP = {"cap": (0.999, 1.0), "below": (0.0, 0.001), "mixture": (0.05, 0.95)}
 
 
+def half_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors with about half of the elements, from all over the list."""
+    chosen, surplus = [], 0
+    for tensor in tensors:
+        if surplus <= 0:
+            chosen.append(tensor)
+            surplus += tensor.numel()
+        else:
+            surplus -= tensor.numel()
+    return chosen
+
+
 class Gradients:
     """What becomes of the gradients from step to step, and from sample to sample."""
 
     def __init__(self, params: Sequence[Tensor], regime: str) -> None:
         self._grads = [param.grad for param in params if param.grad is not None]
-        self._falling = {"cap": [], "below": self._grads, "mixture": self._grads[::2]}[regime]
+        falling = {"cap": [], "below": self._grads, "mixture": half_of(self._grads)}
+        self._falling = falling[regime]
         self._factor = 2.0
         self._changes = 0
+        self.lead = LEAD if self._falling else 1
 
     def change(self) -> None:
         if self._falling:
@@ -81,7 +95,8 @@ class Gradients:
             self._changes += 1
 
     def restart(self) -> None:
-        """Back to their size; the others, or with the memory equal to them beta were 0, change."""
+        """Those that fell are as they were; and all change: with the memory equal to them beta
+        would be 0."""
         if self._falling:
             torch._foreach_mul_(self._falling, FALL**-self._changes)
             self._changes = 0
@@ -121,6 +136,7 @@ def measure(
     found: Case = {}
     for side, step in sides.items():
         sample(step, gradients, 3)  # compiles, makes the state
+        gradients.restart()
         taken = sample(step, gradients, 3)["wall"]
         steps = max(3, min(MAX_STEPS, round(seconds / taken)))
         found[side] = {"steps": steps, "device": [], "host": [], "wall": []}
@@ -128,7 +144,7 @@ def measure(
     for pair in range(pairs):
         for side in names if pair % 2 else reversed(names):
             gradients.restart()
-            for _ in range(LEAD):
+            for _ in range(gradients.lead):
                 gradients.change()
                 sides[side]()
             look(side)
@@ -155,20 +171,20 @@ def make_params(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[T
     return params
 
 
-def make_optimizers(
-    optimizer: str, params: Sequence[Tensor], backend: str
-) -> tuple[Optimizer, Optimizer]:
-    """This package's and torch's. Steps so small that the values stay what they are, and a weight
-    decay that hardly counts in beta, but is there."""
+# Steps so small that the values stay what they are, and a weight decay that hardly counts in beta,
+# but is there.
+
+
+def make_ours(optimizer: str, params: Sequence[Tensor], backend: str) -> Optimizer:
     if optimizer == "AMAdamW":
-        return (
-            AMAdamW(params, lr=1e-9, weight_decay=1e-9, backend=backend),
-            torch.optim.AdamW(params, lr=1e-9, weight_decay=1e-9, fused=True),
-        )
-    return (
-        AMSGD(params, lr=1e-9, backend=backend),
-        torch.optim.SGD(params, lr=1e-9, momentum=0.9, fused=True),
-    )
+        return AMAdamW(params, lr=1e-9, weight_decay=1e-9, backend=backend)
+    return AMSGD(params, lr=1e-9, backend=backend)
+
+
+def make_theirs(optimizer: str, params: Sequence[Tensor]) -> Optimizer:
+    if optimizer == "AMAdamW":
+        return torch.optim.AdamW(params, lr=1e-9, weight_decay=1e-9, fused=True)
+    return torch.optim.SGD(params, lr=1e-9, momentum=0.9, fused=True)
 
 
 def time_case(
@@ -178,7 +194,7 @@ def time_case(
     if needed > free:
         raise NotDone(f"needs {needed / 2**30:.0f} GiB of GPU memory, and {free / 2**30:.0f} are")
     params = make_params(case.shapes, dtype)
-    ours, theirs = make_optimizers(optimizer, params, backend)
+    ours, theirs = make_ours(optimizer, params, backend), make_theirs(optimizer, params)
     shares = []
 
     def look(side: str) -> None:

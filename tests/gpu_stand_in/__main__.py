@@ -94,8 +94,8 @@ def stand_in(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sweep, "PAIRS", 1)
     patch.setattr(sweep, "SAMPLE_SECONDS", 0.0)
     patch.setattr(sweep, "TRITON_SIZES", ({"chunk": 128, "block": 64},))
-    patch.setattr(sweep, "LIBRARIES", HERE / "sizes")
-    patch.setattr(suite, "TESTS", HERE / "tests")
+    patch.setattr(sweep, "LIBRARIES", HERE / "none")
+    patch.setattr(suite, "find_files", lambda: [HERE / "outcomes.py"])
 
 
 def fail(kind: str, backend: str, patch: pytest.MonkeyPatch) -> None:
