@@ -51,7 +51,7 @@ def compile_sizes(folder: Path, sizes: dict[str, int]) -> None:
     nvcc = cuda_library.find_nvcc()
     if nvcc is None:
         sys.exit("cuda_sizes: no nvcc was found")
-    name = ",".join(f"{key}={value}" for key, value in sizes.items())
+    name = "-".join(f"{key}={value}" for key, value in sizes.items())
     with tempfile.TemporaryDirectory() as temporary:
         cuda_library.SOURCES = shutil.copytree(ROOT / "csrc", Path(temporary) / "csrc") / "cuda"
         config = cuda_library.SOURCES / "config.h"
