@@ -4,10 +4,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help test demo bench bench-cpu experiments gpu-check gpu-bundle check clean
+.PHONY: help test test-torch demo bench bench-cpu experiments gpu-check gpu-bundle check clean
 
 help:
 	@echo "make test         the tests"
+	@echo "make test-torch   the tests with another torch, TORCH=2.11.0, in an environment of its own"
 	@echo "make demo         a small GPT trained with AdamW and with AMAdamW: table and picture"
 	@echo "make bench-cpu    step times on the CPU against torch's AdamW and SGD, and README's section"
 	@echo "make bench        the same on the GPU, with PYTHON's own torch; README stays as it is"
@@ -19,6 +20,24 @@ help:
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# With another torch, as PyPI has it (with CUDA, 3 GB), and the triton that it asks for. In a copy, as
+# the C++ extension lies in the package's folder and is tied to its torch. Left out are benchmarks,
+# and what knows no torch.
+TORCH ?= 2.11.0
+OTHER := .venv-torch-$(TORCH)
+COPIED := adamem_fused bench csrc docs tests triton_kernels $(wildcard *.* LICENSE Makefile)
+LEFT_OUT := test_bench* test_experiments.py test_cuda_build.py test_cuda_schedule.py
+
+test-torch: $(OTHER)/installed
+	$(copy)
+	cd $(OTHER)/copy && ../bin/python -m pytest $(LEFT_OUT:%=--ignore-glob='*/%')
+
+define copy
+mkdir -p $(OTHER)/copy
+find $(OTHER)/copy -type f ! -name '*.so' -delete
+tar -c --exclude='*.so' --exclude=__pycache__ $(COPIED) | tar -x -C $(OTHER)/copy
+endef
 
 demo: .venv/installed
 	$(BIN)/python -m bench.demo
@@ -74,5 +93,16 @@ check: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	touch $@
 
+$(OTHER)/requirements: requirements.txt
+	$(PYTHON) -m venv $(OTHER)
+	grep -v -E '^(torch|triton)==' requirements.txt > $@.txt
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) -r $@.txt
+	touch $@
+
+$(OTHER)/installed: $(OTHER)/requirements setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+	$(copy)
+	ADAMEM_CUDA=0 $(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable $(OTHER)/copy
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info adamem_fused/*.so
+	rm -rf .venv .venv-torch-* build *.egg-info adamem_fused/*.so

@@ -3,7 +3,7 @@ kernels, which are tied to no torch, where there is nvcc and torch is a CUDA bui
 
 ADAMEM_NO_EXTENSION=1 installs the pure-Python backends alone. ADAMEM_CUDA=0 leaves out the
 CUDA kernels, ADAMEM_CUDA=1 insists on them, with any torch. TORCH_CUDA_ARCH_LIST says what to
-compile them for; else it is the devices at hand, or 8.0, 9.0 and 10.0.
+compile them for; else it is the devices at hand, or 7.5, 8.0, 9.0 and 10.0.
 """
 
 import importlib.util

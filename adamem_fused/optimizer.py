@@ -304,7 +304,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     def _collect(self) -> list[Work]:
         """This step's tensors, a batch for each backend and device."""
-        self._new_state = []
+        # In place: in torch 2.11 a compiled step may set no attribute of its optimizer.
+        self._new_state.clear()
         for group in self.param_groups:
             self._check_group(group)
         return self._collect_ordinary() or self._collect_any()

@@ -56,6 +56,11 @@ def set_blocks(resident: int, running: int) -> None:
     library().emulation_configure(resident, running)
 
 
+def play(driver: int = 13000, has_code: bool = True, is_capturing: bool = False) -> None:
+    """The driver's version, whether the library has code for the device, and a graph's capture."""
+    library().emulation_play(driver, has_code, is_capturing)
+
+
 @contextmanager
 def _on(device: torch.device) -> Iterator[ctypes.c_void_p]:
     yield ctypes.c_void_p()
@@ -72,6 +77,7 @@ def emulate(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(cuda, "unavailable", _unavailable)
     cuda._kernels.cache_clear()
     set_blocks(resident=3, running=1)
+    play()
 
 
 def pytest_configure(config: pytest.Config) -> None:

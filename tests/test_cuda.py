@@ -20,13 +20,18 @@ from cases import (
     set_gradients,
 )
 
-from adamem_fused.backends import cpu, cuda, cuda_library, cuda_ops, ops
+from adamem_fused import __main__ as overview
+from adamem_fused import backends
+from adamem_fused.backends import cpu, cuda, cuda_library, cuda_ops, ops, tables, triton
 
 HERE = Path(__file__).parent
 CHUNK = 2048
 # Beside a chunk's and a vector's edges: none, a scalar, and several chunks.
 SHAPES = [(0,), (), (3,), (CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (5 * CHUNK + 17,), (300,)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+GPU = torch.device("cuda", 0)
+
+is_unavailable = cuda.unavailable  # not the emulation's
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +144,7 @@ def test_the_number_of_launches_does_not_grow_with_the_tensors(monkeypatch, cls,
     expected = [f"{kind}_step"] if scope == "tensor" else several
     set_gradients(optimizer, step=0)
     planning = [f"{kind}_chunks_ahead"] if scope == "tensor" else []
-    assert calls.of_step(optimizer) == planning + expected
+    assert calls.of_step(optimizer) == [f"{kind}_load", *planning, *expected]
     assert calls.of_step(optimizer) == expected
 
 
@@ -202,7 +207,92 @@ def test_a_new_list_of_tensors_gets_a_schedule_of_its_own(cls):
             assert optimizer.state[ours]["step"] == expected.state[theirs]["step"]
 
 
+# ---- CUDA graphs ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_are_loaded_before_a_capture(monkeypatch, cls, dtype):
+    """Those too that no step before has launched: CUDA loads a kernel when it is first wanted."""
+    cuda_emulator.library().emulation_unload()
+    monkeypatch.setattr(cuda_library, "unavailable", lambda: None)
+    assert cuda._find_reason(GPU) is None  # as choosing the backend does
+    optimizer = make_optimizer(cls, [Group([(3,), (300,)], dtype)], "cuda", beta_scope="tensor")
+    set_gradients(optimizer, step=0)
+    calls = Calls(monkeypatch)
+    kind = "adamw" if cls is OPTIMIZERS[0] else "sgd"
+    assert f"{kind}_step" in calls.of_step(optimizer)
+    cuda_emulator.play(is_capturing=True)
+    monkeypatch.setattr(tables, "is_capturing", lambda device: True)
+    calls.of_step(optimizer)
+    (work,) = optimizer._collect()
+    optimizer._stats(work.backend, work.batch, None)
+    monkeypatch.setattr(cuda, "_plan", lambda *args: None)
+    assert f"{kind}_apply" in calls.of_step(optimizer)
+
+
 # ---- the library ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if there were a GPU, and the library for it; the triton backend is there in any case."""
+    monkeypatch.setattr(cuda, "unavailable", is_unavailable)
+    monkeypatch.setattr(cuda, "_reasons", {})
+    monkeypatch.setattr(cuda_library, "unavailable", lambda: None)
+    monkeypatch.setattr(triton, "unavailable", lambda device: None)
+    monkeypatch.setattr(overview, "devices", lambda: [(GPU, "a GPU")])
+
+
+def choose(device: torch.device):
+    return backends.choose({"backend": None, "foreach": None, "fused": None}, device)
+
+
+def test_the_library_runs_where_it_has_code_and_a_driver(gpu, capsys):
+    assert choose(GPU) is cuda
+    overview.main()
+    assert "cuda       available" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "played, why",
+    [
+        ({"driver": 12040}, "CUDA driver version is insufficient for CUDA runtime version"),
+        ({"has_code": False}, "no kernel image is available for execution on the device"),
+    ],
+)
+def test_where_the_library_does_not_run_it_says_why_and_the_next_backend_is_taken(
+    gpu, capsys, played, why
+):
+    cuda_emulator.play(**played)
+    assert choose(GPU) is triton
+    overview.main()
+    driver = "12.4" if "driver" in played else "13.0"
+    expected = (
+        f"compiled with CUDA 13.0, does not run on cuda:0 with a driver of CUDA {driver} ({why})"
+    )
+    assert expected in capsys.readouterr().out
+    # Looked at once, not at every step.
+    cuda_emulator.play()
+    assert choose(GPU) is triton
+
+
+def test_a_library_that_does_not_load_is_a_reason(gpu, monkeypatch, tmp_path):
+    path = tmp_path / "_cuda.so"
+    path.write_bytes(b"no library")
+    monkeypatch.setattr(cuda_library, "_find", lambda: path)
+    monkeypatch.setattr(cuda, "_library", cuda_library.load)
+    assert is_unavailable(GPU).startswith("its library does not load: ")
+
+
+def test_torch_compile_traces_the_look_at_the_library(gpu):
+    is_unavailable(GPU)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def step(x):
+        return x + 1 if is_unavailable(GPU) is None else x
+
+    assert step(torch.zeros(1)) == 1
 
 
 def test_a_failing_launch_is_an_error_that_says_what_failed(monkeypatch):
@@ -221,7 +311,7 @@ def wrong_device(step):
 
 @pytest.fixture
 def nothing_compiled(monkeypatch):
-    monkeypatch.setattr(cuda_library, "_IS_INSTALLED", False)
+    monkeypatch.setattr(cuda_library, "LIBRARY", Path("missing"))
     cuda_library._compile_if_new.cache_clear()
     yield
     cuda_library._compile_if_new.cache_clear()

@@ -28,9 +28,9 @@ CONFIG = {
         r"\b(k\w+) = (\d+)[,;]", (cuda_library.SOURCES / "config.h").read_text()
     )
 }
-REGISTERS = 65536  # of a multiprocessor, from 8.0 to 10.0
+REGISTERS = 65536  # of a multiprocessor, from 7.5 to 10.0
 
-# 16-byte accesses of each optimizer's tensors, by the bytes of param, grad and memory.
+# Accesses to each optimizer's tensors, by the bytes of param, grad and memory.
 MEMORIES = {"AdamW": 2, "SGD": 1}
 STORED = {
     "float, float, float, float": (4, 4, 4),
@@ -82,7 +82,9 @@ def built(tmp_path_factory) -> dict[tuple[str, int], Built]:
     def build(target: tuple[str, int]) -> Built:
         source, arch = target
         path = folder / f"{source}-{arch}.o"
-        flags = [*cuda_library.FLAGS, f"-arch=sm_{arch}", "-c", "-Xptxas=-v"]
+        # Not a user's flags: another compiler's new warning must not cost the backend.
+        flags = [*cuda_library.FLAGS, "-Werror=all-warnings", "-Xcompiler=-Werror"]
+        flags += [f"-arch=sm_{arch}", "-c", "-Xptxas=-v"]
         command = [NVCC, *flags, "-o", path, cuda_library.SOURCES / f"{source}.cu"]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
@@ -121,27 +123,32 @@ def cuobjdump() -> Path:
     return path
 
 
-def accesses(optimizer: str, kernel: str, stored: tuple[int, int, int]) -> tuple[int, int]:
-    """The 16-byte loads and stores that a kernel is to have in its machine code."""
-    vector = 16 // min(stored)
-    param, grad, memory = (size * vector // 16 for size in stored)
+def accesses(optimizer: str, kernel: str, stored: tuple[int, int, int]) -> list[str]:
+    """The loads and stores of several elements that a kernel is to have in its machine code.
+
+    A thread's elements are 16 bytes of the smallest type; those that lie side by side, which are
+    one access, 16 bytes of the largest.
+    """
+    spans = max(stored) // min(stored)
+    param, grad, memory = ([8 * size * 16 // max(stored)] * spans for size in stored)
     memory *= MEMORIES[optimizer]
     # The sums are there twice, with weight decay and without, which leaves out the parameter;
     # so is AM-SGD's update, which reads it in either case.
     sums = 2 * (grad + memory) + param
     updates = 2 if optimizer == "SGD" else 1
-    loads = {"stats": sums, "apply": 0, "step": sums}[kernel]
-    stores = 0
+    loads = [] if kernel == "apply" else [f"LDG {bits} STRONG" for bits in sums]
+    stores = []
     if kernel != "stats":
-        loads += updates * (param + grad + memory)
-        stores = updates * (param + memory)
-    return loads, stores
+        loads += [f"LDG {bits} EF" for bits in updates * (param + grad + memory)]
+        stores = [f"STG {bits} EF" for bits in updates * (param + memory)]
+    return sorted(loads + stores)
 
 
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
-def test_aligned_tensors_are_accessed_16_bytes_at_a_time(built, optimizer, arch):
+def test_aligned_tensors_are_accessed_up_to_16_bytes_at_a_time(built, optimizer, arch):
+    """Past L1 for the sums, and evicted first for the update."""
     command = [cuobjdump(), "-sass", built[optimizer.lower(), arch].object]
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     seen = 0
@@ -149,10 +156,11 @@ def test_aligned_tensors_are_accessed_16_bytes_at_a_time(built, optimizer, arch)
         match = re.match(rf"void (\w+)_kernel<{optimizer}<(.+?)> >", function)
         if match is None or match[2] not in STORED:
             continue
-        loads = len(re.findall(r"LDG\.E\S*\.128", function))
-        stores = len(re.findall(r"STG\.E\S*\.128", function))
-        expected = accesses(optimizer, match[1], STORED[match[2]])
-        assert (loads, stores) == expected, f"{match[0]}: {loads} loads, {stores} stores"
+        found = re.findall(r"(LDG|STG)\.E\.(?:(\d+)\.(STRONG)|(EF)\.(\d+))", function)
+        actual = sorted(f"{name} {a or b} {x or y}" for name, a, x, y, b in found)
+        assert actual == accesses(optimizer, match[1], STORED[match[2]]), match[0]
+        # The claim of an item is one instruction, and not a choice of memories.
+        assert ("ATOMG" in function) == (match[1] == "step") and "ATOMS" not in function
         seen += 1
     assert seen == 3 * len(STORED)
 
@@ -172,6 +180,10 @@ def test_the_library_needs_no_torch_and_says_what_goes_wrong(built, tmp_path):
     assert error != 0
     message = library.adamem_error(error).decode()
     assert re.search("device ordinal|driver|no CUDA-capable device", message), message
+    # On a device that is not there, or without a driver.
+    compiled, driver = ctypes.c_int(), ctypes.c_int()
+    assert library.adamem_check(1000, ctypes.byref(compiled), ctypes.byref(driver)) != 0
+    assert compiled.value >= 12000
 
 
 # ---- what to compile for ----------------------------------------------------------------
@@ -203,12 +215,13 @@ def test_a_bad_torch_cuda_arch_list_is_named(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "devices, known, numbers",
     [
-        ([], [75, 80, 90, 100], [80, 90, 100]),
-        ([], [75, 80, 90], [80, 90]),
+        ([], [75, 80, 90, 100], [75, 80, 90, 100]),
+        ([], [75, 80, 90], [75, 80, 90]),
         ([90, 90], [75, 80, 90, 100], [90]),
-        ([75, 80], [75, 80, 90], [80]),
+        ([70, 75, 80], [70, 75, 80, 90], [75, 80]),
         # Newer than nvcc knows: the PTX of the newest that it does.
         ([120], [75, 80, 90], [90]),
+        (["[N/A]"], [75, 80, 90], [75, 80, 90]),
     ],
 )
 def test_architectures_are_those_of_the_devices_at_hand(
@@ -216,7 +229,8 @@ def test_architectures_are_those_of_the_devices_at_hand(
 ):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\n" + "".join(f"echo {d // 10}.{d % 10}\n" for d in devices))
+    lines = [device if isinstance(device, str) else device / 10 for device in devices]
+    smi.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert cuda_library.architectures(fake_nvcc(tmp_path, *known)) == numbers

@@ -354,6 +354,7 @@ def test_the_sizes_of_the_sweep_are_sizes_of_the_kernels():
     for sizes in sweep.TRITON_SIZES:
         config = base._replace(**sizes)
         assert config != base and config.chunk % config.block == 0
+        assert config.programs * config.num_warps * 32 * config.registers <= 65536
 
 
 # ---- times --------------------------------------------------------------------------------

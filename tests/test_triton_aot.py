@@ -72,7 +72,7 @@ def kernel_named(name):
 
 
 @functools.cache
-def compile_kernel(name, target, dtypes=DTYPES["float32"], absent=()):
+def compile_kernel(name, target, dtypes=DTYPES["float32"], absent=(), decay=True):
     """The kernel compiled as the backend launches it on such a device, some arguments None."""
     kernel = kernel_named(name)
     major = target.arch // 10 if target.backend == "cuda" else 9
@@ -85,7 +85,7 @@ def compile_kernel(name, target, dtypes=DTYPES["float32"], absent=()):
         "EXP_AVG_SQ": memory,
         "MOMENTUM": memory,
         "T": memory,
-        "DECAY": True,
+        "DECAY": decay,
         **config.walk(memory is tl.float64),
         "PARTIALS": config.partials,
         "COLUMNS": ADAMW_HYPERS.value,
@@ -98,7 +98,11 @@ def compile_kernel(name, target, dtypes=DTYPES["float32"], absent=()):
     return triton.compile(
         ASTSource(kernel, signature=signature, constexprs=constants),
         target=target,
-        options={"num_warps": config.num_warps},
+        options=(
+            config.step_options(memory is tl.float64)
+            if name in STEPS
+            else {"num_warps": config.num_warps}
+        ),
     )
 
 
@@ -127,18 +131,31 @@ def target_name(target) -> str:
     return f"{target.backend}-{target.arch}"
 
 
+# Compiling a step takes seconds: one combination with 16-bit types stands for all.
+STEP_DTYPES = ["float32", "bfloat16", "float64"]
+
+
 @pytest.mark.parametrize("target", [*CUDA, HIP], ids=target_name)
 @pytest.mark.parametrize(
     "name, dtypes",
     [
         (name, dtypes)
         for name in CHUNK_KERNELS
-        # Compiling a step takes seconds: one combination with 16-bit types stands for all.
-        for dtypes in (["float32", "bfloat16", "float64"] if name in STEPS else DTYPES)
+        for dtypes in (STEP_DTYPES if name in STEPS else DTYPES)
     ],
 )
 def test_chunk_kernels_compile_without_spills(name, dtypes, target, tmp_path):
     check_spills(compile_kernel(name, target, DTYPES[dtypes]), target, tmp_path)
+
+
+@pytest.mark.parametrize("target", [*CUDA, HIP], ids=target_name)
+@pytest.mark.parametrize("dtypes", STEP_DTYPES)
+@pytest.mark.parametrize("name, decay", [("adamw_step", True), ("sgd_step", False)])
+def test_steps_without_a_scaler_compile_without_spills(name, decay, dtypes, target, tmp_path):
+    """As an optimizer with its default options launches them."""
+    absent = ("grad_scale", "found_inf")
+    compiled = compile_kernel(name, target, DTYPES[dtypes], absent, decay)
+    check_spills(compiled, target, tmp_path)
 
 
 @pytest.mark.parametrize("target", [*CUDA, HIP], ids=target_name)

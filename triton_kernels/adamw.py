@@ -32,7 +32,7 @@ from adamem_fused.triton_kernels.schedule import (
 from adamem_fused.triton_kernels.sums import num_den, sum_partials
 from adamem_fused.triton_kernels.tables import (
     ADAMW_HYPERS,
-    COUNTS,
+    ANY_LIST,
     FIRST_CHUNK,
     GROUP,
     NUMEL,
@@ -199,7 +199,7 @@ def _update_chunk(
 # ---- kernels --------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(**ANY_LIST)
 def adamw_stats(
     addresses, layout, hypers, lrs, chunk_tensors, partials, grad_scale, n, chunks, first_chunk,
     PARAM: tl.constexpr, GRAD: tl.constexpr, EXP_AVG: tl.constexpr, EXP_AVG_SQ: tl.constexpr,
@@ -214,7 +214,7 @@ def adamw_stats(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(**ANY_LIST)
 def adamw_beta(
     addresses, layout, hypers, lrs, partials, totals, rows, coefficients, grad_scale,
     found_inf, n, chunks, CHUNK: tl.constexpr, PARTIALS: tl.constexpr,
@@ -230,7 +230,7 @@ def adamw_beta(
     _set_beta(addresses, layout, hypers, lrs, coefficients, grad_scale, n, i, num, den)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(**ANY_LIST)
 def adamw_apply(
     addresses, layout, chunk_tensors, coefficients, found_inf, n, last_chunk,
     PARAM: tl.constexpr, GRAD: tl.constexpr, EXP_AVG: tl.constexpr, EXP_AVG_SQ: tl.constexpr,
@@ -247,7 +247,7 @@ def adamw_apply(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(**ANY_LIST)
 def adamw_step(
     addresses, layout, hypers, lrs, items, control, partials, coefficients, grad_scale, found_inf,
     n, chunks, count,

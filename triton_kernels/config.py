@@ -12,6 +12,15 @@ class Config(NamedTuple):
     num_stages: int
     partials: int  # partial sums that are added at a time
     programs: int  # of the step kernel, on each multiprocessor
+    registers: int | None = None  # that a thread of these may take; None: the compiler's choice
+
+    def step_options(self, float64: bool) -> dict[str, int]:
+        """How the step kernel is compiled and launched."""
+        # Left to choose, the compiler may put a register on the stack so that more programs would
+        # fit than there are. Arithmetic in float64 takes some 160, for 3 programs.
+        if self.registers is None or float64:
+            return {"num_warps": self.num_warps}
+        return {"num_warps": self.num_warps, "maxnreg": self.registers}
 
     def walk(self, float64: bool) -> dict[str, int]:
         """The constants of the kernels that walk over chunks."""
@@ -25,7 +34,7 @@ class Config(NamedTuple):
 # A block of 8 elements a thread is one 16-byte access of bfloat16 and two of float32, to each of
 # g, d, v and x: 16 KB a program in float32. By Little's law an H100 (3.35 TB/s, some 0.7 us from
 # memory, 132 multiprocessors) wants 18 KB under way on each multiprocessor; 4 programs ask for 64.
-# Compiled for sm_90, AM-AdamW's step takes 91 registers a thread in float32 and 105 with 16-bit
+# Compiled for sm_90, AM-AdamW's step takes 116 to 125 registers a thread in float32 and with 16-bit
 # types, and 4 programs of 128 threads may take 128. Stages are for loads through shared memory; 1
 # is none, as the programs side by side hide the latency.
 #
@@ -44,13 +53,13 @@ class Config(NamedTuple):
 # By (vendor, major compute capability); an unknown device takes its vendor's last line.
 CONFIGS: dict[tuple[str, int], Config] = {
     ("cuda", 8): Config(
-        chunk=2048, block=1024, num_warps=4, num_stages=1, partials=512, programs=4
+        chunk=2048, block=1024, num_warps=4, num_stages=1, partials=512, programs=4, registers=128
     ),
     ("cuda", 9): Config(
-        chunk=2048, block=1024, num_warps=4, num_stages=1, partials=512, programs=4
+        chunk=2048, block=1024, num_warps=4, num_stages=1, partials=512, programs=4, registers=128
     ),
     ("cuda", 10): Config(
-        chunk=2048, block=1024, num_warps=4, num_stages=1, partials=512, programs=4
+        chunk=2048, block=1024, num_warps=4, num_stages=1, partials=512, programs=4, registers=128
     ),
     # A warp has 64 threads here, and takes some 210 of 512 registers. The sums of an MI300X's 304
     # multiprocessors are ahead by 40 of the 256 MB of its last-level cache.

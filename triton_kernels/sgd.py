@@ -25,7 +25,7 @@ from adamem_fused.triton_kernels.schedule import (
 )
 from adamem_fused.triton_kernels.sums import num_den, sum_partials
 from adamem_fused.triton_kernels.tables import (
-    COUNTS,
+    ANY_LIST,
     FIRST_CHUNK,
     GROUP,
     NUMEL,
@@ -178,7 +178,7 @@ def _update_chunk(
 # ---- kernels --------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(**ANY_LIST)
 def sgd_stats(
     addresses, layout, hypers, lrs, chunk_tensors, partials, grad_scale, n, chunks, first_chunk,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MOMENTUM: tl.constexpr,
@@ -193,7 +193,7 @@ def sgd_stats(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(**ANY_LIST)
 def sgd_beta(
     addresses, layout, hypers, lrs, partials, totals, rows, coefficients, grad_scale,
     found_inf, n, chunks, CHUNK: tl.constexpr, PARTIALS: tl.constexpr,
@@ -209,7 +209,7 @@ def sgd_beta(
     _set_beta(addresses, layout, hypers, lrs, coefficients, grad_scale, n, i, num, den)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(**ANY_LIST)
 def sgd_apply(
     addresses, layout, chunk_tensors, coefficients, found_inf, n, last_chunk,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MOMENTUM: tl.constexpr,
@@ -226,7 +226,7 @@ def sgd_apply(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(**ANY_LIST)
 def sgd_step(
     addresses, layout, hypers, lrs, items, control, partials, coefficients, grad_scale, found_inf,
     n, chunks, count,

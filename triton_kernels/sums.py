@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from adamem_fused.triton_kernels.tables import COUNTS, FIRST_CHUNK, GROUP, chunks_of
+from adamem_fused.triton_kernels.tables import ANY_LIST, FIRST_CHUNK, GROUP, chunks_of
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def sum_partials(partials, layout, chunks, n, i, CHUNK: tl.constexpr, PARTIALS: 
     return tl.sum(num), tl.sum(den)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(**ANY_LIST)
 def sum_rows(layout, partials, rows, n, chunks, CHUNK: tl.constexpr, PARTIALS: tl.constexpr):
     """rows [n, 2]: every tensor's num and den. One program a tensor."""
     i = tl.program_id(0).to(tl.int64)
@@ -32,7 +32,7 @@ def sum_rows(layout, partials, rows, n, chunks, CHUNK: tl.constexpr, PARTIALS: t
     tl.store(rows + 2 * i + 1, den)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(**ANY_LIST)
 def sum_shared(
     layout, hypers, chunk_tensors, partials, totals, n, chunks, COLUMNS: tl.constexpr,
     PARTIALS: tl.constexpr,

@@ -30,8 +30,15 @@ DOUBLES = tl.constexpr(3)
 ADAMW_HYPERS = tl.constexpr(len(AdamWHyper._fields))
 SGD_HYPERS = tl.constexpr(len(SGDHyper._fields))
 
-# Arguments that change with the list of tensors: one compiled kernel for all their values.
-COUNTS = ["n", "chunks", "first_chunk", "last_chunk", "count"]
+# Arguments that change with the list of tensors: one compiled kernel for all their values, and for
+# tables wherever they begin.
+ANY_LIST = {
+    "do_not_specialize": ["n", "chunks", "first_chunk", "last_chunk", "count"],
+    "do_not_specialize_on_alignment": [
+        *["addresses", "layout", "hypers", "lrs", "chunk_tensors", "items", "control"],
+        *["partials", "totals", "rows", "coefficients", "grad_scale", "found_inf"],
+    ],
+}
 
 
 @triton.jit

@@ -7,8 +7,8 @@ bits. Each further combination of dtypes takes one more of step, of stats and of
 strided tensors take copies. Nothing is read back from the device, a step can be captured in a
 CUDA graph, and two runs give the same bits.
 
-Not yet run on a GPU. The kernels were compiled for sm_80, sm_90 and sm_100, and their source
-was tested on the CPU, compiled by g++ with threads in place of CUDA's
+Not yet run on a GPU. The kernels were compiled for sm_75, sm_80, sm_90 and sm_100, and their
+source was tested on the CPU, compiled by g++ with threads in place of CUDA's
 (tests/cuda_emulation/).
 """
 
@@ -22,6 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+# torch.compiler.disable, but without importing torch._dynamo, which takes seconds, at once.
+from torch._compile import _disable_dynamo
 
 from adamem_fused.backends import cpu, cuda_library, schedule
 from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check_rows
@@ -38,13 +41,39 @@ def unavailable(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         where = "an AMD GPU" if device.type == "cuda" else str(device)
         return f"it works on tensors on an NVIDIA GPU, and these are on {where}"
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device not in _reasons:
+        _reasons[device] = _find_reason(device)
+    return _reasons[device]
+
+
+# By device. A dict, and filled when parameters are given to an optimizer: torch.compile can trace
+# a look at it, and neither one at a file nor a call of the library.
+_reasons: dict[torch.device, str | None] = {}
+
+
+@_disable_dynamo
+def _find_reason(device: torch.device) -> str | None:
+    """Why the library does not run on this device, or None."""
     reason = cuda_library.unavailable()
     if reason is not None:
         return reason
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"it needs compute capability 8.0 or newer, and {device} has {major}.{minor}"
-    return None
+    try:
+        library = _library()
+    except OSError as error:
+        return f"its library does not load: {error}"
+    compiled, driver = ctypes.c_int(), ctypes.c_int()
+    with _on(device):
+        code = library.adamem_check(device.index, ctypes.byref(compiled), ctypes.byref(driver))
+    if code == 0:
+        return None
+    ours, theirs = (f"{v.value // 1000}.{v.value % 1000 // 10}" for v in (compiled, driver))
+    return (
+        f"its library, compiled with CUDA {ours}, does not run on {device} with a driver of CUDA "
+        f"{theirs} ({_error_text(code)}); update the driver, or compile the library with CUDA "
+        f"{theirs} or older and on this machine, or with its GPU in TORCH_CUDA_ARCH_LIST"
+    )
 
 
 # ---- the structs of csrc/cuda ---------------------------------------------------------
@@ -102,6 +131,7 @@ class _Kernels(NamedTuple):
     apply: Any
     step: Any
     chunks_ahead: Any
+    load: Any
     coefficients: int
 
 
@@ -121,6 +151,7 @@ def _kernels(optimizer: str) -> _Kernels:
         apply=function("apply"),
         step=function("step"),
         chunks_ahead=function("chunks_ahead"),
+        load=function("load"),
         coefficients=function("columns")(),
     )
 
@@ -129,9 +160,14 @@ def _call(function: Any, *args: Any) -> None:
     """Calls a function of the library; structs go by reference."""
     error = function(*(ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in args))
     if error != 0:
-        message = _library().adamem_error
-        message.restype = ctypes.c_char_p
-        raise RuntimeError(f"{function.__name__}: {message(error).decode()}")
+        raise RuntimeError(f"{function.__name__}: {_error_text(error)}")
+
+
+def _error_text(error: int) -> str:
+    function = _library().adamem_error
+    function.restype = ctypes.c_char_p
+    message: bytes = function(error)
+    return message.decode()
 
 
 @contextmanager
@@ -184,7 +220,15 @@ def _step(
 
 
 def _open(batch: Batch, kernels: _Kernels, again: bool) -> Opened:
-    return open_tables(batch, _library().adamem_chunk(), kernels.coefficients, again)
+    opened = open_tables(batch, _library().adamem_chunk(), kernels.coefficients, again)
+    layout = opened.tables.layout
+    if batch.cache.get("loaded") is not layout:
+        # Before a step is captured in a CUDA graph: a new layout is refused then.
+        device = batch.params[0].device.index or 0
+        for bucket in layout.buckets:
+            _call(kernels.load, _bucket(bucket), device)
+        batch.cache["loaded"] = layout
+    return opened
 
 
 def _plan(batch: Batch, kernels: _Kernels, layout: Layout, step: _Step) -> Plan | None:

@@ -2,8 +2,9 @@
 
 setup.py compiles with this file too, without importing the package: it needs nothing but
 Python. The library holds machine code for some architectures, and PTX of the newest for those
-to come. It is tied to no version of Python, torch or CUDA; its functions are called through
-ctypes.
+to come. It is tied to no version of Python or torch, and holds its own CUDA runtime, which needs a
+driver of the same major version of CUDA or a newer one (CUDA 13: driver 580). Its functions are
+called through ctypes.
 
 In a source checkout that was not installed, ADAMEM_CUDA_JIT=1 compiles the kernels at their
 first use, for the devices at hand, into the folder of torch's extensions
@@ -25,8 +26,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 LIBRARY = Path(__file__).parent.parent / "_cuda.so"
-# Looked at once: torch.compile cannot trace a look at a file.
-_IS_INSTALLED = LIBRARY.exists()
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 FLAGS = [
     "-std=c++17",
@@ -35,11 +34,10 @@ FLAGS = [
     # launch and the separate ones could give other bits.
     "-fmad=false",
     "--expt-relaxed-constexpr",
-    "-Werror=all-warnings",
     "-Xcompiler=-fPIC,-Wall,-Wextra",
 ]
 # Where there is no device to look at.
-DEFAULT_ARCHITECTURES = (80, 90, 100)
+DEFAULT_ARCHITECTURES = (75, 80, 90, 100)
 
 
 # ---- the compiler ---------------------------------------------------------------------
@@ -83,12 +81,13 @@ def architectures(nvcc: str) -> list[int]:
         found = {int(match[1] + match[2]) for match in matches if match is not None}
         return sorted(found)
     devices = _output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-    capabilities = {int(line.replace(".", "")) for line in devices.split()}
+    capabilities = {int(a + b) for a, b in re.findall(r"^(\d+)\.(\d)$", devices, re.MULTILINE)}
     known = {
         int(number) for number in re.findall(r"compute_(\d+)", _output(nvcc, "--list-gpu-arch"))
     }
-    # The kernels need 8.0. A device that nvcc does not know yet runs the PTX of the newest.
-    usable = [a for a in sorted(capabilities or DEFAULT_ARCHITECTURES) if a >= 80]
+    # None before 7.5: CUDA 13 knows no older ones. A device that nvcc does not know yet runs the
+    # PTX of the newest.
+    usable = [a for a in sorted(capabilities or DEFAULT_ARCHITECTURES) if a >= 75]
     return [a for a in usable if a in known] or [max(known, default=80)]
 
 
@@ -161,7 +160,7 @@ def _find() -> Path | str:
     """The library, or why it is not there."""
     if _is_asked_for():
         return _compile_if_new()
-    if _IS_INSTALLED:
+    if LIBRARY.exists():
         return LIBRARY
     return (
         "its kernels were not compiled; reinstall where nvcc is found, with a CUDA build of torch "

@@ -29,7 +29,7 @@ from torch._compile import _disable_dynamo
 from adamem_fused.backends import schedule
 from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check_rows
 from adamem_fused.backends.schedule import Plan
-from adamem_fused.backends.tables import Bucket, Layout, Opened, Tables, open_tables
+from adamem_fused.backends.tables import Bucket, Layout, Opened, Tables, is_capturing, open_tables
 
 name = "triton"
 fused = True
@@ -141,8 +141,31 @@ def _float64(dtypes: tuple[torch.dtype, ...]) -> bool:
     return torch.float64 in (param, *memories)
 
 
+# What has been compiled, and loaded onto a device: kernels, with their constants and dtypes, and
+# with which arguments are None.
+_loaded: set[tuple[Any, ...]] = set()
+
+
 def _launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+    """Launches a kernel.
+
+    Raises:
+        RuntimeError: in a CUDA graph's capture, where it would have to be compiled and loaded.
+    """
+    name, device = kernel.fn.__name__, args[0].device
+    kinds = (
+        arg.dtype if isinstance(arg, Tensor) else int if isinstance(arg, int) else arg
+        for arg in args
+    )
+    variant = (name, device, *kinds, *options.items())
+    if variant not in _loaded and is_capturing(device):
+        raise RuntimeError(
+            f"a step is being captured in a CUDA graph, and {name} is not compiled for it: take a "
+            "step with the same dtypes and options outside of the graph first, with weight decay, "
+            "grad_scale and found_inf if the captured one has them"
+        )
     kernel[(programs,)](*args, **options)
+    _loaded.add(variant)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -199,7 +222,7 @@ def _launch_step(
             DECAY=_decay(batch),
             **config.walk(_float64(bucket.dtypes)),
             PARTIALS=config.partials,
-            num_warps=config.num_warps,
+            **config.step_options(_float64(bucket.dtypes)),
         )
 
 

@@ -28,17 +28,16 @@ LISTS = ("2^28", "gpt2-small")
 PAIRS = 3
 SAMPLE_SECONDS = 0.05
 TRITON_SIZES: tuple[dict[str, int], ...] = (
-    {"programs": 3},
-    {"programs": 6},
+    {"programs": 3, "registers": 168},
+    {"programs": 6, "registers": 80},
     {"num_warps": 8, "programs": 2},
     {"chunk": 4096},
     {"chunk": 4096, "block": 2048, "num_warps": 8, "programs": 2},
     {"block": 512},
-    {"block": 2048},
-    {"programs": 2},
-    {"programs": 8},
-    {"chunk": 1024, "programs": 8},
-    {"num_warps": 2},
+    {"block": 2048, "programs": 2, "registers": 255},
+    {"programs": 8, "registers": 64},
+    {"chunk": 1024},
+    {"num_warps": 2, "programs": 8},
 )
 
 MakeStep = Callable[[Optimizer], Step]  # a step with some sizes

@@ -68,6 +68,7 @@ struct AdamW : AdamWTensor {
   using Update = AdamWUpdate<T>;
   using BlocksOf = Blocks<T, Column<T, Param>>;
   static constexpr int kVector = vector_of<Column<T, Param>, Column<T, Grad>, Column<T, Memory>>();
+  static constexpr int kSpan = span_of<Column<T, Param>, Column<T, Grad>, Column<T, Memory>>();
   static_assert(sizeof(Update) == kColumns * sizeof(T));
 
   struct Chunk {
@@ -92,14 +93,14 @@ struct AdamW : AdamWTensor {
 
   template <bool Decay>
   static __device__ void add_sums(const Chunk& chunk, int length, const Model c, T& num, T& den) {
-    for_each_element<kVector>(
+    for_each_element<kVector, kSpan>(
         length, chunk.is_aligned(),
         [&](int k) {
           T g[kVector], d[kVector], v[kVector], x[kVector] = {};
-          chunk.g.template load_vector<Use::kAgain>(k, g);
-          chunk.d.template load_vector<Use::kAgain>(k, d);
-          chunk.v.template load_vector<Use::kAgain>(k, v);
-          if (Decay) chunk.x.template load_vector<Use::kAgain>(k, x);
+          chunk.g.template load_vector<Use::kAgain, kSpan>(k, g);
+          chunk.d.template load_vector<Use::kAgain, kSpan>(k, d);
+          chunk.v.template load_vector<Use::kAgain, kSpan>(k, v);
+          if (Decay) chunk.x.template load_vector<Use::kAgain, kSpan>(k, x);
 #pragma unroll
           for (int j = 0; j < kVector; ++j)
             adamw_sums<true, Decay>(g[j], d[j], adamw_root<true>(g[j], v[j], c), x[j], c, num, den);
@@ -121,22 +122,22 @@ struct AdamW : AdamWTensor {
   }
 
   static __device__ void update(const Chunk& chunk, int length, const Update u) {
-    for_each_element<kVector>(
+    for_each_element<kVector, kSpan>(
         length, chunk.is_aligned(),
         [&](int k) {
           T g[kVector], d[kVector], v[kVector], x[kVector];
-          chunk.g.template load_vector<Use::kLast>(k, g);
-          chunk.d.template load_vector<Use::kLast>(k, d);
-          chunk.v.template load_vector<Use::kLast>(k, v);
-          chunk.x.template load_vector<Use::kLast>(k, x);
+          chunk.g.template load_vector<Use::kLast, kSpan>(k, g);
+          chunk.d.template load_vector<Use::kLast, kSpan>(k, d);
+          chunk.v.template load_vector<Use::kLast, kSpan>(k, v);
+          chunk.x.template load_vector<Use::kLast, kSpan>(k, x);
 #pragma unroll
           for (int j = 0; j < kVector; ++j) {
             const T root = adamw_root<true>(g[j], v[j], u.coefficients);
             adamw_update<true>(g[j], d[j], root, x[j], u.beta, u.take, u.coefficients);
           }
-          chunk.d.store_vector(k, d);
-          chunk.v.store_vector(k, v);
-          chunk.x.store_vector(k, x);
+          chunk.d.template store_vector<kSpan>(k, d);
+          chunk.v.template store_vector<kSpan>(k, v);
+          chunk.x.template store_vector<kSpan>(k, x);
         },
         [&](int k) {
           const T g = chunk.g.load(k);
@@ -176,6 +177,10 @@ int adamem_adamw_step(const Step* step, const Bucket* bucket, const Schedule* sc
 
 int adamem_adamw_chunks_ahead(const Step* step, const Bucket* bucket, int64_t* ahead) {
   return find_chunks_ahead<AdamW>(*step, *bucket, ahead);
+}
+
+int adamem_adamw_load(const Bucket* bucket, int device) {
+  return load_kernels<AdamW, AdamWTensor>(*bucket, device);
 }
 
 int adamem_adamw_columns() { return AdamWTensor::kColumns; }

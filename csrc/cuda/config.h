@@ -2,9 +2,11 @@
 // `python -m bench.gpu_check` measures.
 //
 // A thread takes 16 bytes of each list at a time: with float32, 4 elements and 64 bytes of g,
-// d, v and x. By Little's law an H100 (3.35 TB/s, some 0.7 us from memory, 132
-// multiprocessors) wants 18 KB under way on each multiprocessor; 3 blocks of 256 threads ask
-// for 48 KB, and 2 blocks with 16-bit types, of which a thread takes 8 elements, for as much.
+// d, v and x. With 16-bit types it takes 8 elements, in two spans of 4: 16 bytes at a time of
+// float32 lists and 8 of the others, so that a warp's access to any list takes whole sectors. By
+// Little's law an H100 (3.35 TB/s, some 0.7 us from memory, 132 multiprocessors) wants 18 KB under
+// way on each multiprocessor; 3 blocks of 256 threads ask for 48 KB, and 2 blocks with 16-bit
+// types, of which a thread takes 8 elements, for as much.
 //
 // A chunk is what a block does between two looks at the tables. 2,048 elements of float32 are
 // two accesses a thread to each list. Its set-up (an item, a tensor's line of the tables: about
@@ -23,6 +25,7 @@
 
 namespace am::cuda {
 
+constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kChunk = 2048;
 constexpr int kShareOfL2 = 3;

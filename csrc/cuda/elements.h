@@ -1,8 +1,10 @@
-// A tensor's elements in memory: stored types, and 16-byte access where alignment allows it.
+// A tensor's elements in memory: stored types, and wide access where alignment allows it.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <type_traits>
 
 #include "config.h"
 #include "tables.h"
@@ -71,35 +73,41 @@ struct Column {
   __device__ T load(int k) const { return widen<T>(data[k]); }
   __device__ void store(int k, T value) const { data[k] = narrow<S>(value); }
 
-  // kCount elements from the k-th on, 16 bytes at a time.
-  template <Use kUse, int kCount>
+  // A thread's kCount elements from the k-th on: spans of kSpan that lie side by side, each in
+  // one access, and a warp's width of spans apart.
+  template <Use kUse, int kSpan, int kCount>
   __device__ void load_vector(int k, T (&out)[kCount]) const {
-    constexpr int kWords = kCount * sizeof(S) / sizeof(uint4);
-    union {
-      uint4 words[kWords];
-      S elements[kCount];
-    } raw;
-    const uint4* p = reinterpret_cast<const uint4*>(data + k);
+    Raw<kSpan, kCount> raw;
+    const auto* p = reinterpret_cast<const Word<kSpan>*>(data + k);
 #pragma unroll
-    for (int w = 0; w < kWords; ++w)
-      raw.words[w] = kUse == Use::kLast ? __ldcs(p + w) : __ldcg(p + w);
+    for (int w = 0; w < kCount / kSpan; ++w)
+      raw.words[w] = kUse == Use::kLast ? __ldcs(p + kWarp * w) : __ldcg(p + kWarp * w);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) out[j] = widen<T>(raw.elements[j]);
   }
 
-  template <int kCount>
+  template <int kSpan, int kCount>
   __device__ void store_vector(int k, const T (&in)[kCount]) const {
-    constexpr int kWords = kCount * sizeof(S) / sizeof(uint4);
-    union {
-      uint4 words[kWords];
-      S elements[kCount];
-    } raw;
+    Raw<kSpan, kCount> raw;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) raw.elements[j] = narrow<S>(in[j]);
-    uint4* p = reinterpret_cast<uint4*>(data + k);
+    auto* p = reinterpret_cast<Word<kSpan>*>(data + k);
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) __stcs(p + w, raw.words[w]);
+    for (int w = 0; w < kCount / kSpan; ++w) __stcs(p + kWarp * w, raw.words[w]);
   }
+
+ private:
+  // 16 bytes, or 8 of a list whose elements have half the bytes of another's.
+  template <int kSpan>
+  using Word = std::conditional_t<kSpan * sizeof(S) == 16, uint4, uint2>;
+
+  template <int kSpan, int kCount>
+  union Raw {
+    static_assert(sizeof(Word<kSpan>) == kSpan * sizeof(S));
+    Word<kSpan> words[kCount / kSpan];
+    S elements[kCount];
+    __device__ Raw() {}
+  };
 };
 
 // A stored type that is known at run time only: for the rare combinations of dtypes.
@@ -155,9 +163,9 @@ struct Column<T, AnyType> {
   }
 
   // Never called, as nothing is aligned; kept so that one walk serves every column.
-  template <Use kUse, int kCount>
+  template <Use kUse, int kSpan, int kCount>
   __device__ void load_vector(int, T (&)[kCount]) const {}
-  template <int kCount>
+  template <int kSpan, int kCount>
   __device__ void store_vector(int, const T (&)[kCount]) const {}
 };
 
@@ -166,6 +174,16 @@ template <class... Columns>
 constexpr int vector_of() {
   int bytes = 8;
   ((bytes = Columns::kBytes < bytes ? Columns::kBytes : bytes), ...);
+  return 16 / bytes;
+}
+
+// How many of them lie side by side: 16 bytes of the largest. A warp's access to any list then
+// takes whole sectors of 32 bytes: were a thread's elements of float32 as many as those of its
+// bfloat16, each of two accesses would take half of every sector.
+template <class... Columns>
+constexpr int span_of() {
+  int bytes = 2;
+  ((bytes = Columns::kBytes > bytes ? Columns::kBytes : bytes), ...);
   return 16 / bytes;
 }
 

@@ -13,14 +13,14 @@ namespace am::cuda {
 // ---- sums -------------------------------------------------------------------------
 
 // The sum over the block's threads in a fixed order, for thread 0.
-__device__ inline Sums add_over_block(Sums (&warps)[kThreads / 32], double num, double den) {
+__device__ inline Sums add_over_block(Sums (&warps)[kThreads / kWarp], double num, double den) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
     num += __shfl_down_sync(0xFFFFFFFFu, num, offset);
     den += __shfl_down_sync(0xFFFFFFFFu, den, offset);
   }
   __syncthreads();  // what the last call left was read
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = {num, den};
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = {num, den};
   __syncthreads();
   Sums total = {0.0, 0.0};
   if (threadIdx.x == 0) {
@@ -37,7 +37,8 @@ __device__ inline int64_t chunks_of(const Step& s, int64_t tensor) {
 }
 
 // A tensor's num and den, for thread 0.
-__device__ inline Sums add_partials(const Step& s, int64_t tensor, Sums (&warps)[kThreads / 32]) {
+__device__ inline Sums add_partials(const Step& s, int64_t tensor,
+                                    Sums (&warps)[kThreads / kWarp]) {
   const int64_t count = chunks_of(s, tensor);
   const Sums* partials = s.partials + layout_at(s, kFirstChunk, tensor);
   double num = 0.0, den = 0.0;
@@ -49,18 +50,23 @@ __device__ inline Sums add_partials(const Step& s, int64_t tensor, Sums (&warps)
   return add_over_block(warps, num, den);
 }
 
-// Calls vector(k) where a thread has kVector elements from the k-th on, and element(k) for
-// each of what is left, or of all where vectors are not aligned. A thread has the same
-// elements in either case, in the same order: alignment does not change a sum's bits.
-template <int kVector, class V, class E>
+// Calls vector(k) where a thread has kVector elements, in spans of kSpan from the k-th on
+// that are a warp's width of spans apart; and element(k) for each of what is left, or of all
+// where vectors are not aligned. A thread has the same elements in either case, in the same
+// order: alignment does not change a sum's bits.
+template <int kVector, int kSpan, class V, class E>
 __device__ __forceinline__ void for_each_element(int length, bool is_aligned, V vector, E element) {
-  for (int k = threadIdx.x * kVector; k < length; k += kThreads * kVector) {
-    const int end = k + kVector < length ? k + kVector : length;
-    if (is_aligned && end == k + kVector) {
+  constexpr int kApart = kWarp * kSpan;
+  const int first = threadIdx.x / kWarp * (kWarp * kVector) + threadIdx.x % kWarp * kSpan;
+  for (int k = first; k < length; k += kThreads * kVector) {
+    if (is_aligned && k + (kVector / kSpan - 1) * kApart + kSpan <= length) {
       vector(k);
     } else {
 #pragma unroll 1
-      for (int i = k; i < end; ++i) element(i);
+      for (int j = 0; j < kVector; ++j) {
+        const int i = k + j / kSpan * kApart + j % kSpan;
+        if (i < length) element(i);
+      }
     }
   }
 }
@@ -77,7 +83,7 @@ class Worker {
     int64_t summed;
     typename O::Update update;  // for updates, likewise
     int64_t updated;
-    Sums warps[kThreads / 32];
+    Sums warps[kThreads / kWarp];
   };
 
   __device__ Worker(const Step& step, const Bucket& bucket, Shared& shared)
@@ -150,7 +156,8 @@ class StepBlock {
     if (threadIdx.x == 0) ahead_ = claim_item(*schedule_.control);
   }
 
-  // The item that was claimed at the last call, so that nobody waits for the counter.
+  // The item that was claimed at the last call: the counter's answer comes while the item itself
+  // is read.
   __device__ int64_t claim() {
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -241,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, O::BlocksOf::kOfStep)
 // One block a tensor, of all dtypes.
 template <class Tensor>
 __global__ void __launch_bounds__(kThreads) beta_kernel(const __grid_constant__ Step step) {
-  __shared__ Sums warps[kThreads / 32];
+  __shared__ Sums warps[kThreads / kWarp];
   if (is_skipped(step)) return;
   const int64_t tensor = blockIdx.x;
   const Sums sums = step.rows != nullptr ? step.rows[tensor] : add_partials(step, tensor, warps);
@@ -277,6 +284,14 @@ cudaError_t resident_blocks(void (*kernel)(Args...), const Step& step, int64_t* 
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0);
   *blocks = static_cast<int64_t>(multiprocessors) * each;
   return error;
+}
+
+// Loads a kernel, which CUDA else does at its first launch: a launch that a graph captures must
+// not be the first. Fails where the library has no code for the device, or the driver is too old.
+template <class... Args>
+cudaError_t load(void (*kernel)(Args...)) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel);
 }
 
 // As many blocks as there are items for, and no more than the device holds at a time.
@@ -329,6 +344,21 @@ cudaError_t launch_step(const Step& step, const Bucket& bucket, const Schedule& 
   return dispatch<O>(bucket, [&](auto optimizer) {
     return launch_resident(step_kernel<decltype(optimizer)>, schedule.count, step, stream, step,
                            bucket, schedule);
+  });
+}
+
+// Loads the kernels of a bucket's dtypes.
+template <template <class, class, class, class> class O, class Tensor>
+cudaError_t load_kernels(const Bucket& bucket, int device) {
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = load(beta_kernel<Tensor>);
+  if (error != cudaSuccess) return error;
+  return dispatch<O>(bucket, [&](auto optimizer) {
+    using Optimizer = decltype(optimizer);
+    cudaError_t error = load(stats_kernel<Optimizer>);
+    if (error == cudaSuccess) error = load(apply_kernel<Optimizer>);
+    if (error == cudaSuccess) error = load(step_kernel<Optimizer>);
+    return error;
   });
 }
 

@@ -7,7 +7,7 @@ namespace {
 
 // One block a tensor.
 __global__ void __launch_bounds__(kThreads) sum_rows_kernel(Step step) {
-  __shared__ Sums warps[kThreads / 32];
+  __shared__ Sums warps[kThreads / kWarp];
   const int64_t tensor = blockIdx.x;
   const Sums sums = add_partials(step, tensor, warps);
   if (threadIdx.x == 0) step.rows[tensor] = sums;
@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads) sum_rows_kernel(Step step) {
 
 // Gives every tensor of a group that shares its beta the sums over all such tensors. One block.
 __global__ void __launch_bounds__(kThreads) share_rows_kernel(Step step, int columns) {
-  __shared__ Sums warps[kThreads / 32];
+  __shared__ Sums warps[kThreads / kWarp];
   __shared__ Sums total;
   // `shared` is a group's last hyperparameter.
   const auto is_shared = [&](int64_t tensor) {
@@ -48,6 +48,17 @@ int adamem_sum_rows(const Step* step, void* stream) {
 
 int adamem_share_rows(const Step* step, int columns, void* stream) {
   return launch(share_rows_kernel, 1, *step, stream, *step, columns);
+}
+
+// Whether the library runs on a device, and the versions of CUDA that it was compiled with and
+// that the driver has, as 1000 * major + 10 * minor.
+int adamem_check(int device, int* compiled, int* driver) {
+  cudaError_t error = cudaRuntimeGetVersion(compiled);
+  if (error == cudaSuccess) error = cudaDriverGetVersion(driver);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = load(sum_rows_kernel);
+  if (error == cudaSuccess) error = load(share_rows_kernel);
+  return error;
 }
 
 int adamem_chunk() { return kChunk; }

@@ -21,8 +21,8 @@ struct Item {
 // Where blocks meet, in device memory: all zero before the first launch, and left as the next
 // launch needs it. A launch has a number of its own, so that nothing has to be reset.
 struct Control {
-  uint64_t next;  // the first item that nobody has claimed
-  uint32_t left;  // blocks that are through
+  unsigned long long next;  // the first item that nobody has claimed
+  uint32_t left;            // blocks that are through
   uint32_t launches;
 };
 
@@ -47,9 +47,7 @@ __device__ inline uint32_t launch_number(Control& control) {
   return shared_by_all(control.launches).load(::cuda::std::memory_order_relaxed) + 1;
 }
 
-__device__ inline uint64_t claim_item(Control& control) {
-  return shared_by_all(control.next).fetch_add(1, ::cuda::std::memory_order_relaxed);
-}
+__device__ inline uint64_t claim_item(Control& control) { return atomicAdd(&control.next, 1ull); }
 
 // Counts a chunk whose sums were written. True for a tensor's last: all of its sums can be
 // read then.

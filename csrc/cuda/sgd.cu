@@ -59,6 +59,7 @@ struct SGD : SGDTensor {
   using Update = SGDUpdate<T>;
   using BlocksOf = Blocks<T, Column<T, Param>>;
   static constexpr int kVector = vector_of<Column<T, Param>, Column<T, Grad>, Column<T, Memory>>();
+  static constexpr int kSpan = span_of<Column<T, Param>, Column<T, Grad>, Column<T, Memory>>();
   static_assert(sizeof(Update) == kColumns * sizeof(T));
 
   struct Chunk {
@@ -83,13 +84,13 @@ struct SGD : SGDTensor {
   template <bool Decay>
   static __device__ void add_sums(const Chunk& chunk, int length, const SGDCoefficients<T> c,
                                   T& num, T& den) {
-    for_each_element<kVector>(
+    for_each_element<kVector, kSpan>(
         length, chunk.is_aligned(),
         [&](int k) {
           T g[kVector], d[kVector], x[kVector] = {};
-          chunk.g.template load_vector<Use::kAgain>(k, g);
-          chunk.d.template load_vector<Use::kAgain>(k, d);
-          if (Decay) chunk.x.template load_vector<Use::kAgain>(k, x);
+          chunk.g.template load_vector<Use::kAgain, kSpan>(k, g);
+          chunk.d.template load_vector<Use::kAgain, kSpan>(k, d);
+          if (Decay) chunk.x.template load_vector<Use::kAgain, kSpan>(k, x);
 #pragma unroll
           for (int j = 0; j < kVector; ++j) sgd_sums<true, Decay>(g[j], d[j], x[j], c, num, den);
         },
@@ -112,18 +113,18 @@ struct SGD : SGDTensor {
 
   template <bool Decay>
   static __device__ void update(const Chunk& chunk, int length, const Update u) {
-    for_each_element<kVector>(
+    for_each_element<kVector, kSpan>(
         length, chunk.is_aligned(),
         [&](int k) {
           T g[kVector], d[kVector], x[kVector];
-          chunk.g.template load_vector<Use::kLast>(k, g);
-          chunk.d.template load_vector<Use::kLast>(k, d);
-          chunk.x.template load_vector<Use::kLast>(k, x);
+          chunk.g.template load_vector<Use::kLast, kSpan>(k, g);
+          chunk.d.template load_vector<Use::kLast, kSpan>(k, d);
+          chunk.x.template load_vector<Use::kLast, kSpan>(k, x);
 #pragma unroll
           for (int j = 0; j < kVector; ++j)
             sgd_update<true, Decay>(g[j], d[j], x[j], u.keep, u.take, u.coefficients);
-          chunk.d.store_vector(k, d);
-          chunk.x.store_vector(k, x);
+          chunk.d.template store_vector<kSpan>(k, d);
+          chunk.x.template store_vector<kSpan>(k, x);
         },
         [&](int k) {
           T d = chunk.d.load(k), x = chunk.x.load(k);
@@ -168,6 +169,10 @@ int adamem_sgd_step(const Step* step, const Bucket* bucket, const Schedule* sche
 
 int adamem_sgd_chunks_ahead(const Step* step, const Bucket* bucket, int64_t* ahead) {
   return find_chunks_ahead<SGD>(*step, *bucket, ahead);
+}
+
+int adamem_sgd_load(const Bucket* bucket, int device) {
+  return load_kernels<SGD, SGDTensor>(*bucket, device);
 }
 
 int adamem_sgd_columns() { return SGDTensor::kColumns; }

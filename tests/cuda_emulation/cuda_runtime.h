@@ -17,6 +17,7 @@
 #include <cstdlib>
 #include <functional>
 #include <memory>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -28,6 +29,10 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __noinline__ __attribute__((noinline))
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
@@ -51,6 +56,13 @@ constexpr size_t kStackBytes = 64 * 1024;
 // Set by emulation_configure.
 inline int resident_blocks = 1;  // what a launch is told the device holds
 inline int running_blocks = 1;   // how many of them run at a time
+
+// Set by emulation_play.
+inline int driver_version = 13000;
+inline bool has_code = true;  // for the device
+inline bool is_capturing = false;
+
+inline std::set<const void*> loaded;  // kernels
 
 struct Barrier {
   unsigned expected = 0, waiting = 0, round = 0;
@@ -97,11 +109,23 @@ class Block {
         std::abort();
       }
     }
+    check_accesses();
+  }
+
+  // Notes an access of several elements at once.
+  template <class Word>
+  void note_access(const Word* p) {
+    if (reinterpret_cast<uintptr_t>(p) % sizeof(Word) != 0) {
+      std::fprintf(stderr, "emulation: misaligned address\n");
+      std::abort();
+    }
+    fibers_[index_].accesses.push_back({reinterpret_cast<const char*>(p), sizeof(Word)});
   }
 
   void sync() {
     // Now and then another block gets ahead of this one.
     if (running_blocks > 1 && random_ >> 58 == 0) sched_yield();
+    if (all_.waiting + 1 == all_.expected) check_accesses();
     wait(all_);
   }
 
@@ -117,16 +141,42 @@ class Block {
   }
 
  private:
+  struct Access {
+    const char* address;
+    size_t bytes;
+  };
   struct Fiber {
     ucontext_t context;
     jmp_buf place;
     std::unique_ptr<char[]> stack;
+    std::vector<Access> accesses;  // since the last barrier
     bool is_started = false, is_done = false;
   };
   struct Warp {
     Barrier barrier;
     double values[kWarp];
   };
+
+  // Where all threads of a warp have made as many, each access of theirs has to take memory that
+  // lies side by side: else it moves more than it uses.
+  void check_accesses() {
+    for (size_t first = 0; first < fibers_.size(); first += kWarp) {
+      const size_t end = std::min(first + kWarp, fibers_.size());
+      const auto& own = fibers_[first].accesses;
+      bool is_whole = true;
+      for (size_t i = first; i < end; ++i)
+        is_whole = is_whole && fibers_[i].accesses.size() == own.size();
+      for (size_t k = 0; is_whole && k < own.size(); ++k) {
+        for (size_t i = first; i < end; ++i) {
+          if (fibers_[i].accesses[k].address == own[k].address + (i - first) * own[k].bytes)
+            continue;
+          std::fprintf(stderr, "emulation: a warp's access is not to one piece of memory\n");
+          std::abort();
+        }
+      }
+    }
+    for (Fiber& fiber : fibers_) fiber.accesses.clear();
+  }
 
   static void enter() {
     for (;;) {
@@ -207,21 +257,35 @@ inline double __shfl_down_sync(unsigned, double value, int offset) {
 }
 inline void __nanosleep(unsigned) { sched_yield(); }
 
-// Accesses of 16 bytes have to be aligned, as they have on a GPU.
-inline const uint4* checked(const uint4* p) {
-  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) {
-    std::fprintf(stderr, "emulation: misaligned address\n");
-    std::abort();
-  }
-  return p;
+template <class Word>
+Word __ldcs(const Word* p) {
+  emulation::current->note_access(p);
+  return *p;
 }
-inline uint4 __ldcs(const uint4* p) { return *checked(p); }
-inline uint4 __ldcg(const uint4* p) { return *checked(p); }
-inline void __stcs(uint4* p, uint4 value) { *const_cast<uint4*>(checked(p)) = value; }
+template <class Word>
+Word __ldcg(const Word* p) {
+  return __ldcs(p);
+}
+template <class Word>
+void __stcs(Word* p, Word value) {
+  emulation::current->note_access(p);
+  *p = value;
+}
+
+inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long value) {
+  return std::atomic_ref(*p).fetch_add(value, std::memory_order_relaxed);
+}
 
 // ---- the runtime ------------------------------------------------------------------
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorStreamCaptureUnsupported = 900,
+};
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrL2CacheSize };
 typedef void* cudaStream_t;
 
@@ -231,8 +295,28 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
+struct cudaFuncAttributes {};
+
+inline cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = emulation::driver_version;
+  return cudaSuccess;
+}
 inline cudaError_t cudaSetDevice(int device) {
+  if (emulation::driver_version < 13000) return cudaErrorInsufficientDriver;
   return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+}
+template <class... Args>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*kernel)(Args...)) {
+  if (!emulation::has_code) return cudaErrorNoKernelImageForDevice;
+  const void* address = reinterpret_cast<const void*>(kernel);
+  if (emulation::loaded.count(address) == 0 && emulation::is_capturing)
+    return cudaErrorStreamCaptureUnsupported;
+  emulation::loaded.insert(address);
+  return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   // So little L2 that a schedule is bounded by the number of blocks.
@@ -245,21 +329,52 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F, int, s
   return cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess              ? "no error"
-         : error == cudaErrorInvalidDevice ? "invalid device ordinal"
-                                           : "invalid argument";
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInsufficientDriver:
+      return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorInvalidDevice:
+      return "invalid device ordinal";
+    case cudaErrorNoKernelImageForDevice:
+      return "no kernel image is available for execution on the device";
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
+    default:
+      return "invalid argument";
+  }
 }
 
 template <class... Expected, class... Actual>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...),
                                Actual... args) {
   if (config->gridDim.x == 0) return cudaErrorInvalidValue;
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return error;
   emulation::run_blocks(config->gridDim.x, config->blockDim.x, [&] { kernel(args...); });
   return cudaSuccess;
 }
 
-extern "C" inline __attribute__((used, visibility("default"))) void emulation_configure(
-    int resident_blocks, int running_blocks) {
+extern "C" {
+
+inline __attribute__((used, visibility("default"))) void emulation_configure(int resident_blocks,
+                                                                             int running_blocks) {
   emulation::resident_blocks = resident_blocks;
   emulation::running_blocks = running_blocks;
 }
+
+inline __attribute__((used, visibility("default"))) void emulation_play(int driver_version,
+                                                                        int has_code,
+                                                                        int is_capturing) {
+  emulation::driver_version = driver_version;
+  emulation::has_code = has_code;
+  emulation::is_capturing = is_capturing;
+}
+
+// As in a new process.
+inline __attribute__((used, visibility("default"))) void emulation_unload() {
+  emulation::loaded.clear();
+}
+
+}  // extern "C"
