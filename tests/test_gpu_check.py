@@ -113,6 +113,24 @@ def read_text(folder: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
+def test_a_stage_that_breaks_the_check_itself_is_not_the_last(tmp_path, monkeypatch, capsys):
+    def run(check, seconds):
+        check.results.begin("ncu", "all")
+        raise KeyError("a typo")
+
+    monkeypatch.setitem(__main__.STAGES, "ncu", __main__.Stage(1, run, lambda stage: []))
+    results = record.Results(tmp_path)
+    results.data["backends"] = {"cuda": None, "triton": "it is not installed"}
+    assert not __main__.run_stage("ncu", results, 1)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "==== ncu, 1 s",
+        "ncu: KeyError('a typo')",
+        "ncu all: cut off",
+        "not done: ncu triton: it is not installed",
+        "ncu: failed, 0 s",
+    ]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys):
     assert __main__.main([]) == 2

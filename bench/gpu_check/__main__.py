@@ -36,7 +36,9 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,46 +70,39 @@ def build(results: Results) -> bool:
     missing = [] if ops.unavailable is None else [f"the C++ extension ({ops.unavailable})"]
     with_cuda = not cuda_library.LIBRARY.exists() and cuda_library.find_nvcc() is not None
     missing += ["the CUDA kernels"] if with_cuda else []
+    print(f"To be compiled: {' and '.join(missing) or 'nothing'}", flush=True)
     how = "done"
     if missing:
-        print(f"Compiling {' and '.join(missing)}", flush=True)
         command = [sys.executable, "setup.py", "build_ext", "--inplace", "--parallel", "2"]
         log = results.path.with_name("build.log")
         environment = {"ADAMEM_CUDA": str(int(with_cuda))}
         how = Limited(command, BUILD_SECONDS, log, environment).end()
+        print(f"{how}; see {log}", flush=True)
     results.put("build", "all", "compiled", {"found": missing})
     results.end("build", "all", how)
     return how == "done"
 
 
-def in_processes(stage: str, backends: list[str], check: Check, seconds: float) -> None:
+def in_processes(stage: str, check: Check, seconds: float) -> None:
     """Runs a stage for each backend, one after the other."""
     end = time.monotonic() + seconds
-    for i, backend in enumerate(backends):
+    for i, backend in enumerate(check.backends):
         check.results.begin(stage, backend)
-        limit = (end - time.monotonic()) / (len(backends) - i)
+        limit = (end - time.monotonic()) / (len(check.backends) - i)
         arguments = (check.results.path.parent, stage, backend, limit)
         how = Limited(module("bench.gpu_check.process", *arguments), limit).end()
         check.results.read()
         check.results.end(stage, backend, how)
 
 
-def run_smoke(check: Check, seconds: float) -> None:
-    in_processes("smoke", check.there, check, seconds)
-
-
 def run_times(check: Check, seconds: float) -> None:
-    in_processes("times", check.backends, check, seconds)
+    in_processes("times", check, seconds)
     results = check.results
     try:
         name = results.data["environment"]["device"]["name"]
         times.write_png(results.stage("times"), name, results.path.with_name("gpu.png"))
     except ImportError:
         print("without gpu.png: matplotlib is not installed")
-
-
-def run_sweep(check: Check, seconds: float) -> None:
-    in_processes("sweep", check.backends, check, seconds)
 
 
 def run_ncu(check: Check, seconds: float) -> None:
@@ -130,9 +125,9 @@ class Stage(NamedTuple):
 
 BUILD_SECONDS, FIND_SECONDS = 120, 60
 STAGES = {
-    "smoke": Stage(40, run_smoke, smoke.table),
+    "smoke": Stage(40, partial(in_processes, "smoke"), smoke.table),
     "times": Stage(60, run_times, times.table),
-    "sweep": Stage(40, run_sweep, sweep.table),
+    "sweep": Stage(40, partial(in_processes, "sweep"), sweep.table),
     "ncu": Stage(30, run_ncu, counters.table),
     "tests": Stage(90, run_tests, suite.table),
     "sanitizer": Stage(60, run_sanitizer, sanitizer.table),
@@ -146,17 +141,21 @@ def run_stage(name: str, results: Results, seconds: float) -> bool:
     wrong = [b for b in there if name != "smoke" and results.failures("smoke", b)]
     print(f"\n==== {name}, {seconds:.0f} s", flush=True)
     start = time.monotonic()
-    STAGES[name].run(Check(results, there, wrong), seconds)
+    lines, failed = [], []
+    try:
+        STAGES[name].run(Check(results, there, wrong), seconds)
+        lines = STAGES[name].table(results.stage(name))
+    except Exception as error:  # the next stages are to come all the same
+        traceback.print_exc()
+        failed.append(f"{name}: {error!r}")
     stage = results.stage(name)
-    failed = [reason for part in stage for reason in results.failures(name, part)]
+    failed += [reason for part in stage for reason in results.failures(name, part)]
     not_done = [reason for part in stage for reason in results.not_done(name, part)]
     not_done += [f"{name} {backend}: its smoke failed" for backend in wrong]
     not_done += [f"{name} {backend}: {reason}" for backend, reason in missing.items() if reason]
-    lines = STAGES[name].table(stage) + failed + [f"not done: {reason}" for reason in not_done]
-    took = time.monotonic() - start
-    print(
-        "\n".join([*lines, f"{name}: {'failed' if failed else 'done'}, {took:.0f} s"]), flush=True
-    )
+    lines += failed + [f"not done: {reason}" for reason in not_done]
+    lines.append(f"{name}: {'failed' if failed else 'done'}, {time.monotonic() - start:.0f} s")
+    print("\n".join(lines), flush=True)
     return not failed
 
 
