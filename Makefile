@@ -4,7 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help test test-torch test-integrations demo bench bench-cpu experiments gpu-check check clean
+.PHONY: help test test-torch test-integrations demo bench bench-cpu experiments gpu-check gpu-bundle
+.PHONY: check clean
 
 help:
 	@echo "make test         the tests"
@@ -16,6 +17,7 @@ help:
 	@echo "make bench        the same on the GPU, with PYTHON's own torch; README stays as it is"
 	@echo "make experiments  small models trained with each optimizer, in minutes"
 	@echo "make gpu-check    the GPU backends tested and timed, with PYTHON's own torch and triton"
+	@echo "make gpu-bundle   their compiled parts for another machine: build/gpu-bundle"
 	@echo "make check        linters, formatters and type checker"
 	@echo "make clean        removes what was built, .venv included"
 
@@ -61,9 +63,25 @@ bench:
 	$(PYTHON) -m bench kernels --device cuda
 	$(PYTHON) -m bench train --device cuda
 
-# Takes the machine's own torch, which knows its GPU, and its nvcc.
+# Takes the machine's own torch, which knows its GPU, and its nvcc where nothing is compiled yet.
 gpu-check:
 	$(PYTHON) -m bench.gpu_check
+
+# What gpu-check needs compiled, for a machine where that would cost time that is short: it has
+# this Python and torch, and an sm_90 GPU or a newer one. torch's headers and libraries are
+# enough to compile against, so that nothing of CUDA is downloaded.
+PYTHON312 ?= python3.12
+BUNDLE := build/gpu-bundle
+gpu-bundle: build/gpu-venv/installed
+	ADAMEM_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 build/gpu-venv/bin/python setup.py build_ext \
+		--build-lib $(BUNDLE) --build-temp build/gpu-temp --parallel 2
+	TORCH_CUDA_ARCH_LIST=9.0 build/gpu-venv/bin/python -m bench.gpu_check.cuda_sizes $(BUNDLE)/sizes
+
+build/gpu-venv/installed:
+	$(PYTHON312) -m venv build/gpu-venv
+	build/gpu-venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		torch==2.11.0 setuptools==80.9.0
+	touch $@
 
 check: .venv/installed
 	$(BIN)/ruff check

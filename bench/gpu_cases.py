@@ -1,10 +1,12 @@
-"""The cases of the GPU check, float32."""
+"""The parameter lists of the GPU check, and what was aimed at and predicted for them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
 
 from bench.kernels.parameter_lists import MODELS, Shape, llama_shapes
 
@@ -37,7 +39,7 @@ class Case:
         return sum(map(math.prod, self.shapes))
 
 
-# Of a parameter, in a benchmark: itself, its gradient, and the state of two optimizers.
+# Of a float32 parameter, in a benchmark: itself, its gradient, and the state of two optimizers.
 RESIDENT_BYTES = 4 * (2 + 2 + 2)
 
 
@@ -48,8 +50,8 @@ def llama_that_fits(free_bytes: int) -> tuple[Shape, ...]:
     return llama2_7b(max(1, min(32, int((numel - none) / (one - none)))))
 
 
-def cases(free_bytes: int) -> list[Case]:
-    """The cases, for a device with so much free memory."""
+def cases(free_bytes: int) -> dict[str, Case]:
+    """The cases by list, for a device with so much free memory."""
     llama = llama_that_fits(free_bytes)
     labels = {"llama-2-7b": f"llama-2-7b, {(len(llama) - 3) // 9} layers"}
     shapes: dict[str, tuple[Shape, ...]] = {
@@ -59,6 +61,31 @@ def cases(free_bytes: int) -> list[Case]:
         "llama-2-7b": llama,
         "5000x1000": ((1000,),) * 5000,
     }
-    return [
-        Case(labels.get(name, name), shapes[name], targets) for name, targets in TARGETS.items()
-    ]
+    return {
+        name: Case(labels.get(name, name), shapes[name], targets)
+        for name, targets in TARGETS.items()
+    }
+
+
+# Of L2, what a tensor's elements find there when their update comes: csrc/cuda/config.h.
+KEPT_SHARE_OF_L2 = 0.6
+
+
+def predicted_bytes(
+    optimizer: str, shapes: tuple[Shape, ...], dtype: torch.dtype, l2_bytes: int
+) -> float:
+    """Bytes an element that a step moves from and to memory.
+
+    Everything is read and written once, and what the sums have read is read again for the
+    update, but for what L2 keeps: of each tensor with AM-AdamW, and of all of them together
+    with AM-SGD, where they share one beta. AM-AdamW has weight decay here, whose sums read the
+    parameters too, and AM-SGD has none.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    element, memory = dtype.itemsize, 4
+    if optimizer == "AMAdamW":
+        once, again, together = 3 * element + 4 * memory, 2 * element + 2 * memory, sizes
+    else:
+        once, again, together = 3 * element + 2 * memory, element + memory, [sum(sizes)]
+    second = sum(max(0.0, again * n - KEPT_SHARE_OF_L2 * l2_bytes) for n in together)
+    return once + second / sum(sizes)

@@ -1,0 +1,72 @@
+"""The CUDA kernels compiled with other sizes than those of csrc/cuda/config.h, for the sweep.
+
+    python -m bench.gpu_check.cuda_sizes FOLDER
+
+leaves there one library for each; its name says what is other in it. Takes nvcc, and neither
+torch nor a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+SIZES: tuple[dict[str, int], ...] = (
+    {"kChunk": 4096},
+    {"kChunk": 1024},
+    {"kThreads": 128, "kStepBlocksFloat": 6, "kBlocksFloat": 8},
+    {"kStepBlocksFloat": 2},
+    {"kShareOfL2": 2},
+    {"kShareOfL2": 6},
+)
+
+
+def with_sizes(config: str, sizes: dict[str, int]) -> str:
+    """config.h with these in place of its own. Raises ValueError where it has no such size."""
+    for name, value in sizes.items():
+        config, count = re.subn(rf"\b{name} = \d+", f"{name} = {value}", config)
+        if count != 1:
+            raise ValueError(f"config.h defines {name} {count} times")
+    return config
+
+
+def load_cuda_library() -> Any:
+    """adamem_fused/backends/cuda_library.py, without the package, which would import torch."""
+    path = ROOT / "adamem_fused" / "backends" / "cuda_library.py"
+    spec = importlib.util.spec_from_file_location("cuda_library", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compile_sizes(folder: Path, sizes: dict[str, int]) -> None:
+    cuda_library = load_cuda_library()
+    nvcc = cuda_library.find_nvcc()
+    if nvcc is None:
+        sys.exit("cuda_sizes: no nvcc was found")
+    name = "-".join(f"{key}={value}" for key, value in sizes.items())
+    with tempfile.TemporaryDirectory() as temporary:
+        cuda_library.SOURCES = shutil.copytree(ROOT / "csrc", Path(temporary) / "csrc") / "cuda"
+        config = cuda_library.SOURCES / "config.h"
+        config.write_text(with_sizes(config.read_text(), sizes))
+        cuda_library.compile_library(nvcc, folder / f"{name}.so", cuda_library.architectures(nvcc))
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for sizes in SIZES:
+        print(f"Compiling with {sizes}", flush=True)
+        compile_sizes(folder, sizes)
+
+
+if __name__ == "__main__":
+    main()

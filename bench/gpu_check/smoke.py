@@ -1,0 +1,141 @@
+"""Whether a backend does anything right: minutes of measuring are spared where it does not.
+
+Small steps against the reference backend, the same steps again and again bit for bit, and a
+captured step replayed. The first case of each kind takes the time of compiling too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adamem_fused import AMSGD, AMAdamW
+from bench.gpu_check import gpu
+from bench.gpu_check.record import Case, Part
+
+SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "tiny": ((3,), (), (0, 3), (5, 7)),
+    "2^20": ((2**20,),),
+    # Several chunks, and what is left over.
+    "mixed": ((1000, 300), (77,), (), (5, 5, 5)),
+}
+REPEATS = 30
+STEPS = 3
+
+
+def make_params(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = (torch.randn(shape, generator=generator) for shape in shapes)
+    return [tensor.to(gpu.device, dtype).requires_grad_() for tensor in tensors]
+
+
+def set_grads(params: Sequence[Tensor], step: int) -> None:
+    """Noisy gradients that turn around at every step, so that betas are inside of their range.
+
+    In place from the second step on: at the addresses that a graph knows.
+    """
+    generator = torch.Generator().manual_seed(1 + step)
+    slope = -0.6 if step % 2 else 1.0
+    for param in params:
+        noise = torch.randn(param.shape, generator=generator).to(param)
+        grad = slope * param.detach() + 0.5 * noise
+        if param.grad is None:
+            param.grad = grad
+        else:
+            param.grad.copy_(grad)
+
+
+def compare(
+    backend: str, cls: type[AMAdamW] | type[AMSGD], shapes: str, dtype: torch.dtype
+) -> Case:
+    """Steps beside the reference's; each begins where the reference's last one ended."""
+    ours, theirs = (make_params(SHAPES[shapes], dtype) for _ in range(2))
+    optimizer = cls(ours, lr=0.05, weight_decay=0.1, backend=backend, beta_scope="tensor")
+    reference = cls(theirs, lr=0.05, weight_decay=0.1, backend="reference", beta_scope="tensor")
+    betas = []
+    for step in range(STEPS):
+        set_grads(theirs, step)
+        for param, other in zip(ours, theirs, strict=True):
+            assert other.grad is not None
+            param.grad = other.grad.clone()
+        optimizer.step()
+        reference.step()
+        for param, other in zip(ours, theirs, strict=True):
+            pairs = {"param": (param.detach(), other.detach())}
+            pairs |= {k: (v, reference.state[other][k]) for k, v in optimizer.state[param].items()}
+            for name, (actual, expected) in pairs.items():
+                small = actual.dtype in (torch.bfloat16, torch.float16)
+                limit = torch.finfo(actual.dtype).eps if small else 1e-5
+                close = torch.isclose(actual, expected, rtol=limit, atol=limit)
+                if not close.all():
+                    wrong = (actual - expected).abs().max().item()
+                    raise AssertionError(f"{name} is off by {wrong:.2g} after step {step}")
+                actual.copy_(expected)
+            betas.append(optimizer.state[param]["beta"].item())
+    inside = sum(0.001 < beta < 0.88 for beta in betas)
+    if not inside:
+        raise AssertionError(f"no beta was inside of its range, which checks little: {betas}")
+    return {"found": f"as the reference; {inside} of {len(betas)} betas inside"}
+
+
+def train(
+    backend: str, cls: type[AMAdamW] | type[AMSGD], steps: int, captured: bool = False
+) -> list[Tensor]:
+    """Steps while lr, grad_scale and found_inf change; the parameters and the state."""
+    params = make_params(SHAPES["mixed"] + SHAPES["2^20"], torch.float32)
+    lr = torch.tensor(0.01, device=gpu.device)
+    optimizer = cls(params, lr=lr, backend=backend, capturable=True)
+    optimizer.grad_scale = torch.ones((), device=gpu.device)
+    optimizer.found_inf = torch.zeros((), device=gpu.device)
+    step: Callable[[], Any] = optimizer.step
+    for k in range(steps):
+        set_grads(params, k)
+        lr.fill_(0.01 * (k % 4))
+        optimizer.grad_scale.fill_(2.0**k)
+        optimizer.found_inf.fill_(float(k == 3))
+        step()
+        if captured and k == 0:
+            step = gpu.capture(optimizer.step)
+    state = [value for param in params for value in optimizer.state[param].values()]
+    return [*(param.detach() for param in params), *state]
+
+
+def same_bits(first: Sequence[Tensor], others: Iterable[Sequence[Tensor]]) -> Case:
+    same = [all(map(torch.equal, first, other)) for other in others]
+    if not all(same):
+        raise AssertionError(f"other bits in {same.count(False)} of {len(same)}")
+    return {"found": f"the same bits, {len(same)} more times"}
+
+
+def replayed(backend: str, cls: type[AMAdamW] | type[AMSGD]) -> Case:
+    steps = 2 * STEPS  # one of them with found_inf
+    return same_bits(train(backend, cls, steps), [train(backend, cls, steps, captured=True)])
+
+
+def repeated(backend: str, cls: type[AMAdamW] | type[AMSGD]) -> Case:
+    others = (train(backend, cls, STEPS) for _ in range(REPEATS))
+    return same_bits(train(backend, cls, STEPS), others)
+
+
+def run(part: Part, backend: str) -> None:
+    compared = (("tiny", torch.float32), ("2^20", torch.float32), ("mixed", torch.bfloat16))
+    for cls in (AMAdamW, AMSGD):
+        for shapes, dtype in compared:
+            name = f"{cls.__name__} {shapes} {dtype}".replace("torch.", "")
+            part.case(name, partial(compare, backend, cls, shapes, dtype))
+    for cls in (AMAdamW, AMSGD):
+        part.case(f"{cls.__name__} graph replay", partial(replayed, backend, cls))
+        part.case(f"{cls.__name__} repeated", partial(repeated, backend, cls))
+
+
+def table(stage: dict[str, Any]) -> list[str]:
+    return [
+        f"{backend:8s} {name:28s} {found['seconds']:6.2f} s  {found['found']}"
+        for backend, part in stage.items()
+        for name, found in part["cases"].items()
+        if "found" in found
+    ]

@@ -1,0 +1,129 @@
+"""bench.gpu_check without a GPU:
+
+    TRITON_INTERPRET=1 PYTHONPATH=.:tests python tests/gpu_stand_in -m bench.gpu_check ...
+
+The emulated cuda backend and Triton's interpreter work on the CPU in the GPU's place, on short
+lists, and everything that the check asks of torch.cuda has something else to ask. ncu and
+compute-sanitizer of this folder run what they are given and print what the programs would.
+
+STAND_IN_FAULT=STAGE:BACKEND:KIND makes that process fail at its second case: KIND is "hangs", or
+"wrong", of steps that do nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import cuda_emulator
+import pytest
+import torch
+
+from adamem_fused.backends import BACKENDS, cuda_library
+from bench import gpu_cases
+from bench.gpu_check import gpu, processes, record, smoke, suite, sweep, times
+
+HERE = Path(__file__).parent
+# One of each kind.
+CASES = (
+    ("gpt2-small", "AMAdamW", torch.float32, "below"),
+    ("5000x1000", "AMAdamW", torch.bfloat16, "mixture"),
+    ("gpt2-small", "AMSGD", torch.float32, "cap"),
+)
+
+
+def patch_language_once(patch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter puts its own in the place of triton.language at each call of each
+    function, and takes it away again: half of its time."""
+    from triton.runtime import interpreter
+
+    patch_lang, patched = interpreter._patch_lang, set()
+
+    def once(function):
+        if id(function.__globals__) not in patched:
+            patched.add(id(function.__globals__))
+            patch_lang(function)
+        return SimpleNamespace(restore=lambda: None)
+
+    patch.setattr(interpreter, "_patch_lang", once)
+
+
+def stand_in(patch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    patch_language_once(patch)
+    cuda_emulator.emulate(patch)
+    patch.setattr(cuda_library, "find_nvcc", lambda: None)  # nothing is compiled here
+    patch.setattr(processes, "INTERPRETER", [sys.executable, str(HERE)])
+    patch.setenv("PATH", f"{HERE}:{os.environ['PATH']}")
+
+    patch.setattr(gpu, "device", torch.device("cpu"))
+    patch.setattr(gpu, "is_available", lambda: True)
+    patch.setattr(gpu, "describe", lambda: {"name": "Stand-in"})
+    patch.setattr(gpu, "l2_bytes", lambda: 50 * 2**20)
+    patch.setattr(gpu, "multiprocessors", lambda: 1)
+    patch.setattr(gpu, "free_bytes", lambda: 2**30)
+    patch.setattr(gpu, "synchronize", lambda: None)
+    patch.setattr(gpu, "mark", time.perf_counter)
+    patch.setattr(gpu, "seconds_between", lambda first, second: second - first)
+    patch.setattr(gpu, "capture", lambda work: work)
+    patch.setattr(gpu, "profiled", nullcontext)
+
+    # A program takes the interpreter some 50 ms: few tensors, steps and cases.
+    lists = {"2^28": ((300,),), "gpt2-small": ((5, 4), (30,)), "5000x1000": ((7,), (7,))}
+    patch.setattr(
+        gpu_cases,
+        "cases",
+        lambda free_bytes: {
+            name: gpu_cases.Case(name, shapes, gpu_cases.TARGETS[name])
+            for name, shapes in lists.items()
+        },
+    )
+    patch.setattr(smoke, "STEPS", 2)
+    patch.setattr(smoke, "REPEATS", 1)
+    patch.setattr(smoke, "SHAPES", {"tiny": ((3,), ()), "2^20": ((300,),), "mixed": ((77,),)})
+    patch.setattr(times, "CASES", CASES)
+    patch.setattr(times, "PAIRS", 2)
+    patch.setattr(times, "SAMPLE_SECONDS", 0.0)
+    patch.setattr(times, "COPIED", 2**10)
+    patch.setattr(sweep, "LISTS", ("2^28",))
+    patch.setattr(sweep, "PAIRS", 1)
+    patch.setattr(sweep, "SAMPLE_SECONDS", 0.0)
+    patch.setattr(sweep, "TRITON_SIZES", ({"chunk": 128, "block": 64},))
+    patch.setattr(sweep, "LIBRARIES", HERE / "none")
+    patch.setattr(suite, "find_files", lambda: [HERE / "outcomes.py"])
+
+
+def fail(kind: str, backend: str, patch: pytest.MonkeyPatch) -> None:
+    case = record.Part.case
+
+    def second(self, name, work):
+        if kind == "hangs":
+            time.sleep(600)
+        patch.setattr(BACKENDS[backend], "adamw_apply", lambda *args: None)
+        case(self, name, work)
+
+    def first(self, name, work):
+        case(self, name, work)
+        patch.setattr(record.Part, "case", second)
+
+    patch.setattr(record.Part, "case", first)
+
+
+def main() -> None:
+    patch = pytest.MonkeyPatch()
+    stand_in(patch)
+    _, module, *arguments = sys.argv[1:]
+    stage, backend, kind = os.environ.get("STAND_IN_FAULT", "::").split(":")
+    if module == "bench.gpu_check.process" and arguments[1:3] == [stage, backend]:
+        fail(kind, backend, patch)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
