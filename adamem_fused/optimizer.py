@@ -381,7 +381,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             lists = (*sharding.local_shards(*lists[:tensors]), *lists[tensors:])
         if not torch.compiler.is_compiling() and True in map(Tensor.is_neg, lists[GRADS]):
             lists[GRADS][:] = [grad.resolve_neg() for grad in lists[GRADS]]
-        if True in map(Tensor.is_complex, lists[0]):
+        if any(map(Tensor.is_complex, lists[0])):
             lists[GRADS][:] = [grad.resolve_conj() for grad in lists[GRADS]]
             lists = (*([as_real(t) for t in ts] for ts in lists[:tensors]), *lists[tensors:])
         return lists

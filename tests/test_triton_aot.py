@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -19,6 +20,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from adamem_fused import AMSGD, AMAdamW
+from adamem_fused.backends import triton as backend
 from adamem_fused.triton_kernels import adamw, sgd, sums
 from adamem_fused.triton_kernels.config import config_for
 from adamem_fused.triton_kernels.tables import ADAMW_HYPERS
@@ -206,6 +209,70 @@ def test_the_machine_code_has_128_bit_accesses(name, tmp_path):
     # A thread's 8 float32 elements of a tensor are two accesses.
     assert len(re.findall(r"LDG\.E\.128", sass)) == 2 * CHUNK_KERNELS[name]["loads"]
     assert len(re.findall(r"STG\.E\.128", sass)) == 2 * CHUNK_KERNELS[name]["stores"]
+
+
+# ---- as the backend launches them -----------------------------------------------------
+
+
+class NoGPU:
+    """In the place of Triton's driver, of which a launch that only compiles asks no more."""
+
+    def get_current_target(self):
+        return CUDA[1]
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> list:
+    """What the backend's launches compile; no kernel runs."""
+    compiled = []
+
+    def launch(kernel, grid):
+        return lambda *args, **options: compiled.append(kernel.warmup(*args, grid=grid, **options))
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoGPU())
+    monkeypatch.setattr(triton.JITFunction, "__getitem__", launch)
+    monkeypatch.setattr(backend, "unavailable", lambda device: None)
+    monkeypatch.setattr(backend, "_config", lambda device: config_for("cuda", 9))
+    return compiled
+
+
+def make_optimizer(cls, groups, **options):
+    """Each group has one tensor."""
+    params = [torch.zeros(2000 * (i + 1), requires_grad=True) for i in range(groups)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    return cls([{"params": param} for param in params], backend="triton", **options)
+
+
+@pytest.mark.parametrize("cls", [AMAdamW, AMSGD])
+@pytest.mark.parametrize("scope, launches", [("tensor", 1), ("global", 4)])
+def test_a_step_is_compiled_once_for_any_tensors_and_groups(compiled, cls, scope, launches):
+    """Tables begin where they do: at multiples of 16 bytes, or not."""
+    for groups in (1, 2, 3):
+        make_optimizer(cls, groups, beta_scope=scope).step()
+    assert len(compiled) == 3 * launches
+    assert len({kernel.hash for kernel in compiled}) == launches
+
+
+def test_a_kernel_that_is_not_compiled_is_not_launched_in_a_capture(compiled, monkeypatch):
+    """Loading it is not allowed then."""
+    optimizer = make_optimizer(AMSGD, 1, beta_scope="tensor")
+    optimizer.step()
+    monkeypatch.setattr(backend, "is_capturing", lambda device: True)
+    optimizer.step()
+    assert len(compiled) == 2 and compiled[0] is compiled[1]
+    optimizer.grad_scale = torch.ones(())
+    with pytest.raises(RuntimeError, match=r"sgd_step is not compiled for it: take a step"):
+        optimizer.step()
+    monkeypatch.setattr(backend, "is_capturing", lambda device: False)
+    optimizer.step()
+    assert len(compiled) == 3 and triton.knobs.runtime.jit_cache_hook is None
 
 
 # ---- the kernels that do a whole step -------------------------------------------------
