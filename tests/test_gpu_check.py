@@ -77,7 +77,7 @@ def test_the_whole_check(tmp_path):
     assert "triton  2^28, chunk=128 block=64 " in output
     assert "gpt2-small, triton " in output
     assert "side by side: 2 passed, 0 failed, 0 error, 1 skipped" in output
-    assert "triton   memcheck, planted: it is found" in output
+    assert "triton   memcheck, planted            it is found" in output
     # The sizes of the CUDA kernels are fixed here: that is said, and fails nothing.
     assert "not done: sweep cuda, sizes: " in output
     names = {path.name for path in tmp_path.iterdir()}

@@ -175,30 +175,6 @@ def test_a_step_that_is_captured_before_its_order_was_made_is_launched_apart(lau
     assert launches.names == ["adamw_stats", "adamw_beta", "adamw_apply"]
 
 
-class Kernel:
-    """Stands in for a kernel."""
-
-    def fn(self): ...
-
-    def __getitem__(self, grid):
-        return lambda *args, **options: None
-
-
-def test_a_kernel_that_is_not_compiled_is_not_launched_in_a_capture(monkeypatch):
-    """Loading it is not allowed then. Numbers and addresses make no other kernel, dtypes do."""
-    monkeypatch.setattr(triton, "_loaded", set())
-    kernel, table, scale = Kernel(), torch.zeros(3), torch.ones(())
-    triton._launch(kernel, 1, table, None, 3, torch.float32, DECAY=True)
-    triton._launch(kernel, 1, table, scale, 3, torch.float32, DECAY=True)
-    monkeypatch.setattr(triton, "is_capturing", lambda device: True)
-    triton._launch(kernel, 2, table[1:], None, 4, torch.float32, DECAY=True)
-    triton._launch(kernel, 2, table, scale + 1, 4, torch.float32, DECAY=True)
-    for other in ((None, 3, torch.bfloat16, True), (scale, 3, torch.float32, False)):
-        *args, decay = other
-        with pytest.raises(RuntimeError, match="fn is not compiled for it: take a step"):
-            triton._launch(kernel, 1, table, *args, DECAY=decay)
-
-
 def change_grads(optimizer, params):
     # The old ones are kept, so that the new ones lie elsewhere.
     optimizer.old = [param.grad for param in params]

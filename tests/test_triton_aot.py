@@ -227,27 +227,52 @@ class NoGPU:
         return 0
 
 
-@pytest.mark.parametrize("cls", [AMAdamW, AMSGD])
-@pytest.mark.parametrize("scope, launches", [("tensor", 1), ("global", 4)])
-def test_a_step_is_compiled_once_for_any_tensors_and_groups(monkeypatch, cls, scope, launches):
-    """Tables begin where they do: at multiples of 16 bytes, or not."""
+@pytest.fixture
+def compiled(monkeypatch) -> list:
+    """What the backend's launches compile; no kernel runs."""
     compiled = []
 
-    def compile_launch(kernel, programs, *args, **options):
-        compiled.append(kernel.warmup(*args, grid=(programs,), **options))
+    def launch(kernel, grid):
+        return lambda *args, **options: compiled.append(kernel.warmup(*args, grid=grid, **options))
 
     monkeypatch.setattr(triton.runtime.driver, "_active", NoGPU())
+    monkeypatch.setattr(triton.JITFunction, "__getitem__", launch)
     monkeypatch.setattr(backend, "unavailable", lambda device: None)
     monkeypatch.setattr(backend, "_config", lambda device: config_for("cuda", 9))
-    monkeypatch.setattr(backend, "_launch", compile_launch)
-    for n in (1, 2, 3):
-        params = [torch.zeros(2000 * n, requires_grad=True) for _ in range(n)]
-        for param in params:
-            param.grad = torch.ones_like(param)
-        groups = [{"params": param} for param in params]
-        cls(groups, backend="triton", beta_scope=scope).step()
+    return compiled
+
+
+def make_optimizer(cls, groups, **options):
+    """Each group has one tensor."""
+    params = [torch.zeros(2000 * (i + 1), requires_grad=True) for i in range(groups)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    return cls([{"params": param} for param in params], backend="triton", **options)
+
+
+@pytest.mark.parametrize("cls", [AMAdamW, AMSGD])
+@pytest.mark.parametrize("scope, launches", [("tensor", 1), ("global", 4)])
+def test_a_step_is_compiled_once_for_any_tensors_and_groups(compiled, cls, scope, launches):
+    """Tables begin where they do: at multiples of 16 bytes, or not."""
+    for groups in (1, 2, 3):
+        make_optimizer(cls, groups, beta_scope=scope).step()
     assert len(compiled) == 3 * launches
     assert len({kernel.hash for kernel in compiled}) == launches
+
+
+def test_a_kernel_that_is_not_compiled_is_not_launched_in_a_capture(compiled, monkeypatch):
+    """Loading it is not allowed then."""
+    optimizer = make_optimizer(AMSGD, 1, beta_scope="tensor")
+    optimizer.step()
+    monkeypatch.setattr(backend, "is_capturing", lambda device: True)
+    optimizer.step()
+    assert len(compiled) == 2 and compiled[0] is compiled[1]
+    optimizer.grad_scale = torch.ones(())
+    with pytest.raises(RuntimeError, match=r"sgd_step is not compiled for it: take a step"):
+        optimizer.step()
+    monkeypatch.setattr(backend, "is_capturing", lambda device: False)
+    optimizer.step()
+    assert len(compiled) == 3 and triton.knobs.runtime.jit_cache_hook is None
 
 
 # ---- the kernels that do a whole step -------------------------------------------------

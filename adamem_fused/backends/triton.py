@@ -141,9 +141,13 @@ def _float64(dtypes: tuple[torch.dtype, ...]) -> bool:
     return torch.float64 in (param, *memories)
 
 
-# What has been compiled, and loaded onto a device: kernels, with their constants and dtypes, and
-# with which arguments are None.
-_loaded: set[tuple[Any, ...]] = set()
+def _refuse(*args: Any, fn: Any, **kwargs: Any) -> bool:
+    """In the place of Triton's hook before it compiles."""
+    raise RuntimeError(
+        f"a step is being captured in a CUDA graph, and {fn.name} is not compiled for it: take a "
+        "step with the same dtypes and options outside of the graph first, with weight decay, "
+        "grad_scale and found_inf if the captured one has them"
+    )
 
 
 def _launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
@@ -152,20 +156,14 @@ def _launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
     Raises:
         RuntimeError: in a CUDA graph's capture, where it would have to be compiled and loaded.
     """
-    name, device = kernel.fn.__name__, args[0].device
-    kinds = (
-        arg.dtype if isinstance(arg, Tensor) else int if isinstance(arg, int) else arg
-        for arg in args
-    )
-    variant = (name, device, *kinds, *options.items())
-    if variant not in _loaded and is_capturing(device):
-        raise RuntimeError(
-            f"a step is being captured in a CUDA graph, and {name} is not compiled for it: take a "
-            "step with the same dtypes and options outside of the graph first, with weight decay, "
-            "grad_scale and found_inf if the captured one has them"
-        )
-    kernel[(programs,)](*args, **options)
-    _loaded.add(variant)
+    if not is_capturing(args[0].device):
+        kernel[(programs,)](*args, **options)
+        return
+    from triton import knobs
+
+    with knobs.runtime.scope():
+        knobs.runtime.jit_cache_hook = _refuse
+        kernel[(programs,)](*args, **options)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -47,7 +47,7 @@ import torch
 from adamem_fused.backends import cuda_library, ops
 from bench.arguments import POSITIVE, output_folder
 from bench.environment import environment, folder_name
-from bench.gpu_check import counters, gpu, sanitizer, smoke, suite, sweep, times
+from bench.gpu_check import counters, gpu, record, sanitizer, suite, sweep, times
 from bench.gpu_check.processes import ROOT, Limited, module
 from bench.gpu_check.record import Results
 
@@ -125,12 +125,12 @@ class Stage(NamedTuple):
 
 BUILD_SECONDS, FIND_SECONDS = 120, 60
 STAGES = {
-    "smoke": Stage(40, partial(in_processes, "smoke"), smoke.table),
+    "smoke": Stage(40, partial(in_processes, "smoke"), record.table),
     "times": Stage(60, run_times, times.table),
     "sweep": Stage(40, partial(in_processes, "sweep"), sweep.table),
     "ncu": Stage(30, run_ncu, counters.table),
     "tests": Stage(90, run_tests, suite.table),
-    "sanitizer": Stage(60, run_sanitizer, sanitizer.table),
+    "sanitizer": Stage(60, run_sanitizer, record.table),
 }
 
 

@@ -21,7 +21,7 @@ SIZES: tuple[dict[str, int], ...] = (
     {"kChunk": 4096},
     {"kChunk": 1024},
     {"kThreads": 128, "kStepBlocksFloat": 6, "kBlocksFloat": 8},
-    {"kStepBlocksFloat": 2},
+    {"kStepBlocksFloat": 4},
     {"kShareOfL2": 2},
     {"kShareOfL2": 6},
 )

@@ -81,6 +81,16 @@ def _reasons(stage: str, part: str, cases: dict[str, Case], key: str) -> list[st
     return [f"{stage} {part}, {case}: {cases[case][key]}" for case in cases if key in cases[case]]
 
 
+def table(stage: dict[str, Any]) -> list[str]:
+    """A line for each case that says in words what was found."""
+    return [
+        f"{part:8s} {case:28s} {found['found']}"
+        for part, entry in stage.items()
+        for case, found in entry["cases"].items()
+        if "found" in found
+    ]
+
+
 @dataclass
 class Part:
     """A part at work, in a process of its own."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext, suppress
-from typing import Any
 
 import torch
 
@@ -96,15 +95,6 @@ def run(results: Results, backends: list[str], seconds: float) -> None:
         for log in logs:
             file.write(f"---- {log.stem}\n{log.read_text(errors='replace')}\n")
             log.unlink()
-
-
-def table(stage: dict[str, Any]) -> list[str]:
-    return [
-        f"{backend:8s} {case}: {found['found']}"
-        for backend, part in stage.items()
-        for case, found in part["cases"].items()
-        if "found" in found
-    ]
 
 
 if __name__ == "__main__":

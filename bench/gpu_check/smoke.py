@@ -130,12 +130,3 @@ def run(part: Part, backend: str) -> None:
     for cls in (AMAdamW, AMSGD):
         part.case(f"{cls.__name__} graph replay", partial(replayed, backend, cls))
         part.case(f"{cls.__name__} repeated", partial(repeated, backend, cls))
-
-
-def table(stage: dict[str, Any]) -> list[str]:
-    return [
-        f"{backend:8s} {name:28s} {found['seconds']:6.2f} s  {found['found']}"
-        for backend, part in stage.items()
-        for name, found in part["cases"].items()
-        if "found" in found
-    ]

@@ -256,7 +256,7 @@ def timed(part: dict[str, Any]) -> dict[str, Case]:
 
 def table(stage: dict[str, Any]) -> list[str]:
     lines = [
-        f"{'':40s} {'ms':>8s} {'predicted':>9s} {'torch':>8s} {'ratio':>6s} {'least':>6s} "
+        f"{'':47s} {'ms':>8s} {'predicted':>9s} {'torch':>8s} {'ratio':>6s} {'least':>6s} "
         f"{'most':>6s} {'target':>6s} {'of copy':>7s} {'wall':>8s} {'torch':>8s} {'host':>7s} "
         f"{'torch':>7s} at cap"
     ]
@@ -288,7 +288,7 @@ def table(stage: dict[str, Any]) -> list[str]:
                 *(_cell(ms[side, "host"], 7, 3) for side in ("ours", "torch")),
                 f"{statistics.mean(found['at_cap']):6.0%}{'  missed' if missed else ''}",
             ]
-            lines.append(" ".join([f"{name:40s}", *cells]))
+            lines.append(" ".join([f"{name:47s}", *cells]))
     return lines
 
 
@@ -314,6 +314,7 @@ def write_png(stage: dict[str, Any], device: str, path: Path) -> None:
         if found["target"] is not None:
             axes.plot([found["target"]] * 2, [row - 0.4, row + 0.4], "tab:red")
     axes.set_yticks(range(len(rows)), [f"{backend}: {name}" for backend, name, _ in rows])
+    axes.margins(y=0.01)
     axes.axvline(1.0, color="gray", linewidth=0.8)
     axes.set_xlabel("step time over torch's fused optimizer's; dots: pairs; red: the target")
     axes.set_title(device)
