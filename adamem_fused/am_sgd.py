@@ -52,7 +52,8 @@ class AMSGD(AdaptiveMemoryOptimizer):
     Raises:
         ValueError: a hyperparameter out of range.
         TypeError: parameters to train that are neither floating-point nor complex.
-        RuntimeError: a backend that was asked for and is not there.
+        RuntimeError: a backend that was asked for and is not there; parameters that FSDP1 has
+            flattened, or one beta for the model in a scheme that splits it (README, "Many ranks").
     """
 
     memories = ("momentum_buffer",)
