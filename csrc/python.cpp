@@ -237,19 +237,6 @@ py::object gather(const py::list& groups, const py::dict& state, const py::tuple
   return sizes;
 }
 
-// References to a list's tensors, of whatever kind.
-TensorRefs refs_of_items(const py::handle& list) {
-  PyObject* const* items = items_of(list);
-  const size_t n = py::len(list);
-  TensorRefs refs;
-  refs.reserve(n);
-  for (size_t i = 0; i < n; ++i) {
-    if (i + 16 < n) __builtin_prefetch(items[i + 16]);
-    refs.push_back(tensor_of(items[i]));
-  }
-  return refs;
-}
-
 // ---- describe: what tables are made of --------------------------------------------
 
 // The words as bytes: `last` itself, if it is these.
@@ -269,15 +256,28 @@ int64_t kind_of(const Tensor& t) {
 // The addresses of the tensors, list by list, and all else about them that tables are made
 // of: dtypes, devices, layouts, shapes, and for the first `data` lists their strides. Where
 // they are what they were, the very objects that are given as the last ones.
+//
+// updated: bumps the versions of all but the gradients, in this walk: a walk of its own would
+// take as long as half of this one.
 py::tuple describe(const py::tuple& lists, size_t data, const py::bytes& last_addresses,
-                   const py::bytes& last_structure) {
+                   const py::bytes& last_structure, bool updated) {
+  constexpr size_t kGrads = 1;
   std::vector<int64_t> addresses, structure;
   for (size_t k = 0; k < lists.size(); ++k) {
-    const TensorRefs refs = refs_of_items(lists[k]);
-    addresses.reserve(lists.size() * refs.size());
-    structure.reserve(lists.size() * refs.size() * 4);
+    PyObject* const* items = items_of(lists[k]);
+    const size_t n = py::len(lists[k]);
+    TensorRefs refs;
+    refs.reserve(n);
+    for (size_t i = 0; i < n; ++i) {
+      if (i + 16 < n) __builtin_prefetch(items[i + 16]);
+      refs.push_back(tensor_of(items[i]));
+    }
+    addresses.reserve(lists.size() * n);
+    structure.reserve(lists.size() * n * 4);
+    const bool bump = updated && k != kGrads;
     for_each_ahead(refs, [&](size_t i) {
       const Tensor& t = refs[i];
+      if (bump) bump_version_ahead(refs, i);
       addresses.push_back(reinterpret_cast<int64_t>(t.data_ptr()));
       structure.push_back(kind_of(t));
       for (const int64_t size : t.sizes()) structure.push_back(size);
@@ -286,16 +286,6 @@ py::tuple describe(const py::tuple& lists, size_t data, const py::bytes& last_ad
     });
   }
   return py::make_tuple(as_bytes(addresses, last_addresses), as_bytes(structure, last_structure));
-}
-
-// ---- versions: what autograd is told of a step ------------------------------------
-
-// Bumps the version of every tensor, as torch's operators do for what they have written to.
-void bump_versions(const py::tuple& lists) {
-  for (const py::handle list : lists) {
-    const TensorRefs refs = refs_of_items(list);
-    for (size_t i = 0; i < refs.size(); ++i) bump_version_ahead(refs, i);
-  }
 }
 
 // ---- steps without the dispatcher -------------------------------------------------
@@ -385,7 +375,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("gather", torch::wrap_pybind_function(gather));
   m.def("describe", torch::wrap_pybind_function(describe));
   m.def("any_modes", any_modes);
-  m.def("bump_versions", torch::wrap_pybind_function(bump_versions));
   m.def("adamw_stats", torch::wrap_pybind_function(adamw_stats));
   m.def("adamw_apply_", torch::wrap_pybind_function(adamw_apply_));
   m.def("sgd_stats", torch::wrap_pybind_function(sgd_stats));
