@@ -126,8 +126,11 @@ def _unavailable(backend: Backend, device: torch.device) -> str | None:
 
 
 def _is_made_up(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
     # The first question is the cheaper one, and comes at every step.
-    return device.type == "cuda" and not (torch.cuda.is_initialized() or torch.cuda.is_available())
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return not (initialized or torch.cuda.is_available())
 
 
 # By type of device: the fused backends that are made for it.

@@ -153,8 +153,8 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 def _open(batch: Batch, kernels: _Kernels, updated: bool, again: bool = False) -> Opened:
     if ops.is_traced():
         raise RuntimeError(
-            "a step of the triton backend cannot be traced by make_fx, nor taken with fake tensors: "
-            'pass backend="cuda" or backend="foreach"'
+            "a step of the triton backend cannot be traced by make_fx, nor taken with fake "
+            'tensors: pass backend="cuda" or backend="foreach"'
         )
     return open_tables(
         batch, _config(batch.params[0].device).chunk, kernels.coefficients, updated, again
