@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string_view>
 #include <vector>
 
 #include "cpu/step.h"
@@ -223,56 +224,14 @@ py::object gather(const py::list& groups, const py::dict& state, const py::tuple
   return py::make_tuple(sizes, gatherer.finish());
 }
 
-// References to a list's tensors, of whatever kind.
-TensorRefs refs_of_items(const py::handle& list) {
-  PyObject* const* items = items_of(list);
-  const size_t n = py::len(list);
-  TensorRefs refs;
-  refs.reserve(n);
-  for (size_t i = 0; i < n; ++i) {
-    if (i + 16 < n) __builtin_prefetch(items[i + 16]);
-    refs.push_back(tensor_of(items[i]));
-  }
-  return refs;
-}
-
 // ---- describe: what tables are made of --------------------------------------------
 
-// Words that are most often those of the last step. As long as they are, none is written: with
-// thousands of tensors it is half a megabyte.
-class Words {
- public:
-  explicit Words(const py::bytes& last)
-      : last_(last),
-        known_(reinterpret_cast<const int64_t*>(PyBytes_AS_STRING(last.ptr()))),
-        count_(PyBytes_GET_SIZE(last.ptr()) / sizeof(int64_t)) {}
-
-  void put(int64_t word) {
-    if (same_ < count_ && known_[same_] == word && words_.empty()) {
-      ++same_;
-      return;
-    }
-    if (words_.empty()) {
-      words_.reserve(count_);
-      words_.assign(known_, known_ + same_);
-    }
-    words_.push_back(word);
-  }
-
-  // As bytes: the last step's very object, if they are these.
-  py::bytes finish() const {
-    if (words_.empty() && same_ == count_) return last_;
-    const int64_t* words = words_.empty() ? known_ : words_.data();
-    const size_t count = words_.empty() ? same_ : words_.size();
-    return py::bytes(reinterpret_cast<const char*>(words), count * sizeof(int64_t));
-  }
-
- private:
-  const py::bytes last_;
-  const int64_t* known_;
-  size_t count_, same_ = 0;
-  std::vector<int64_t> words_;  // all of them, from the first that is another
-};
+// The words as bytes: `last` itself, if it is these.
+py::bytes as_bytes(const std::vector<int64_t>& words, const py::bytes& last) {
+  const std::string_view bytes(reinterpret_cast<const char*>(words.data()),
+                               words.size() * sizeof(int64_t));
+  return bytes == std::string_view(last) ? last : py::bytes(bytes.data(), bytes.size());
+}
 
 // dtype, device, layout and number of dimensions in a word.
 int64_t kind_of(const Tensor& t) {
@@ -284,31 +243,36 @@ int64_t kind_of(const Tensor& t) {
 // The addresses of the tensors, list by list, and all else about them that tables are made
 // of: dtypes, devices, layouts, shapes, and for the first `data` lists their strides. Where
 // they are what they were, the very objects that are given as the last ones.
+//
+// updated: bumps the versions of all but the gradients, in this walk: a walk of its own would
+// take as long as half of this one.
 py::tuple describe(const py::tuple& lists, size_t data, const py::bytes& last_addresses,
-                   const py::bytes& last_structure) {
-  Words addresses(last_addresses), structure(last_structure);
+                   const py::bytes& last_structure, bool updated) {
+  constexpr size_t kGrads = 1;
+  std::vector<int64_t> addresses, structure;
   for (size_t k = 0; k < lists.size(); ++k) {
-    const TensorRefs refs = refs_of_items(lists[k]);
+    PyObject* const* items = items_of(lists[k]);
+    const size_t n = py::len(lists[k]);
+    TensorRefs refs;
+    refs.reserve(n);
+    for (size_t i = 0; i < n; ++i) {
+      if (i + 16 < n) __builtin_prefetch(items[i + 16]);
+      refs.push_back(tensor_of(items[i]));
+    }
+    addresses.reserve(lists.size() * n);
+    structure.reserve(lists.size() * n * 4);
+    const bool bump = updated && k != kGrads;
     for_each_ahead(refs, [&](size_t i) {
       const Tensor& t = refs[i];
-      addresses.put(reinterpret_cast<int64_t>(t.data_ptr()));
-      structure.put(kind_of(t));
-      for (const int64_t size : t.sizes()) structure.put(size);
+      if (bump) bump_version_ahead(refs, i);
+      addresses.push_back(reinterpret_cast<int64_t>(t.data_ptr()));
+      structure.push_back(kind_of(t));
+      for (const int64_t size : t.sizes()) structure.push_back(size);
       if (k < data)
-        for (const int64_t stride : t.strides()) structure.put(stride);
+        for (const int64_t stride : t.strides()) structure.push_back(stride);
     });
   }
-  return py::make_tuple(addresses.finish(), structure.finish());
-}
-
-// ---- versions: what autograd is told of a step ------------------------------------
-
-// Bumps the version of every tensor, as torch's operators do for what they have written to.
-void bump_versions(const py::tuple& lists) {
-  for (const py::handle list : lists) {
-    const TensorRefs refs = refs_of_items(list);
-    for (size_t i = 0; i < refs.size(); ++i) bump_version_ahead(refs, i);
-  }
+  return py::make_tuple(as_bytes(addresses, last_addresses), as_bytes(structure, last_structure));
 }
 
 // ---- steps without the dispatcher -------------------------------------------------
@@ -398,7 +362,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("gather", torch::wrap_pybind_function(gather));
   m.def("describe", torch::wrap_pybind_function(describe));
   m.def("any_modes", any_modes);
-  m.def("bump_versions", torch::wrap_pybind_function(bump_versions));
   m.def("adamw_stats", torch::wrap_pybind_function(adamw_stats));
   m.def("adamw_apply_", torch::wrap_pybind_function(adamw_apply_));
   m.def("sgd_stats", torch::wrap_pybind_function(sgd_stats));

@@ -71,7 +71,6 @@ template <class F>
 void for_each_ahead(const TensorRefs& refs, F f) {
   const size_t n = refs.size();
   for (size_t i = 0; i < n; ++i) {
-    if (i + 32 < n) __builtin_prefetch(&refs[i + 32]);
     if (i + 16 < n) prefetch_impl(refs[i + 16]);
     if (i + 8 < n) prefetch_storage(refs[i + 8]);
     f(i);

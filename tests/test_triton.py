@@ -20,11 +20,16 @@ OPTIMIZERS = [AMAdamW, AMSGD]
 HERE = Path(__file__).parent
 
 
-def test_kernels_under_the_interpreter():
-    """test_gpu_cases.py, in a process that imports triton with its interpreter on."""
-    cases = str(HERE / "test_gpu_cases.py")
+@pytest.mark.parametrize(
+    "selection",
+    [["test_gpu_cases.py"], ["test_versions.py", "-k", "triton"]],
+    ids=lambda selection: selection[0],
+)
+def test_kernels_under_the_interpreter(selection):
+    """In a process that imports triton with its interpreter on."""
+    name, *options = selection
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / name, *options],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -132,10 +132,11 @@ def _unavailable(backend: Backend, device: torch.device) -> str | None:
 
 
 def _is_made_up(device: torch.device) -> bool:
-    # The first question is the cheaper one, and comes at every step.
-    if device.type != "cuda" or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if device.type != "cuda":
         return False
-    return not torch.cuda.is_available()
+    # The first question is the cheaper one, and comes at every step.
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return not (initialized or torch.cuda.is_available())
 
 
 # By type of device: the fused backends that are made for it.

@@ -219,8 +219,9 @@ def _step(
     )
 
 
-def _open(batch: Batch, kernels: _Kernels, again: bool) -> Opened:
-    opened = open_tables(batch, _library().adamem_chunk(), kernels.coefficients, again)
+def _open(batch: Batch, kernels: _Kernels, updated: bool, again: bool = False) -> Opened:
+    chunk = _library().adamem_chunk()
+    opened = open_tables(batch, chunk, kernels.coefficients, updated, again)
     layout = opened.tables.layout
     if batch.cache.get("loaded") is not layout:
         # Before a step is captured in a CUDA graph: a new layout is refused then.
@@ -252,7 +253,7 @@ def _stats(batch: Batch, kernels: _Kernels, grad_scale: Tensor | None) -> Tensor
     grad_scale = _float(grad_scale)
     with _on(device) as stream:
         # Kept to the end of the launches: it owns the copies that they read.
-        opened = _open(batch, kernels, again=False)
+        opened = _open(batch, kernels, updated=False)
         step = _step(batch, opened.tables, rows, grad_scale, None)
         for bucket in opened.tables.layout.buckets:
             _call(kernels.stats, step, _bucket(bucket), stream)
@@ -277,7 +278,7 @@ def _apply(
         rows = torch.empty(n, 2, dtype=torch.float64, device=device)
     grad_scale, found_inf = _float(grad_scale), _float(found_inf)
     with _on(device) as stream:
-        opened = _open(batch, kernels, again=given)
+        opened = _open(batch, kernels, updated=True, again=given)
         layout = opened.tables.layout
         step = _step(batch, opened.tables, rows, grad_scale, found_inf)
         buckets = [_bucket(bucket) for bucket in layout.buckets]

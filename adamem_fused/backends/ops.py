@@ -6,7 +6,6 @@ and torch.export can trace through a step.
 
 from __future__ import annotations
 
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from adamem_fused.backends.batch import Batch, check_like
+from adamem_fused.backends.batch import check_like
 
 # pip keeps what it has compiled against another torch in its cache.
 _REINSTALL = "reinstall it (pip install --force-reinstall --no-deps --no-cache-dir)"
@@ -68,19 +67,6 @@ def call(name: str, *args: Any) -> Any:
 def is_traced() -> bool:
     """Whether operators are recorded, or tensors fake: kernels launched past them would be lost."""
     return any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
-
-
-def bump_versions(batch: Batch) -> None:
-    """Tells autograd that parameters and state were written to, by kernels it does not know of.
-
-    A graph that still needs their old values then raises, as it does after torch's in-place
-    operators. A step that a CUDA graph replays tells nothing.
-    """
-    params, _, *others = batch.lists()
-    if extension is not None:
-        extension.bump_versions((params, *others))
-    else:
-        torch.autograd.graph.increment_version(list(chain(params, *others)))
 
 
 # A real tensor list with one meta tensor in it comes here too: hence the checks.

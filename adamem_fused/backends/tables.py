@@ -41,16 +41,22 @@ class Description(NamedTuple):
     group_sizes: list[int]
 
 
-def describe(batch: Batch, last: Description | None = None) -> Description:
+def describe(batch: Batch, last: Description | None = None, updated: bool = False) -> Description:
     """What the batch's tables are made of; in the objects of the last step, where it is the same.
 
     In C++, where the extension is there, it takes a tenth of the time.
+
+    updated: by kernels that autograd does not know of. It is told by the versions of parameters
+    and state, so that a graph that needs their old values raises. It is not where a CUDA graph
+    replays the step.
     """
     lists, data = batch.lists(), 2 + len(batch.memories)
     if ops.extension is not None:
         known = (b"", b"") if last is None else last[:2]
-        addresses, structure = ops.extension.describe(lists, data, *known)
+        addresses, structure = ops.extension.describe(lists, data, *known, updated)
         return Description(addresses, structure, batch.group_sizes)
+    if updated:
+        torch.autograd.graph.increment_version(list(chain(lists[0], *lists[1 + GRADS :])))
     addresses = b"".join(array("q", map(Tensor.data_ptr, tensors)) for tensors in lists)
     attributes = attrgetter("dtype", "device", "layout", "shape")
     others = [list(map(attributes, tensors)) for tensors in lists]
@@ -180,11 +186,10 @@ class Opened(NamedTuple):
     hypers: list[Any]  # a lr that was moved to the device has to live until the launches
 
     def store(self, batch: Batch) -> None:
-        """Writes what was updated in copies back to the batch's tensors; bumps all versions."""
+        """Writes what was updated in copies back to the batch's tensors."""
         for k, i in self.tables.layout.strided:
             if k != GRADS:
                 batch.lists()[k][i].copy_(self.lists[k][i])
-        ops.bump_versions(batch)
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -198,12 +203,15 @@ _NOT_PREPARED = (
 )
 
 
-def open_tables(batch: Batch, chunk: int, coefficients: int, again: bool = False) -> Opened:
+def open_tables(
+    batch: Batch, chunk: int, coefficients: int, updated: bool, again: bool = False
+) -> Opened:
     """The tables of this step's tensors, uploaded if anything in them has changed.
 
     Every tensor is looked at: gradients are new ones at every step, and a parameter or its
     state may have been given other memory.
 
+    updated: for an apply, and so for kernels that write to parameters and state.
     again: for the apply of a step whose stats have opened them.
     """
     device = batch.params[0].device
@@ -211,7 +219,7 @@ def open_tables(batch: Batch, chunk: int, coefficients: int, again: bool = False
     # What a graph is to upload is there once it is replayed: for no step but its own.
     recorded: Tables | None = batch.cache.pop("recorded", None)
     last: Tables | None = batch.cache.get("tables")
-    description = describe(batch, None if last is None else last.description)
+    description = describe(batch, None if last is None else last.description, updated)
     if last is not None and description[1:] == last.description[1:]:
         layout = last.layout
     elif capturing:

@@ -171,13 +171,15 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
-def _open(batch: Batch, kernels: _Kernels, again: bool) -> Opened:
+def _open(batch: Batch, kernels: _Kernels, updated: bool, again: bool = False) -> Opened:
     if ops.is_traced():
         raise RuntimeError(
             "a step of the triton backend cannot be traced by make_fx, nor taken with fake "
             'tensors: pass backend="cuda" or backend="foreach"'
         )
-    return open_tables(batch, _config(batch.params[0].device).chunk, kernels.coefficients, again)
+    return open_tables(
+        batch, _config(batch.params[0].device).chunk, kernels.coefficients, updated, again
+    )
 
 
 def _plan(batch: Batch, layout: Layout) -> Plan | None:
@@ -326,7 +328,7 @@ def _stats(batch: Batch, kernels: _Kernels, grad_scale: Tensor | None) -> Tensor
     config = _config(device)
     with _on(device):
         # Kept to the end of the launches: it owns the copies that they read.
-        opened = _open(batch, kernels, again=False)
+        opened = _open(batch, kernels, updated=False)
         layout = opened.tables.layout
         _launch_stats(batch, kernels, opened.tables, grad_scale)
         _launch(
@@ -356,7 +358,7 @@ def _apply(
         check_rows(rows, batch.params)
         rows = rows.contiguous()
     with _on(batch.params[0].device):
-        opened = _open(batch, kernels, again=given)
+        opened = _open(batch, kernels, updated=True, again=given)
         tables = opened.tables
         alone = rows is None and not any(batch.shared)
         plan = _plan(batch, tables.layout) if alone else None
