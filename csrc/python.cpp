@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string_view>
 #include <vector>
 
 #include "cpu/step.h"
@@ -44,10 +45,13 @@ const Tensor& tensor_of(PyObject* object) {
 // References to a list's tensors; unless all are plain, `plain` becomes false.
 TensorRefs refs_of(const py::list& list, bool& plain) {
   TensorRefs refs;
-  refs.reserve(list.size());
-  for (const py::handle object : list) {
-    refs.push_back(tensor_of(object.ptr()));
-    plain = plain && is_exact(object.ptr());
+  PyObject* const* items = PySequence_Fast_ITEMS(list.ptr());
+  const size_t n = list.size();
+  refs.reserve(n);
+  for (size_t i = 0; i < n; ++i) {
+    if (i + 16 < n) __builtin_prefetch(items[i + 16]);
+    refs.push_back(tensor_of(items[i]));
+    plain = plain && is_exact(items[i]);
   }
   for_each_ahead(refs, [&](size_t i) { plain = plain && is_plain(refs[i]); });
   return refs;
@@ -225,41 +229,12 @@ py::object gather(const py::list& groups, const py::dict& state, const py::tuple
 
 // ---- describe: what tables are made of --------------------------------------------
 
-// Words that are most often those of the last step. As long as they are, none is written: with
-// thousands of tensors it is half a megabyte.
-class Words {
- public:
-  explicit Words(const py::bytes& last)
-      : last_(last),
-        known_(reinterpret_cast<const int64_t*>(PyBytes_AS_STRING(last.ptr()))),
-        count_(PyBytes_GET_SIZE(last.ptr()) / sizeof(int64_t)) {}
-
-  void put(int64_t word) {
-    if (same_ < count_ && known_[same_] == word && words_.empty()) {
-      ++same_;
-      return;
-    }
-    if (words_.empty()) {
-      words_.reserve(count_);
-      words_.assign(known_, known_ + same_);
-    }
-    words_.push_back(word);
-  }
-
-  // As bytes: the last step's very object, if they are these.
-  py::bytes finish() const {
-    if (words_.empty() && same_ == count_) return last_;
-    const int64_t* words = words_.empty() ? known_ : words_.data();
-    const size_t count = words_.empty() ? same_ : words_.size();
-    return py::bytes(reinterpret_cast<const char*>(words), count * sizeof(int64_t));
-  }
-
- private:
-  const py::bytes last_;
-  const int64_t* known_;
-  size_t count_, same_ = 0;
-  std::vector<int64_t> words_;  // all of them, from the first that is another
-};
+// The words as bytes: `last` itself, if it is these.
+py::bytes as_bytes(const std::vector<int64_t>& words, const py::bytes& last) {
+  const std::string_view bytes(reinterpret_cast<const char*>(words.data()),
+                               words.size() * sizeof(int64_t));
+  return bytes == std::string_view(last) ? last : py::bytes(bytes.data(), bytes.size());
+}
 
 // dtype, device, layout and number of dimensions in a word.
 int64_t kind_of(const Tensor& t) {
@@ -273,7 +248,7 @@ int64_t kind_of(const Tensor& t) {
 // they are what they were, the very objects that are given as the last ones.
 py::tuple describe(const py::tuple& lists, size_t data, const py::bytes& last_addresses,
                    const py::bytes& last_structure) {
-  Words addresses(last_addresses), structure(last_structure);
+  std::vector<int64_t> addresses, structure;
   for (size_t k = 0; k < lists.size(); ++k) {
     PyObject* const* items = items_of(lists[k]);
     const size_t n = py::len(lists[k]);
@@ -283,16 +258,18 @@ py::tuple describe(const py::tuple& lists, size_t data, const py::bytes& last_ad
       if (i + 16 < n) __builtin_prefetch(items[i + 16]);
       refs.push_back(tensor_of(items[i]));
     }
+    addresses.reserve(lists.size() * n);
+    structure.reserve(lists.size() * n * 4);
     for_each_ahead(refs, [&](size_t i) {
       const Tensor& t = refs[i];
-      addresses.put(reinterpret_cast<int64_t>(t.data_ptr()));
-      structure.put(kind_of(t));
-      for (const int64_t size : t.sizes()) structure.put(size);
+      addresses.push_back(reinterpret_cast<int64_t>(t.data_ptr()));
+      structure.push_back(kind_of(t));
+      for (const int64_t size : t.sizes()) structure.push_back(size);
       if (k < data)
-        for (const int64_t stride : t.strides()) structure.put(stride);
+        for (const int64_t stride : t.strides()) structure.push_back(stride);
     });
   }
-  return py::make_tuple(addresses.finish(), structure.finish());
+  return py::make_tuple(as_bytes(addresses, last_addresses), as_bytes(structure, last_structure));
 }
 
 // ---- steps without the dispatcher -------------------------------------------------
