@@ -175,7 +175,7 @@ AM_INLINE V adamw_denominator(V root, const AdamWCoefficients<T>& c) {
 // D = (1 + lambda P) d and u = c_g g - c_d d - e, what the terms have in common is taken out:
 //   1 / P = M (1 + lambda P)     g + lambda P d = D - e
 //   num = (c_g g - c_d d) (d / P + mu x) - e (g + lambda P d) M - mu x e
-//       = M D u + M e e + mu x u
+//       = (M D + mu x) u + M e e
 // x is read only where Decay.
 template <bool Scaled, bool Decay, class V, class T>
 AM_INLINE void adamw_sums(V g, V d, V root, V x, const AdamWCoefficients<T>& c, V& num, V& den) {
@@ -186,9 +186,10 @@ AM_INLINE void adamw_sums(V g, V d, V root, V x, const AdamWCoefficients<T>& c, 
   const V e = d - g;
   const V u = fma(g, V(c.gap_grad), e * V(T(-1) - c.gap_memory));
   const V weighted = e * m;
-  num = fma(weighted, e, num);
-  num = fma(d * damping * m, u, num);
-  if (Decay) num = fma(x * V(c.weight_decay), u, num);
+  V step = d * damping * m;
+  if (Decay) step = fma(x, V(c.weight_decay), step);
+  // Two additions to num, one after the other: with a third they would take the longest.
+  num = fma(step, u, fma(weighted, e, num));
   den = fma(weighted, e, den);
 }
 
