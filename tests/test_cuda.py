@@ -279,12 +279,13 @@ def test_where_the_library_does_not_run_it_says_why_and_the_next_backend_is_take
     assert choose(GPU) is triton
 
 
-def test_a_library_that_does_not_load_is_a_reason(gpu, monkeypatch, tmp_path):
-    path = tmp_path / "_cuda.so"
-    path.write_bytes(b"no library")
-    monkeypatch.setattr(cuda_library, "_find", lambda: path)
+def test_a_library_that_does_not_load_or_is_of_older_sources_is_a_reason(gpu, monkeypatch):
     monkeypatch.setattr(cuda, "_library", cuda_library.load)
-    assert is_unavailable(GPU).startswith("its library does not load: ")
+    for path, why in ((Path(__file__), "invalid ELF header"), (Path(torch._C.__file__), "symbol")):
+        monkeypatch.setattr(cuda, "_reasons", {})
+        monkeypatch.setattr(cuda_library, "_find", lambda path=path: path)
+        reason = is_unavailable(GPU)
+        assert reason.startswith("its library does not load (") and why in reason
 
 
 def test_torch_compile_traces_the_look_at_the_library(gpu):

@@ -438,7 +438,8 @@ def clipped_training(cls, scope):
     expected = cls(expected_model.parameters(), lr=0.1, beta_scope=scope)
     train(model, optimizer, 10, part_of_rank(), max_norm=0.01)
     train(expected_model, expected, 10, max_norm=0.01)
-    assert_agree(optimizer, expected, 1e-10)
+    # torch 2.9 adds its 1e-6 to the part that each rank has of the norm.
+    assert_agree(optimizer, expected, 1e-5)
 
 
 @both

@@ -60,12 +60,12 @@ def _find_reason(device: torch.device) -> str | None:
     if reason is not None:
         return reason
     try:
-        library = _library()
-    except OSError as error:
-        return f"its library does not load: {error}"
+        check = _library().adamem_check
+    except (AttributeError, OSError) as error:
+        return f"its library does not load ({error}); reinstall"
     compiled, driver = ctypes.c_int(), ctypes.c_int()
     with _on(device):
-        code = library.adamem_check(device.index, ctypes.byref(compiled), ctypes.byref(driver))
+        code = check(device.index, ctypes.byref(compiled), ctypes.byref(driver))
     if code == 0:
         return None
     ours, theirs = (f"{v.value // 1000}.{v.value % 1000 // 10}" for v in (compiled, driver))

@@ -47,6 +47,8 @@ __device__ inline uint32_t launch_number(Control& control) {
   return shared_by_all(control.launches).load(::cuda::std::memory_order_relaxed) + 1;
 }
 
+// Not by an atomic_ref: what that is compiled to asks first whether the counter lies in shared
+// memory, and so waits for the answer at once.
 __device__ inline uint64_t claim_item(Control& control) { return atomicAdd(&control.next, 1ull); }
 
 // Counts a chunk whose sums were written. True for a tensor's last: all of its sums can be
