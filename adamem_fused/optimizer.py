@@ -210,7 +210,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         except Exception:
             del self.param_groups[known:]
             raise
-        self._given += flattened.shapes(group["params"])
+        self._given.update(flattened.shapes(group["params"]))
 
     def _check_dtype(self, param: Tensor) -> None:
         if param.dtype not in FLOATING + COMPLEX:

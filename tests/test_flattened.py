@@ -420,6 +420,12 @@ def go_on():
         for stepped in (False, True):
             goes_on(AMAdamW, "tensor", change, stepped)
             goes_on(AMSGD, "global", change, stepped)
+    # Biases alone, as BitFit trains them, and a new head.
+    biases = [param for param in model_of().parameters() if param.dim() == 1]
+    optimizer = make(AMAdamW, biases, "tensor")
+    optimizer.param_groups[0]["params"][-1] = Parameter(torch.ones(7).double())
+    with_grads(parameters(optimizer))
+    optimizer.step()
     # As accelerate prepares for FSDP2: sharded after the optimizer was made, and replaced in it.
     for cls in OPTIMIZERS:
         for scope in SCOPES:
