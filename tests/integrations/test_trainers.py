@@ -4,6 +4,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -305,7 +306,7 @@ def test_hf_trainer_takes_the_steps_of_one_process(two_ranks, tmp_path):
 # ---- Lightning --------------------------------------------------------------------
 
 
-def train_with_lightning(cls, scope):
+def train_with_lightning(make_optimizer, **options):
     from lightning import LightningModule, Trainer
 
     class Lit(LightningModule):
@@ -317,18 +318,17 @@ def train_with_lightning(cls, scope):
             return self.model(batch)[0]
 
         def configure_optimizers(self):
-            return make(cls, self.parameters(), scope)
+            return make_optimizer(self.parameters())
 
     model = Lit()
     trainer = Trainer(
         accelerator="cpu",
-        devices=2,
-        strategy="ddp",
         max_epochs=STEPS,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
     trainer.fit(model, loader())
     return model.model
@@ -338,12 +338,23 @@ def takes_lightning():
     set_up()
     for cls, scope in CASES:
         with nothing_said():
-            model = train_with_lightning(cls, scope)
+            model = train_with_lightning(partial(make, cls, scope=scope), devices=2, strategy="ddp")
         assert_as_in_one_process(model, cls, scope)
 
 
 def test_lightning_takes_the_steps_of_one_process(two_ranks):
     two_ranks.run(takes_lightning)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+def test_lightning_clips_under_mixed_precision_unless_the_step_is_to_unscale(cls, precision):
+    """As with torch's AdamW: fused=True asks for a step that unscales, which rules it out."""
+    options = {"precision": precision, "gradient_clip_val": 0.5}
+    model = train_with_lightning(partial(cls, lr=0.01), **options)
+    assert all(param.isfinite().all() for param in model.parameters())
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        train_with_lightning(partial(cls, lr=0.01, fused=True), **options)
 
 
 # ---- torchao ----------------------------------------------------------------------
