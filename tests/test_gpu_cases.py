@@ -405,6 +405,23 @@ def test_a_gradient_whose_square_overflows_float32(backend, cls):
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_an_infinite_gradient_goes_where_it_goes_in_the_reference(backend, weight_decay):
+    results = []
+    for name in ("reference", backend):
+        (param,) = make_params([(300,)])
+        optimizer = AMSGD([param], lr=0.05, weight_decay=weight_decay, backend=name)
+        for step in range(3):
+            set_grads([param], step)
+            if step == 1:
+                param.grad[7] = float("inf")
+            optimizer.step()
+        results.append(param.detach())
+    if weight_decay == 0.0:
+        assert results[0].isfinite().sum() == 299
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 def test_a_cap_near_1(backend):
     """1 - beta is rounded once, not the difference of a rounded beta."""
     memories = []

@@ -163,9 +163,15 @@ def adamw_update(x, g, d, v, c, beta, take, lr, decay):
 
 
 @triton.jit
+def _decayed(x, g, factor, weight_decay):
+    # Not 0 times an x that may be infinite.
+    return g * factor + tl.where(weight_decay != 0, weight_decay * x, 0.0)
+
+
+@triton.jit
 def sgd_sums(x, g, d, factor, gap, weight_decay, memory_lambda):
     """One element's part of num = (c_g g - c_d d) d - e (g + lambda d), and of den."""
-    g = g * factor + weight_decay * x
+    g = _decayed(x, g, factor, weight_decay)
     e = d - g
     slope = gap.grad * g - gap.memory * e
     return slope * d - e * (g + memory_lambda * d), e * e
@@ -174,6 +180,6 @@ def sgd_sums(x, g, d, factor, gap, weight_decay, memory_lambda):
 @triton.jit
 def sgd_update(x, g, d, factor, weight_decay, keep, take, lr):
     """The new x and d."""
-    g = g * factor + weight_decay * x
+    g = _decayed(x, g, factor, weight_decay)
     d = keep * d + take * g
     return x - lr * d, d

@@ -170,7 +170,9 @@ def adamw_apply(
 
 
 def _decayed(x: Tensor, g: Tensor, h: SGDHyper) -> Tensor:
-    return _gradient(g, h.maximize) + h.weight_decay * x.double()
+    g = _gradient(g, h.maximize)
+    # Not 0 times an x that may be infinite.
+    return g + h.weight_decay * x.double() if h.weight_decay != 0 else g
 
 
 def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
