@@ -11,7 +11,7 @@ from adamem_fused.backends import Backend
 from adamem_fused.backends.batch import AdamWBatch, AdamWHyper, Lr
 from adamem_fused.checkpoints import from_adamw
 from adamem_fused.optimizer import AdaptiveMemoryOptimizer, ParamsT, over_lr, scalar_lr
-from adamem_fused.options import check_betas, check_number, check_options
+from adamem_fused.options import check_betas, check_number, check_options, plain
 
 
 class AMAdamW(AdaptiveMemoryOptimizer):
@@ -25,7 +25,8 @@ class AMAdamW(AdaptiveMemoryOptimizer):
     State of a parameter: `exp_avg` and `exp_avg_sq`, of its shape, float32 (float64 for
     float64 parameters, complex for complex ones); and 0-dim tensors on its device: `step`,
     `beta_prod` (product of the betas so far), `prev_lr`, and `beta`, the beta of the last
-    step. Nothing of it is read back from the device in a step.
+    step. With gap="loss" the first trained parameter also has `prev_loss`. Nothing of it is
+    read back from the device in a step.
 
     Args:
         params: parameters, (name, parameter) pairs or parameter groups. float32, float64,
@@ -44,7 +45,8 @@ class AMAdamW(AdaptiveMemoryOptimizer):
             beta_scope="global" and suits full-batch training.
         beta_scope: one beta for each parameter "tensor", or one "global" beta.
         maximize: maximize the objective.
-        foreach: True for the foreach backend, False for none of its kind.
+        foreach: True for the foreach backend. False without fused=True: the reference backend,
+            one tensor at a time in float64, for checks.
         fused: True for a fused backend, or an error; False for none. With True, or with a
             fused `backend`, a step under torch.amp.GradScaler unscales by itself.
         capturable: as in torch.optim. State is on the device and is not read back with
@@ -54,7 +56,7 @@ class AMAdamW(AdaptiveMemoryOptimizer):
 
     Raises:
         ValueError: a hyperparameter out of range.
-        TypeError: parameters to train that are neither floating-point nor complex.
+        TypeError: parameters to train of a dtype that is not optimized.
         RuntimeError: a backend that was asked for and is not there; parameters that FSDP1 has
             flattened, or one beta for the model in a scheme that splits it (README, "Many ranks").
     """
@@ -103,20 +105,12 @@ class AMAdamW(AdaptiveMemoryOptimizer):
             "backend": backend,
         }
         self._check_group(defaults)
-        # Plain numbers, whatever they came in: torch.load takes no others by default.
-        defaults["betas"] = tuple(map(float, betas))
-        super().__init__(params, defaults)
+        super().__init__(params, plain(defaults))
 
     def _check_group(self, group: dict[str, Any], slack: float = 0.0) -> None:
         check_betas(group["betas"], slack)
         check_number("epsilon value", group["eps"])
         check_options(group, slack)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group; nothing is added where a value in it is bad."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        group["betas"] = tuple(map(float, group["betas"]))
 
     def _new_batch(self, *lists: Any) -> AdamWBatch:
         return AdamWBatch(*lists)

@@ -10,7 +10,7 @@ from adamem_fused.backends import Backend
 from adamem_fused.backends.batch import Lr, SGDBatch, SGDHyper
 from adamem_fused.checkpoints import from_sgd
 from adamem_fused.optimizer import AdaptiveMemoryOptimizer, ParamsT, over_lr, scalar_lr
-from adamem_fused.options import check_number, check_options
+from adamem_fused.options import check_number, check_options, plain
 
 
 class AMSGD(AdaptiveMemoryOptimizer):
@@ -41,7 +41,8 @@ class AMSGD(AdaptiveMemoryOptimizer):
             beta_scope="global" and suits full-batch training.
         beta_scope: one "global" beta, or one for each parameter "tensor".
         maximize: maximize the objective.
-        foreach: True for the foreach backend, False for none of its kind.
+        foreach: True for the foreach backend. False without fused=True: the reference backend,
+            one tensor at a time in float64, for checks.
         fused: True for a fused backend, or an error; False for none. With True, or with a
             fused `backend`, a step under torch.amp.GradScaler unscales by itself.
         capturable: as in torch.optim. State is on the device and is not read back with
@@ -51,7 +52,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
 
     Raises:
         ValueError: a hyperparameter out of range.
-        TypeError: parameters to train that are neither floating-point nor complex.
+        TypeError: parameters to train of a dtype that is not optimized.
         RuntimeError: a backend that was asked for and is not there; parameters that FSDP1 has
             flattened, or one beta for the model in a scheme that splits it (README, "Many ranks").
     """
@@ -93,7 +94,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
             "backend": backend,
         }
         self._check_group(defaults)
-        super().__init__(params, defaults)
+        super().__init__(params, plain(defaults))
 
     def _check_group(self, group: dict[str, Any], slack: float = 0.0) -> None:
         check_number("beta_max value", group["beta_max"], 1.0, slack)

@@ -33,10 +33,10 @@ _FOREIGN = (
 
 
 class Kept:
-    """A parameter's loaded state, which Optimizer.load_state_dict leaves alone.
+    """A parameter's loaded state, on its way through Optimizer.load_state_dict.
 
-    It casts state to the parameter's dtype, by a policy that a subclass cannot override. So
-    state goes through it in this wrapper.
+    That casts tensors to the parameter's dtype, which a subclass cannot prevent; other objects
+    pass as they are.
     """
 
     def __init__(self, state: Any) -> None:
@@ -90,6 +90,12 @@ def _loaded(
 ) -> Any:
     """A copy of one parameter's state, checked, and converted if it is torch.optim's."""
     names = (*optimizer.memories, *optimizer.scalars)
+    if not native and _is_foreign(optimizer, saved):
+        raise ValueError(
+            f"loaded state has {', '.join(saved)} and no {', '.join(optimizer.memories)}: it is "
+            f"another optimizer's; {type(optimizer).__name__} loads its own and that of its "
+            "counterpart in torch.optim"
+        )
     # The user's own, alone.
     if not isinstance(saved, dict) or not any(name in saved for name in names):
         return _copy(saved)
@@ -100,6 +106,15 @@ def _loaded(
             value = _checked(param, name, state, is_memory=name in optimizer.memories)
             loaded[name] = _place(optimizer, param, name, value)
     return loaded
+
+
+def _is_foreign(optimizer: AdaptiveMemoryOptimizer, saved: Any) -> bool:
+    """Whether a parameter's state is neither this class's nor its counterpart's."""
+    return (
+        isinstance(saved, dict)
+        and any(isinstance(value, Tensor) for value in saved.values())
+        and not any(name in saved for name in optimizer.memories)
+    )
 
 
 def _copy(value: Any) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from types import FrameType
@@ -22,6 +21,7 @@ from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 
 from adamem_fused.sharding import any_dtensor
+from adamem_fused.warn import warn_user
 
 # How many parameters of each shape an optimizer was given. Not weak references, which would
 # keep torch.utils.swap_tensors from working.
@@ -154,11 +154,10 @@ def check_new(
     """
     check_marks(group)
     if any(getattr(param, "tensor_model_parallel", False) for param in new) and _world_size() > 1:
-        warnings.warn(
+        warn_user(
             "Parameters marked tensor_model_parallel (Megatron, DeepSpeed's AutoTP) are pieces of "
             "tensors unless there is one such rank: each rank then takes betas of its own. Use "
-            "DTensors (torch.distributed.tensor.parallel)",
-            stacklevel=2,
+            "DTensors (torch.distributed.tensor.parallel)"
         )
     if _find_caller(_ZERO) is not None:
         scheme = "DeepSpeed's ZeRO"
@@ -176,10 +175,9 @@ def check_new(
             f"{scheme} has put a flat buffer in the place of parameters, which would take one "
             f"beta for them. {_INSTEAD}"
         )
-    warnings.warn(
+    warn_user(
         f"{scheme} has put a flat buffer in the place of parameters: beta is the model's only if "
-        f"each step has all of it. {_INSTEAD}",
-        stacklevel=2,
+        f"each step has all of it. {_INSTEAD}"
     )
 
 

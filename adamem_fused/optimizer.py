@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from adamem_fused import backends, checkpoints, flattened, sharding
 from adamem_fused.backends import Backend, ops
 from adamem_fused.backends.batch import FLOATING, GRADS, Batch, Lr, group_slices
-from adamem_fused.options import ROUNDING
+from adamem_fused.options import ROUNDING, plain
 from adamem_fused.state import COMPLEX
 
 ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
@@ -66,7 +66,7 @@ class Work:
     sharded: bool = False
 
     def here(self, tensor: Tensor | None) -> Tensor | None:
-        """A scalar of another device (GradScaler's may be on one) on this batch's."""
+        """A scalar on this batch's device; GradScaler's may be on another."""
         if tensor is None or not self.batch.params:
             return tensor
         device = self.batch.params[0].device
@@ -143,7 +143,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
-        """Drops what is kept from step to step, of which a step can do without all."""
+        """Drops what is kept from step to step; the next step makes it anew."""
         self._caches = {}
         self._new_state = []
 
@@ -210,13 +210,14 @@ class AdaptiveMemoryOptimizer(Optimizer):
         except Exception:
             del self.param_groups[known:]
             raise
+        group.update(plain({key: group[key] for key in self.defaults}))
         self._given.update(flattened.shapes(group["params"]))
 
     def _check_dtype(self, param: Tensor) -> None:
         if param.dtype not in FLOATING + COMPLEX:
             raise TypeError(
-                f"{type(self).__name__} optimizes floating-point and complex tensors, "
-                f"not {param.dtype}"
+                f"{type(self).__name__} optimizes float32, float64, bfloat16, float16, "
+                f"complex64 and complex128 tensors, not {param.dtype}"
             )
 
     @property
@@ -249,8 +250,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
             The closure's loss, or None without a closure.
 
         Raises:
-            TypeError: a gradient of a parameter that is neither floating-point nor complex;
-                state of the wrong type.
+            TypeError: a gradient of a parameter of a dtype that is not optimized; state of the
+                wrong type.
             RuntimeError: a sparse gradient; gap="loss" without a closure; a backend that
                 was asked for and is not there; `grad_scale` or `found_inf` for one that is
                 not fused; a parameter or state that cannot be updated in place; parameters
@@ -321,7 +322,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             values.extend([state[name] for state in states])
             for kind in set(map(type, values)):
                 if not issubclass(kind, Tensor):
-                    raise TypeError(f"state {name} is a {kind.__name__}; it has to be a tensor")
+                    raise TypeError(f"state {name} has to be a tensor, not {kind.__name__}")
 
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """Makes a parameter's state, or what is missing in the state that a user has given it."""
@@ -482,7 +483,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     @property
     def _model_param(self) -> Tensor:
-        """Whose state has that of the whole model: the first parameter, as with LBFGS.
+        """The parameter whose state also holds `prev_loss`: the first, as with LBFGS.
 
         The first that is trained: torch.distributed.checkpoint drops the state of frozen ones.
         """

@@ -1,4 +1,4 @@
-"""Checks of the options that both optimizers have."""
+"""Checks of options."""
 
 from __future__ import annotations
 
@@ -29,6 +29,20 @@ def check_number(name: str, value: Any, high: float = float("inf"), slack: float
         allowed = ">= 0.0" if high == float("inf") else f"in [0.0, {high})"
         hint = ", not a tensor: pass its item()" if isinstance(value, Tensor) else ""
         raise ValueError(f"Invalid {name}: {value!r} (a finite number {allowed}{hint})")
+
+
+def plain(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with NumPy's numbers and sequences of any kind as Python's own.
+
+    torch.load takes no others by default.
+    """
+    numbers = {
+        key: float(value)
+        for key, value in options.items()
+        if isinstance(value, Real) and not isinstance(value, (bool, int))
+    }
+    betas = {"betas": tuple(map(float, options["betas"]))} if "betas" in options else {}
+    return {**options, **numbers, **betas}
 
 
 def check_lr(lr: Any, slack: float) -> None:

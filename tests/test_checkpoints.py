@@ -552,3 +552,23 @@ def test_a_user_s_own_entry_in_a_group_makes_no_checkpoint_of_torch_s(cls, entry
     loaded.load_state_dict(optimizer.state_dict())
     loaded.param_groups[0]["params"][0].data.copy_(optimizer.param_groups[0]["params"][0])
     assert snapshot(loaded) == snapshot(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "options", "ours"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9}, AMAdamW),
+        (torch.optim.AdamW, {}, AMSGD),
+        (torch.optim.RMSprop, {}, AMAdamW),
+        (torch.optim.Adagrad, {}, AMSGD),
+        (torch.optim.Rprop, {}, AMAdamW),
+    ],
+)
+def test_state_of_another_kind_of_optimizer_is_refused(theirs, options, ours):
+    first = theirs([Parameter(torch.ones(3))], lr=0.01, **options)
+    last = ours([Parameter(torch.ones(3))])
+    train(first, 2)
+    before = snapshot(last)
+    with pytest.raises(ValueError, match=f"and no .*another optimizer's; {ours.__name__} loads"):
+        last.load_state_dict(first.state_dict())
+    assert snapshot(last) == before

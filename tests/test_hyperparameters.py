@@ -159,6 +159,7 @@ def test_numbers_may_be_numpy_s(cls, backend, number):
     optimizer, _ = make(cls, backend=backend, **{k: number(v) for k, v in values.items()})
     for a, b in zip(optimizer.state.values(), expected.state.values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+    reload(optimizer)  # by torch.load, which takes no numbers of NumPy's
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def clip(num, den, cap):
 
 
 class ScalarAMAdamW:
-    """ALGORITHM.md's AM-AdamW over lists of floats, one list a tensor; no torch."""
+    """docs/algorithm.md's AM-AdamW over lists of floats, one list a tensor; no torch."""
 
     def __init__(self, tensors, cap, beta2, eps, mu, lam, kappa, scope, gap, sign):
         self.x = [list(t) for t in tensors]
@@ -191,7 +191,7 @@ class ScalarAMAdamW:
 
 
 class ScalarAMSGD:
-    """ALGORITHM.md's AM-SGD likewise."""
+    """docs/algorithm.md's AM-SGD likewise."""
 
     def __init__(self, tensors, cap, mu, lam, kappa, scope, gap, sign):
         self.x = [list(t) for t in tensors]

@@ -406,7 +406,7 @@ def test_too_little_to_go_by_is_an_error(backend, cls, names, message, steps):
         (torch.zeros(4, dtype=torch.int64), TypeError, "has to be a dense real"),
         (torch.zeros(4).to_sparse(), (TypeError, NotImplementedError), "(?i)sparse"),
         (torch.zeros(4, device="meta"), ValueError, "is on meta"),
-        ([0.0] * 4, TypeError, "is a list; it has to be a tensor"),
+        ([0.0] * 4, TypeError, "has to be a tensor, not list"),
     ],
     ids=["shape", "dtype", "layout", "device", "list"],
 )

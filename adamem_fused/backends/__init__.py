@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +9,7 @@ from torch import Tensor
 
 from adamem_fused.backends import cpu, cuda, cuda_ops, foreach, reference, triton
 from adamem_fused.backends.batch import AdamWBatch, SGDBatch
+from adamem_fused.warn import warn_user
 
 cuda_ops.register()
 
@@ -146,8 +143,6 @@ _MADE_FOR: dict[str, tuple[Backend, ...]] = {
 }
 # Types of devices of which it was said that these are missing.
 _warned: set[str] = set()
-# Where the code is that a user did not write.
-_LIBRARIES = tuple(f"{folder}{os.sep}" for folder in (*torch.__path__, Path(__file__).parents[1]))
 
 
 def _warn_of_foreach(device: torch.device) -> None:
@@ -155,13 +150,8 @@ def _warn_of_foreach(device: torch.device) -> None:
     if device.type in _warned or device.type not in _MADE_FOR or _is_made_up(device):
         return
     reasons = "; ".join(f"{b.name}: {b.unavailable(device)}" for b in _MADE_FOR[device.type])
-    # At the line of the user's that constructed the optimizer or took a step.
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(
+    warn_user(
         f"The foreach backend, which is many times slower, takes the tensors on {device}: no fused "
-        f"backend is available ({reasons}). With foreach=True it does so without this warning.",
-        stacklevel=level,
+        f"backend is available ({reasons}). With foreach=True it does so without this warning."
     )
     _warned.add(device.type)

@@ -183,7 +183,7 @@ class Opened(NamedTuple):
 
     tables: Tables
     lists: tuple[list[Tensor], ...]
-    hypers: list[Any]  # a lr that was moved to the device has to live until the launches
+    hypers: list[Any]  # an lr that was moved to the device has to live until the launches
 
     def store(self, batch: Batch) -> None:
         """Writes what was updated in copies back to the batch's tensors."""

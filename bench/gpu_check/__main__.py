@@ -15,16 +15,16 @@ as it is. Then come the stages, each in processes of its own with a time limit:
     tests      all tests that are marked gpu
     sanitizer  small steps under compute-sanitizer: memcheck and racecheck
 
-A table ends each stage. To --out, to $OUT, or to bench/results/<device>/ it writes
+A table ends each stage. To --out, or to bench/results/<device>/, it writes
 
     gpu.json       everything, after every case (bench/gpu_check/record.py)
     gpu.png        ratios of step times
     ncu.csv, tests-*.log, sanitizer.log    what other programs said
 
-A run that was cut off is gone on with by --stages; what other stages have found is kept, if it
-was found on the same device with the same versions. Beside these goes notes.md, by hand: what
-was predicted, what was measured, why, and what is next. Predictions are printed next to what was
-measured: bytes a parameter, and from them and the copy's bandwidth the time of a step.
+To go on with a run that was cut off, name the rest with --stages: what other stages have found is
+kept, if it was found on the same device with the same versions. Beside these goes notes.md, by
+hand: what was predicted, what was measured, why, and what is next. Predictions are printed next to
+what was measured: bytes a parameter, and from them and the copy's bandwidth the time of a step.
 
 Exit status: 0 if everything that was checked holds, 1 if something does not, 2 without a GPU.
 Ratios that miss their target are marked, and fail nothing.
@@ -33,7 +33,6 @@ Ratios that miss their target are marked, and fail nothing.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 import traceback
@@ -160,8 +159,6 @@ def run_stage(name: str, results: Results, seconds: float) -> bool:
 
 
 def default_folder() -> Path:
-    if "OUT" in os.environ:
-        return Path(os.environ["OUT"])
     return ROOT / "bench" / "results" / folder_name(gpu.describe()["name"])
 
 
@@ -180,16 +177,15 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=output_folder, help="folder for what is written")
-    parser.add_argument("--stages", type=stage_names, default=list(STAGES), help="by commas; all")
     parser.add_argument(
-        "--seconds", type=POSITIVE, help="of these stages together, each of which has its share"
+        "--stages", type=stage_names, default=list(STAGES), help="with commas between them; all"
     )
+    parser.add_argument("--seconds", type=POSITIVE, help="for all of them together; 320")
     options = parser.parse_args(arguments)
     if not gpu.is_available():
         print(
-            f"gpu_check: no GPU: torch {torch.__version__} sees none. It takes a machine with an "
-            "NVIDIA GPU, nvcc, and a torch that was built for it (2.11 or newer, Triton 3.6 or "
-            "newer).",
+            f"gpu_check: no GPU: torch {torch.__version__} sees none. It takes an NVIDIA GPU and a "
+            "CUDA build of torch; --help says what else it uses.",
             file=sys.stderr,
         )
         return 2

@@ -24,7 +24,6 @@ from bench.gpu_check.processes import Limited, find_tool, module
 from bench.gpu_check.record import Case, Results
 
 LISTS = ("2^28", "gpt2-small")
-SIDES = ("ours", "torch")
 MARKER = "neg_kernel"  # in the name of the kernel between the steps
 
 READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"

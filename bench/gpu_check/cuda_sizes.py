@@ -8,6 +8,7 @@ torch nor a GPU.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import re
 import shutil
@@ -60,9 +61,14 @@ def compile_sizes(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_check.cuda_sizes", description="The CUDA kernels in other sizes."
+    )
+    parser.add_argument("folder", type=Path, help="for the libraries; others in it are removed")
+    folder: Path = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for library in folder.glob("*.so"):
+        library.unlink()
     for sizes in SIZES:
         print(f"Compiling with {sizes}", flush=True)
         compile_sizes(folder, sizes)
