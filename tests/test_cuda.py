@@ -243,6 +243,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(cuda, "_reasons", {})
     monkeypatch.setattr(cuda_library, "unavailable", lambda: None)
     monkeypatch.setattr(triton, "unavailable", lambda device: None)
+    monkeypatch.setattr(backends, "_is_made_up", lambda device: False)
     monkeypatch.setattr(overview, "devices", lambda: [(GPU, "a GPU")])
 
 
