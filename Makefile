@@ -21,8 +21,9 @@ help:
 	@echo "make check        linters, formatters and type checker"
 	@echo "make clean        removes what was built, .venv included"
 
+# A file's tests stay together: some share what takes long to make.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # With another torch, as PyPI has it (with CUDA, 3 GB), and the triton that it asks for. In a copy, as
 # the C++ extension lies in the package's folder and is tied to its torch. Left out are benchmarks,
@@ -34,7 +35,7 @@ LEFT_OUT := test_bench* test_experiments.py test_cuda_build.py test_cuda_schedul
 
 test-torch: $(OTHER)/installed
 	$(copy)
-	cd $(OTHER)/copy && ../bin/python -m pytest $(LEFT_OUT:%=--ignore-glob='*/%')
+	cd $(OTHER)/copy && ../bin/python -m pytest -n 2 --dist loadfile $(LEFT_OUT:%=--ignore-glob='*/%')
 
 define copy
 mkdir -p $(OTHER)/copy

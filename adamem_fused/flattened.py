@@ -185,21 +185,30 @@ def _any_flat(new: list[Tensor], groups: list[dict[str, Any]], given: Given) -> 
     """Whether a parameter is a flat buffer or a piece of one, in the place of others.
 
     Such a one has one dimension, a size that no parameter had which the optimizer was given, and
-    is no Parameter, or no matrix is left beside it. In one process nothing is split: there it
-    has to stand for several. What a user has pruned or grown is not meant.
+    is no Parameter, or no matrix is left beside it. All of them hold what they stand for: over
+    the ranks, of which one may have less, as much as what is gone. In one process nothing is
+    split: there one has to stand for several. What a user has pruned or grown is not meant.
     """
-    flat = [
-        param
-        for param in new
-        if param.requires_grad
-        and _has_shape(param)
-        and param.dim() == 1
-        and param.shape not in given
-        and not any_dtensor([param])
-    ]
-    if not flat:
+
+    def is_flat(param: Tensor) -> bool:
+        # Master copies are trained by a gradient that they are given, and do not require one.
+        is_trained = param.requires_grad or param.grad is not None
+        return (
+            is_trained
+            and _has_shape(param)
+            and param.dim() == 1
+            and param.shape not in given
+            and not any_dtensor([param])
+        )
+
+    if not any(map(is_flat, new)):
         return False
     params = [param for group in groups for param in group["params"] if _has_shape(param)]
+    flat = list(filter(is_flat, params))
+    gone = given - shapes(params)
+    held = _world_size() * sum(param.numel() for param in flat)
+    if 2 * held < sum(shape.numel() * count for shape, count in gone.items()):
+        return False
     if _world_size() == 1 and len(params) >= given.total():
         return False
     if not all(isinstance(param, Parameter) for param in flat):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from numbers import Real
 from operator import attrgetter
 from typing import Any, ClassVar, TypeAlias, cast, overload
@@ -43,8 +44,8 @@ def over_lr(value: Lr, lr: Lr) -> Lr:
 
 
 def scalar_lr(lr: Lr) -> Lr:
-    """A tensor lr as the backends take it: 0-dim."""
-    return lr.reshape(()) if isinstance(lr, Tensor) else lr
+    """lr as the backends take it: a 0-dim tensor, or a number that is no rounding below 0."""
+    return lr.reshape(()) if isinstance(lr, Tensor) else max(lr, 0.0)
 
 
 def as_real(tensor: Tensor) -> Tensor:
@@ -227,7 +228,12 @@ class AdaptiveMemoryOptimizer(Optimizer):
         As torch.optim's do, it says so only where that was asked for: trainers then leave the
         gradients scaled, and some refuse to clip them.
         """
-        trained = [g for g in self.param_groups if any(p.requires_grad for p in g["params"])]
+        # A step takes what has a gradient, whether it is frozen by now or not.
+        trained = [
+            group
+            for group in self.param_groups
+            if any(p.requires_grad or p.grad is not None for p in group["params"])
+        ]
         return bool(trained) and all(map(backends.asks_for_fused, trained))
 
     # ---- a step -------------------------------------------------------------------
@@ -488,8 +494,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
         The first that is trained: torch.distributed.checkpoint drops the state of frozen ones.
         """
         params = [param for group in self.param_groups for param in group["params"]]
-        trained = (param for param in params if param.requires_grad)
-        return cast("Tensor", next(trained, params[0]))
+        # Where it is, once it is there: parameters may be frozen for some steps.
+        holders = (p for p in params if "prev_loss" in self.state.get(p, {}))
+        trained = (p for p in params if p.requires_grad)
+        return cast("Tensor", next(chain(holders, trained), params[0]))
 
     @property
     def _prev_loss(self) -> Tensor | None:

@@ -85,7 +85,7 @@ def check_options(group: dict[str, Any], slack: float) -> None:
         ("maximize", (True, False)),
         ("capturable", (True, False)),
     ):
-        if group[key] not in allowed:
+        if not isinstance(group[key], (str, int)) or group[key] not in allowed:
             choices = " or ".join(repr(value) for value in allowed)
             raise ValueError(f"Invalid {key}: {group[key]!r} ({choices})")
     if group["gap"] == "loss" and group["beta_scope"] != "global":

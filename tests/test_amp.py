@@ -90,6 +90,23 @@ def test_one_group_that_is_not_fused_leaves_unscaling_to_the_scaler(cls):
 
 
 @both
+def test_a_frozen_group_with_a_gradient_left_counts_as_a_step_takes_it(cls):
+    model = make_model()
+    groups = [
+        {"params": model[0].parameters(), "fused": True},
+        {"params": model[2].parameters(), "foreach": True},
+    ]
+    optimizer = cls(groups)
+    gradients(optimizer)
+    model[2].requires_grad_(False)
+    assert not optimizer._step_supports_amp_scaling
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    assert all(state["step"] == 1 for state in optimizer.state.values())
+
+
+@both
 @scopes
 @every_backend
 @pytest.mark.parametrize("scale", [1.0, 2.0**10, 2.0**-6])

@@ -239,11 +239,11 @@ def flatten(optimizer, pieces=1, piece=0, parameter=False):
         flat.grad = torch.ones_like(flat)
 
 
-def shards(optimizer, pieces, piece):
+def shards(optimizer, pieces, piece, require_grad):
     """Puts a flat piece of each parameter in its place, as Megatron's distributed optimizer."""
     for group in optimizer.param_groups:
         group["params"] = [
-            param.detach().flatten().chunk(pieces)[piece].clone().requires_grad_()
+            param.detach().flatten().chunk(pieces)[piece].clone().requires_grad_(require_grad)
             for param in group["params"]
         ]
         for param in group["params"]:
@@ -256,9 +256,10 @@ def refuses_pieces(cls):
             optimizer = make(cls, model_of().parameters(), scope)
             flatten(optimizer, 2, dist.get_rank(), parameter)
             assert_refused(optimizer, "pieces of flat buffers .* Use FSDP2")
-        optimizer = make(cls, decay_groups(model_of()), scope)
-        shards(optimizer, 2, dist.get_rank())
-        assert_refused(optimizer, "pieces of flat buffers .* Use FSDP2")
+        for require_grad in (False, True):
+            optimizer = make(cls, decay_groups(model_of()), scope)
+            shards(optimizer, 2, dist.get_rank(), require_grad)
+            assert_refused(optimizer, "pieces of flat buffers .* Use FSDP2")
 
 
 @both
@@ -288,6 +289,30 @@ def test_a_flat_buffer_takes_one_beta_for_the_model_or_is_refused(cls, parameter
             optimizer.step()
             model.zero_grad()
     assert_as_in_one_process(cls, "global", model.parameters())
+
+
+@both
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda: [Parameter(torch.randn(7))],
+        lambda: [torch.randn(7, requires_grad=True)],
+        lambda: list(torch.nn.BatchNorm1d(2).parameters()),
+    ],
+    ids=["vector", "plain", "norm"],
+)
+def test_a_small_model_of_vectors_may_take_the_place_of_another(cls, after):
+    model = torch.nn.Sequential(torch.nn.Linear(10, 3), torch.nn.BatchNorm1d(3))
+    optimizer = cls(model.parameters())
+    for params in (list(model.parameters()), after()):
+        optimizer.param_groups[0]["params"] = params
+        optimizer.state.clear()
+        for param in params:
+            param.grad = torch.randn_like(param)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
 
 
 @both

@@ -182,3 +182,25 @@ def test_a_tensor_is_taken_for_lr_alone_and_the_error_says_what_to_pass(cls, opt
 def test_betas_that_are_no_pair_are_refused(betas):
     with pytest.raises(ValueError, match="betas"):
         AMAdamW([Parameter(torch.zeros(2))], betas=betas)
+
+
+@both
+@pytest.mark.parametrize("option", ["maximize", "capturable", "foreach", "fused", "memory_plane"])
+@pytest.mark.parametrize("value", [torch.tensor([0.1, 0.2]), np.array([True, False])])
+def test_an_array_is_no_choice_and_the_error_says_what_is(cls, option, value):
+    with pytest.raises(ValueError, match=rf"Invalid {option}.*(True|'level')"):
+        cls([Parameter(torch.zeros(2))], **{option: value})
+
+
+@both
+@every_backend
+def test_a_learning_rate_a_rounding_below_zero_leaves_what_zero_leaves(cls, backend):
+    """Nor is the next one divided by it, so to speak: it is not kept as the last one."""
+    results = []
+    for lr in (-9e-7, 0.0):
+        optimizer, generator = make(cls, backend=backend)
+        for each in (lr, 1e-6):
+            optimizer.param_groups[0]["lr"] = each
+            step(optimizer, generator)
+        results.append(snapshot(optimizer))
+    assert results[0] == results[1]

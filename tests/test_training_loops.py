@@ -580,3 +580,16 @@ def test_converges(problem, plane, gap, cls, lr):
         optimizer.step(closure)
         scheduler.step()
     assert loss_function(param).item() - least < 1e-3 * (first - least)
+
+
+@both
+def test_the_previous_loss_stays_where_it_is_while_its_parameter_is_frozen(cls):
+    first, second = Parameter(torch.ones(3)), Parameter(torch.ones(2))
+    optimizer = cls([first, second], gap="loss", beta_scope="global")
+    for step, loss in enumerate((10.0, 5.0, 4.0, 3.0, 2.9)):
+        first.requires_grad_(step not in (2, 3))
+        first.grad = torch.ones(3) if first.requires_grad else None
+        second.grad = torch.ones(2)
+        optimizer.step(lambda loss=loss: loss)
+        assert optimizer.state[first]["prev_loss"] == loss
+        assert "prev_loss" not in optimizer.state[second]

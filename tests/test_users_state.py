@@ -436,3 +436,18 @@ def snapshot_without(optimizer, param):
     state.clear()
     state.update({name: (kept | rest)[name] for name in (*kept, *rest)})
     return result
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("backend", ["foreach", "reference"])
+def test_a_scalar_of_one_dimension_is_refused_before_anything_has_changed(cls, backend):
+    for name in cls.scalars:
+        param = torch.nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        optimizer = cls([param], backend=backend)
+        optimizer.step()
+        optimizer.state[param][name] = optimizer.state[param][name].reshape(1)
+        before = snapshot(optimizer)
+        with pytest.raises(ValueError, match="0-dim"):
+            optimizer.step()
+        assert snapshot(optimizer) == before

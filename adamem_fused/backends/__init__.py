@@ -63,7 +63,7 @@ def check_choice(options: dict[str, Any]) -> None:
     """Raises where `foreach`, `fused` and `backend` contradict one another or name nothing."""
     backend, use_foreach, use_fused = options["backend"], options["foreach"], options["fused"]
     for key, value in (("foreach", use_foreach), ("fused", use_fused)):
-        if value not in (None, True, False):
+        if not isinstance(value, (int, type(None))) or value not in (None, True, False):
             raise ValueError(f"Invalid {key} value: {value!r} (True, False or None)")
     if use_foreach and use_fused:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")

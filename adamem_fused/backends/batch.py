@@ -190,7 +190,7 @@ def _check_scalar(scalar: Any, param: Tensor, i: int) -> None:
         raise TypeError(
             f"scalar state of tensor {i} is {kind}; it has to be a float32 or float64 tensor"
         )
-    if scalar.numel() != 1 or scalar.device != param.device:
+    if scalar.dim() != 0 or scalar.device != param.device:
         raise ValueError(
             f"scalar state of tensor {i} has shape {list(scalar.shape)} on {scalar.device}; it "
             f"has to be a 0-dim tensor on {param.device}"

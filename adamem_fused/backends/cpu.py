@@ -9,6 +9,7 @@ same bits with any number of threads, and AVX-512 those of AVX2.
 from __future__ import annotations
 
 from array import array
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,8 +37,12 @@ def _lrs(batch: Batch) -> Tensor:
         return torch.stack(
             [torch.as_tensor(lr, dtype=torch.float64, device=device).reshape(()) for lr in lrs]
         )
-    if torch.compiler.is_compiling() or ops.extension.any_modes():
+    if torch.compiler.is_compiling():
         return torch.tensor(lrs, dtype=torch.float64, device="cpu")
+    if ops.extension.any_modes():
+        # Not a constant: a mode of fake tensors keeps those, and its copies free them twice.
+        like: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+        return torch.stack([torch.full((), float(lr), **like) for lr in lrs])
     # A third of the time, but no operator: where tensors are fake, this one would be real.
     return torch.frombuffer(array("d", lrs), dtype=torch.float64)
 
