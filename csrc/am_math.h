@@ -109,7 +109,7 @@ AM_INLINE SGDCoefficients<T> sgd_coefficients(const SGDHyper& h, double prev_lr,
 }
 
 // beta = clip(num / den, 0, beta_max); 0 where den = 0 (d equals g), and where it has overflowed:
-// with beta = 0 AM-SGD stays as finite as SGD. NaN stays NaN.
+// with beta = 0 the new d is as finite as g. NaN stays NaN.
 AM_INLINE double clipped_beta(double num, double den, double beta_max) {
   if (den == 0.0 || std::isinf(den)) return 0.0;
   const double beta = num / den;
@@ -153,8 +153,7 @@ AM_INLINE V gradient(V g, const C& c) {
   return Scaled ? g * V(c.grad_factor) : g;
 }
 
-// Squares overflow float32 from 1.8e19 on. AM-AdamW takes none that is not weighted first: a
-// gradient may be as large as its exp_avg_sq can hold, as with AdamW.
+// g is weighted before it is squared, as in AdamW: g^2 overflows float32 from 1.8e19 on.
 
 // Replaces v by the new one, and gives its square root. A function of its own, as the CPU kernels
 // call it ahead of the rest.
@@ -175,7 +174,8 @@ AM_INLINE V adamw_denominator(V root, const AdamWCoefficients<T>& c) {
 // D = (1 + lambda P) d and u = c_g g - c_d d - e, what the terms have in common is taken out:
 //   1 / P = M (1 + lambda P)     g + lambda P d = D - e
 //   num = (c_g g - c_d d) (d / P + mu x) - e (g + lambda P d) M - mu x e
-//       = (M D + mu x) u + M e e
+//       = M (D u + e^2) + mu x u
+// To weight e before it is squared, which overflows later, takes a CPU 5 % longer in cache.
 // x is read only where Decay.
 template <bool Scaled, bool Decay, class V, class T>
 AM_INLINE void adamw_sums(V g, V d, V root, V x, const AdamWCoefficients<T>& c, V& num, V& den) {
@@ -185,12 +185,10 @@ AM_INLINE void adamw_sums(V g, V d, V root, V x, const AdamWCoefficients<T>& c, 
   const V m = V(T(1)) / (p * damping);
   const V e = d - g;
   const V u = fma(g, V(c.gap_grad), e * V(T(-1) - c.gap_memory));
-  const V weighted = e * m;
-  V step = d * damping * m;
-  if (Decay) step = fma(x, V(c.weight_decay), step);
-  // Two additions to num, one after the other: with a third they would take the longest.
-  num = fma(step, u, fma(weighted, e, num));
-  den = fma(weighted, e, den);
+  const V e2 = e * e;
+  num = fma(fma(d * damping, u, e2), m, num);
+  if (Decay) num = fma(x * V(c.weight_decay), u, num);
+  den = fma(e2, m, den);
 }
 
 // Updates one element's d and x with the beta of its tensor. With the new d before its

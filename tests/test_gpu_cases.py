@@ -389,20 +389,16 @@ def test_beta_where_the_memory_is_near_the_gradient(backend, cls):
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_a_gradient_whose_square_overflows_float32(backend, cls):
-    results = []
-    for name in ("reference", backend):
-        (param,) = make_params([(300,)])
-        optimizer = cls([param], lr=0.05, backend=name)
-        for step in range(3):
-            set_grads([param], step)
-            if step == 1:
-                param.grad[7] = 2e19
-            optimizer.step()
+def test_a_gradient_whose_square_overflows_float32_leaves_all_finite(backend, cls):
+    (param,) = make_params([(300,)])
+    optimizer = cls([param], lr=0.05, backend=backend)
+    for step in range(3):
+        set_grads([param], step)
+        if step == 1:
+            param.grad[7] = 2e19
+        optimizer.step()
         assert param.isfinite().all()
-        results.append((torch.cat([param[:7], param[8:]]), optimizer.state[param]["beta"]))
-    if cls is AMAdamW:  # in AMSGD's float32 sums it does overflow, and beta is 0
-        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+        assert all(value.isfinite().all() for value in optimizer.state[param].values())
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

@@ -127,7 +127,7 @@ def sgd_first_den(lr, den):
 
 @triton.jit
 def _adamw_terms(g, v, c):
-    """The new v, P and M. No square is taken unweighted: csrc/am_math.h says why."""
+    """The new v, P and M. g is weighted before it is squared: g^2 may overflow."""
     v = c.beta2 * v + c.one_minus_beta2 * g * g
     P = tl.sqrt(v) * c.root_scale + c.eps
     M = 1.0 / (P * (1.0 + c.memory_lambda * P))
