@@ -128,10 +128,16 @@ class AMAdamW(AdaptiveMemoryOptimizer):
             maximize=group["maximize"],
         )
 
-    def _stats(self, backend: Backend, batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
-        return backend.adamw_stats(batch, grad_scale)
+    def _begin(
+        self,
+        backend: Backend,
+        batch: AdamWBatch,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> Tensor:
+        return backend.adamw_begin(batch, grad_scale, found_inf)
 
-    def _apply(
+    def _finish(
         self,
         backend: Backend,
         batch: AdamWBatch,
@@ -139,7 +145,7 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        backend.adamw_apply(batch, rows, grad_scale, found_inf)
+        backend.adamw_finish(batch, rows, grad_scale, found_inf)
 
     def _loss_factor(self, hyper: AdamWHyper) -> Lr:
         return over_lr(1 + hyper.weight_decay * hyper.lr, hyper.lr)

@@ -114,10 +114,16 @@ class AMSGD(AdaptiveMemoryOptimizer):
             maximize=group["maximize"],
         )
 
-    def _stats(self, backend: Backend, batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
-        return backend.sgd_stats(batch, grad_scale)
+    def _begin(
+        self,
+        backend: Backend,
+        batch: SGDBatch,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> Tensor:
+        return backend.sgd_begin(batch, grad_scale, found_inf)
 
-    def _apply(
+    def _finish(
         self,
         backend: Backend,
         batch: SGDBatch,
@@ -125,7 +131,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        backend.sgd_apply(batch, rows, grad_scale, found_inf)
+        backend.sgd_finish(batch, rows, grad_scale, found_inf)
 
     def _loss_factor(self, hyper: SGDHyper) -> Lr:
         return over_lr(1 + hyper.memory_lambda, hyper.lr)

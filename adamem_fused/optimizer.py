@@ -117,7 +117,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     A subclass names its state and makes its batch; the step is then the same: collect the
     tensors that have a gradient, by backend and device; sum; let tensors that share one
-    beta share their sums; apply.
+    beta share their sums; finish.
     """
 
     # Names of the state: tensors like the parameter, and 0-dim tensors with their first value.
@@ -164,10 +164,12 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def _hyper(self, group: dict[str, Any]) -> Any:
         raise NotImplementedError
 
-    def _stats(self, backend: Backend, batch: Any, grad_scale: Tensor | None) -> Tensor:
+    def _begin(
+        self, backend: Backend, batch: Any, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> Tensor:
         raise NotImplementedError
 
-    def _apply(
+    def _finish(
         self,
         backend: Backend,
         batch: Any,
@@ -446,25 +448,29 @@ class AdaptiveMemoryOptimizer(Optimizer):
         if scaled and not all(work.backend.fused for work in works):
             raise RuntimeError("grad_scale and found_inf need a fused backend for every parameter")
 
-        # Where no tensor's beta waits for another's, a backend may do both passes at once.
-        # With several batches the sums come first all the same: they are where a backend
-        # raises, before any batch has been changed.
+        # Where no tensor's beta waits for another's, a backend may do both halves at once.
         rows: list[Tensor] | None = None
+        if len(works) > 1:
+            for work in works:  # whatever raises does so before any batch has changed
+                work.backend.check(work.batch)
         shards = sharding.find_shards(work.params if work.sharded else [] for work in works)
         if (
-            len(works) > 1
-            or shards
+            shards
             or any(hyper.loss_gap for work in works for hyper in work.batch.hypers)
-            or any(any(work.batch.shared) and not work.backend.shares_sums for work in works)
+            or any(any(w.batch.shared) and not w.backend.shares_sums for w in works)
+            or (len(works) > 1 and any(any(w.batch.shared) for w in works))
         ):
-            rows = [self._stats(w.backend, w.batch, w.here(grad_scale)) for w in works]
+            rows = [
+                self._begin(w.backend, w.batch, w.here(grad_scale), w.here(found_inf))
+                for w in works
+            ]
             sharding.add_over_ranks(shards, rows)
             if loss is not None:
                 self._add_loss_gap(works, rows, loss)
             share_sums(works, rows)
         for i, work in enumerate(works):
             work_rows = None if rows is None else rows[i]
-            self._apply(
+            self._finish(
                 work.backend, work.batch, work_rows, work.here(grad_scale), work.here(found_inf)
             )
             if work.sharded and not torch.compiler.is_compiling():

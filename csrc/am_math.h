@@ -46,8 +46,9 @@ struct AdamWCoefficients {
   T root_scale;  // bias_correction1 / sqrt(bias_correction2)
   T eps;         // times bias_correction1
   T memory_lambda, weight_decay;
-  T gap_grad, gap_memory;  // c_g - c_d and c_d, times (1 + mu eta) / eta
-  T lr, decay;             // decay = 1 - eta mu
+  T gap_grad, gap_memory;      // c_g - c_d and c_d, times (1 + mu eta) / eta
+  T lr, decay;                 // decay = 1 - eta mu
+  T cap_take, lambda_over_cap;  // 1 - beta_max, rounded once, and lambda / beta_max
 };
 
 template <class T>
@@ -90,6 +91,8 @@ AM_INLINE AdamWCoefficients<T> adamw_coefficients(const AdamWHyper& h, double st
   c.gap_memory = static_cast<T>(gap_memory);
   c.lr = static_cast<T>(h.lr);
   c.decay = static_cast<T>(1.0 - h.lr * h.weight_decay);
+  c.cap_take = static_cast<T>(1.0 - h.beta_max);
+  c.lambda_over_cap = static_cast<T>(h.beta_max > 0.0 ? h.memory_lambda / h.beta_max : 0.0);
   return c;
 }
 
@@ -126,6 +129,19 @@ AM_INLINE double sgd_beta(double num, double den, double beta_max, double step) 
   return step == 0.0 ? 0.0 : clipped_beta(num, den, beta_max);
 }
 
+// Whether the update is done with the cap for beta while the sums are taken, and repaired where
+// beta turns out to be another: what has come of the "level" plane for most tensors at most steps.
+// The types have to hold what the arithmetic gives: `exact`. A step that may be none is not begun,
+// and a cap of 0 has nothing to repair, nor to guess from.
+AM_INLINE bool adamw_guesses(const AdamWHyper& h, double step, bool exact) {
+  return exact && !h.anchored && h.beta_max > 0.0 && !(step == 0.0 && h.lr == 0.0);
+}
+
+// Whether the guess has missed. Where den = 0, d equals g, and any beta gives the same.
+AM_INLINE bool adamw_missed(double beta, double den, double beta_max) {
+  return beta != beta_max && den != 0.0;
+}
+
 // Whether a step is none: at eta = 0 and without a gradient, before any other. Checkpoint tools
 // make state by such steps, so nothing of them stays. den is that of the tensor alone.
 AM_INLINE bool is_idle(double step, double lr, double den) {
@@ -137,11 +153,11 @@ AM_INLINE bool is_idle(double step, double lr, double den) {
 AM_INLINE double sgd_first_den(double den) { return den != 0.0 ? 1e-300 : 0.0; }
 
 // What AM-SGD's new d takes of the old one and of the gradient.
-AM_INLINE void sgd_mixture(double beta, double memory_lambda, double step, bool idle, double* keep,
+AM_INLINE void sgd_mixture(double beta, double memory_lambda, double step, double* keep,
                            double* take) {
   const bool first = step == 0.0;
-  *keep = idle ? 1.0 : first ? 0.0 : (beta + memory_lambda) / (1.0 + memory_lambda);
-  *take = idle ? 0.0 : first ? 1.0 : (1.0 - beta) / (1.0 + memory_lambda);
+  *keep = first ? 0.0 : (beta + memory_lambda) / (1.0 + memory_lambda);
+  *take = first ? 1.0 : (1.0 - beta) / (1.0 + memory_lambda);
 }
 
 // The element functions. g is the gradient as stored; it is multiplied with grad_factor
@@ -191,19 +207,38 @@ AM_INLINE void adamw_sums(V g, V d, V root, V x, const AdamWCoefficients<T>& c, 
   den = fma(e2, m, den);
 }
 
-// Updates one element's d and x with the beta of its tensor. With the new d before its
-// division, n = (1 - beta) g + (beta + lambda P) d: d = n / (1 + lambda P), d / P = n M.
+// Updates one element's d and x with the beta of its tensor. With D as above and the new d before
+// its division, n = (1 - beta) g + (beta + lambda P) d = D - (1 - beta) e: d = n / (1 + lambda P),
+// d / P = n M.
 // take: 1 - beta, rounded once; beta may be near 1.
 template <bool Scaled, class V, class T>
-AM_INLINE void adamw_update(V g, V& d, V root, V& x, T beta, T take,
-                            const AdamWCoefficients<T>& c) {
+AM_INLINE void adamw_update(V g, V& d, V root, V& x, T take, const AdamWCoefficients<T>& c) {
   g = gradient<Scaled>(g, c);
   const V p = adamw_denominator(root, c);
-  const V m = V(T(1)) / (p * fma(p, V(c.memory_lambda), V(T(1))));
-  const V n = fma(g, V(take), fma(p, V(c.memory_lambda), V(beta)) * d);
-  const V step = n * m;
+  const V damping = fma(p, V(c.memory_lambda), V(T(1)));
+  const V m = V(T(1)) / (p * damping);
+  const V step = fma(d - g, V(-take), d * damping) * m;
   d = step * p;
   x = fma(step, V(-c.lr), x * V(c.decay));
+}
+
+// adamw_sums and adamw_update with the cap, at the price of the latter.
+template <bool Scaled, bool Decay, class V, class T>
+AM_INLINE void adamw_guess(V g, V& d, V root, V& x, const AdamWCoefficients<T>& c, V& num, V& den) {
+  adamw_sums<Scaled, Decay>(g, d, root, x, c, num, den);
+  adamw_update<Scaled>(g, d, root, x, c.cap_take, c);
+}
+
+// From the d and x of a step with the cap those of a step with beta:
+//   r = (c - beta) / (c + lambda P)     d = d_c + r (g - d_c)     x = x_c - eta r (g - d_c) / P
+// root: of the new v. miss: (c - beta) / c.
+template <bool Scaled, class V, class T>
+AM_INLINE void adamw_repair(V g, V& d, V root, V& x, T miss, const AdamWCoefficients<T>& c) {
+  g = gradient<Scaled>(g, c);
+  const V p = adamw_denominator(root, c);
+  const V step = V(miss) / (p * fma(p, V(c.lambda_over_cap), V(T(1)))) * (g - d);
+  d = fma(step, p, d);
+  x = fma(step, V(-c.lr), x);
 }
 
 template <bool Scaled, bool Decay, class V, class T>
@@ -212,11 +247,13 @@ AM_INLINE V sgd_gradient(V g, V x, const SGDCoefficients<T>& c) {
   return Decay ? fma(x, V(c.weight_decay), g) : g;
 }
 
-// num = (c_g g - c_d d) d - e (g + lambda d)
+// num = (c_g g - c_d d) d - e (g + lambda d), with the decayed g and -e in the place of e.
+// e is g - (d - mu x), where the parenthesis is rounded once: where mu x is larger than the gradient,
+// g + mu x would lose the digits that are left in the difference.
 template <bool Scaled, bool Decay, class V, class T>
 AM_INLINE void sgd_sums(V g, V d, V x, const SGDCoefficients<T>& c, V& num, V& den) {
+  const V e = gradient<Scaled>(g, c) - (Decay ? fma(x, V(-c.weight_decay), d) : d);
   g = sgd_gradient<Scaled, Decay>(g, x, c);
-  const V e = g - d;
   const V slope = fma(g, V(c.gap_grad), e * V(c.gap_memory));
   num = fma(slope, d, num);
   num = fma(e, fma(d, V(c.memory_lambda), g), num);

@@ -8,28 +8,29 @@
 //   AM-AdamW  beta_max, beta2, eps, weight_decay, memory_lambda, anchored, loss_gap, maximize,
 //             shared
 //   AM-SGD    beta_max, weight_decay, memory_lambda, anchored, loss_gap, maximize, shared
-// rows: [tensors, 2] float64, num and den. What stats gives is what apply_ takes; in
-// between, rows may be summed over tensors or over ranks. Where nothing is to happen in
-// between, apply_ without rows does both; tensors of groups that are `shared` then take the
-// sums over all such tensors.
+// begin: rows, [tensors, 2] float64, num and den, and what may be updated before beta is there.
+// finish: the rest of the step, from these rows, which may have been summed over tensors or over
+// ranks. Where nothing is to happen in between, finish without rows does all of the step;
+// tensors of groups that are `shared` then take the sums over all such tensors.
 #include <torch/library.h>
+
+#define AM_OPTIONS \
+  "Tensor lrs, int[] group_sizes, float[] hypers, Tensor? grad_scale, Tensor? found_inf"
 
 TORCH_LIBRARY(adamem_fused, m) {
   m.def(
-      "adamw_stats(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, "
-      "Tensor[] steps, Tensor[] beta_prods, Tensor[] prev_lrs, Tensor lrs, int[] group_sizes, "
-      "float[] hypers, Tensor? grad_scale) -> Tensor");
+      "adamw_begin_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor[] steps, Tensor[] beta_prods, Tensor[] prev_lrs, "
+      "Tensor[] betas, " AM_OPTIONS ") -> Tensor");
   m.def(
-      "adamw_apply_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "adamw_finish_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] beta_prods, "
-      "Tensor(f!)[] prev_lrs, Tensor(g!)[] betas, Tensor? rows, Tensor lrs, int[] group_sizes, "
-      "float[] hypers, Tensor? grad_scale, Tensor? found_inf) -> ()");
+      "Tensor(f!)[] prev_lrs, Tensor(g!)[] betas, " AM_OPTIONS ", Tensor? rows) -> ()");
   m.def(
-      "sgd_stats(Tensor[] params, Tensor[] grads, Tensor[] momentum_buffers, Tensor[] steps, "
-      "Tensor[] prev_lrs, Tensor lrs, int[] group_sizes, float[] hypers, Tensor? grad_scale) "
-      "-> Tensor");
+      "sgd_begin(Tensor[] params, Tensor[] grads, Tensor[] momentum_buffers, Tensor[] steps, "
+      "Tensor[] prev_lrs, Tensor[] betas, " AM_OPTIONS ") -> Tensor");
   m.def(
-      "sgd_apply_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
-      "Tensor(c!)[] steps, Tensor(d!)[] prev_lrs, Tensor(e!)[] betas, Tensor? rows, Tensor lrs, "
-      "int[] group_sizes, float[] hypers, Tensor? grad_scale, Tensor? found_inf) -> ()");
+      "sgd_finish_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
+      "Tensor(c!)[] steps, Tensor(d!)[] prev_lrs, Tensor(e!)[] betas, " AM_OPTIONS
+      ", Tensor? rows) -> ()");
 }

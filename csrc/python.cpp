@@ -290,67 +290,71 @@ auto run(const char* name, F f) {
   return f();
 }
 
-py::object adamw_stats(const py::list& params, const py::list& grads, const py::list& exp_avgs,
-                       const py::list& exp_avg_sqs, const py::list& steps,
-                       const py::list& beta_prods, const py::list& prev_lrs, const Tensor& lrs,
-                       const std::vector<int64_t>& group_sizes, const std::vector<double>& hypers,
-                       const OptionalTensor& grad_scale) {
-  bool plain = !any_modes();
-  const cpu::AdamWTensors tensors{refs_of(params, plain),   refs_of(grads, plain),
-                                  refs_of(exp_avgs, plain), refs_of(exp_avg_sqs, plain),
-                                  refs_of(steps, plain),    refs_of(beta_prods, plain),
-                                  refs_of(prev_lrs, plain), TensorRefs()};
-  if (!plain) return not_implemented();
-  return py::cast(run("adamem_fused::adamw_stats", [&] {
-    return cpu::adamw_stats(tensors, {lrs, group_sizes, hypers}, grad_scale);
-  }));
-}
-
-py::object adamw_apply_(const py::list& params, const py::list& grads, const py::list& exp_avgs,
+py::object adamw_begin_(const py::list& params, const py::list& grads, const py::list& exp_avgs,
                         const py::list& exp_avg_sqs, const py::list& steps,
                         const py::list& beta_prods, const py::list& prev_lrs, const py::list& betas,
-                        const OptionalTensor& rows, const Tensor& lrs,
-                        const std::vector<int64_t>& group_sizes, const std::vector<double>& hypers,
-                        const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
+                        const Tensor& lrs, const std::vector<int64_t>& group_sizes,
+                        const std::vector<double>& hypers, const OptionalTensor& grad_scale,
+                        const OptionalTensor& found_inf) {
   bool plain = !any_modes();
   const cpu::AdamWTensors tensors{refs_of(params, plain),   refs_of(grads, plain),
                                   refs_of(exp_avgs, plain), refs_of(exp_avg_sqs, plain),
                                   refs_of(steps, plain),    refs_of(beta_prods, plain),
                                   refs_of(prev_lrs, plain), refs_of(betas, plain)};
   if (!plain) return not_implemented();
-  run("adamem_fused::adamw_apply_",
-      [&] { cpu::adamw_apply_(tensors, rows, {lrs, group_sizes, hypers}, grad_scale, found_inf); });
-  return py::none();
-}
-
-py::object sgd_stats(const py::list& params, const py::list& grads,
-                     const py::list& momentum_buffers, const py::list& steps,
-                     const py::list& prev_lrs, const Tensor& lrs,
-                     const std::vector<int64_t>& group_sizes, const std::vector<double>& hypers,
-                     const OptionalTensor& grad_scale) {
-  bool plain = !any_modes();
-  const cpu::SGDTensors tensors{refs_of(params, plain),           refs_of(grads, plain),
-                                refs_of(momentum_buffers, plain), refs_of(steps, plain),
-                                refs_of(prev_lrs, plain),         TensorRefs()};
-  if (!plain) return not_implemented();
-  return py::cast(run("adamem_fused::sgd_stats", [&] {
-    return cpu::sgd_stats(tensors, {lrs, group_sizes, hypers}, grad_scale);
+  return py::cast(run("adamem_fused::adamw_begin_", [&] {
+    return cpu::adamw_begin_(tensors, {lrs, group_sizes, hypers, grad_scale, found_inf});
   }));
 }
 
-py::object sgd_apply_(const py::list& params, const py::list& grads,
-                      const py::list& momentum_buffers, const py::list& steps,
-                      const py::list& prev_lrs, const py::list& betas, const OptionalTensor& rows,
-                      const Tensor& lrs, const std::vector<int64_t>& group_sizes,
-                      const std::vector<double>& hypers, const OptionalTensor& grad_scale,
-                      const OptionalTensor& found_inf) {
+py::object adamw_finish_(const py::list& params, const py::list& grads, const py::list& exp_avgs,
+                         const py::list& exp_avg_sqs, const py::list& steps,
+                         const py::list& beta_prods, const py::list& prev_lrs,
+                         const py::list& betas, const Tensor& lrs,
+                         const std::vector<int64_t>& group_sizes, const std::vector<double>& hypers,
+                         const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                         const OptionalTensor& rows) {
+  bool plain = !any_modes();
+  const cpu::AdamWTensors tensors{refs_of(params, plain),   refs_of(grads, plain),
+                                  refs_of(exp_avgs, plain), refs_of(exp_avg_sqs, plain),
+                                  refs_of(steps, plain),    refs_of(beta_prods, plain),
+                                  refs_of(prev_lrs, plain), refs_of(betas, plain)};
+  if (!plain) return not_implemented();
+  run("adamem_fused::adamw_finish_", [&] {
+    cpu::adamw_finish_(tensors, {lrs, group_sizes, hypers, grad_scale, found_inf}, rows);
+  });
+  return py::none();
+}
+
+py::object sgd_begin(const py::list& params, const py::list& grads,
+                     const py::list& momentum_buffers, const py::list& steps,
+                     const py::list& prev_lrs, const py::list& betas, const Tensor& lrs,
+                     const std::vector<int64_t>& group_sizes, const std::vector<double>& hypers,
+                     const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
   bool plain = !any_modes();
   const cpu::SGDTensors tensors{refs_of(params, plain),           refs_of(grads, plain),
                                 refs_of(momentum_buffers, plain), refs_of(steps, plain),
                                 refs_of(prev_lrs, plain),         refs_of(betas, plain)};
   if (!plain) return not_implemented();
-  run("adamem_fused::sgd_apply_",
-      [&] { cpu::sgd_apply_(tensors, rows, {lrs, group_sizes, hypers}, grad_scale, found_inf); });
+  return py::cast(run("adamem_fused::sgd_begin", [&] {
+    return cpu::sgd_begin(tensors, {lrs, group_sizes, hypers, grad_scale, found_inf});
+  }));
+}
+
+py::object sgd_finish_(const py::list& params, const py::list& grads,
+                       const py::list& momentum_buffers, const py::list& steps,
+                       const py::list& prev_lrs, const py::list& betas, const Tensor& lrs,
+                       const std::vector<int64_t>& group_sizes, const std::vector<double>& hypers,
+                       const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                       const OptionalTensor& rows) {
+  bool plain = !any_modes();
+  const cpu::SGDTensors tensors{refs_of(params, plain),           refs_of(grads, plain),
+                                refs_of(momentum_buffers, plain), refs_of(steps, plain),
+                                refs_of(prev_lrs, plain),         refs_of(betas, plain)};
+  if (!plain) return not_implemented();
+  run("adamem_fused::sgd_finish_", [&] {
+    cpu::sgd_finish_(tensors, {lrs, group_sizes, hypers, grad_scale, found_inf}, rows);
+  });
   return py::none();
 }
 
@@ -362,10 +366,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("gather", torch::wrap_pybind_function(gather));
   m.def("describe", torch::wrap_pybind_function(describe));
   m.def("any_modes", any_modes);
-  m.def("adamw_stats", torch::wrap_pybind_function(adamw_stats));
-  m.def("adamw_apply_", torch::wrap_pybind_function(adamw_apply_));
-  m.def("sgd_stats", torch::wrap_pybind_function(sgd_stats));
-  m.def("sgd_apply_", torch::wrap_pybind_function(sgd_apply_));
+  m.def("adamw_begin_", torch::wrap_pybind_function(adamw_begin_));
+  m.def("adamw_finish_", torch::wrap_pybind_function(adamw_finish_));
+  m.def("sgd_begin", torch::wrap_pybind_function(sgd_begin));
+  m.def("sgd_finish_", torch::wrap_pybind_function(sgd_finish_));
 }
 
 }  // namespace am

@@ -8,33 +8,39 @@ import torch
 from torch import Tensor
 
 from adamem_fused.backends import cpu, cuda, cuda_ops, foreach, reference, triton
-from adamem_fused.backends.batch import AdamWBatch, SGDBatch
+from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch
 from adamem_fused.warn import warn_user
 
 cuda_ops.register()
 
 
 class Backend(Protocol):
-    """Arithmetic without policy: two functions an optimizer, with a seam between them.
+    """Arithmetic without policy: two halves of a step an optimizer, with a seam between them.
 
-    `*_stats` gives each tensor's num and den and writes nothing; between the two, rows
-    may be summed over tensors or ranks; `*_apply` takes beta from the rows and updates
-    parameters and state in place. Without rows it does both. Either raises before
-    anything is changed.
+    `*_begin` takes each tensor's num and den, and may do a part of the update that does not
+    wait for beta; between the two, rows may be summed over tensors or ranks; `*_finish` takes
+    beta from the rows and completes the update of parameters and state in place. Without rows it
+    does all of the step. `*_begin` is followed by `*_finish` of the same batch, and what can be
+    refused is refused before anything is changed: by `check`, and by whichever comes first.
     """
 
     name: str
     # Whether grad_scale and found_inf may be given, and are read on the device.
     fused: bool
-    # Whether *_apply without rows takes the sums over all groups that are `shared` together.
+    # Whether *_finish without rows takes the sums over all groups that are `shared` together.
     shares_sums: bool
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot be used for tensors on `device`, or None."""
 
-    def adamw_stats(self, batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor: ...
+    def check(self, batch: Batch) -> None:
+        """Raises what a step of the batch would raise."""
 
-    def adamw_apply(
+    def adamw_begin(
+        self, batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> Tensor: ...
+
+    def adamw_finish(
         self,
         batch: AdamWBatch,
         rows: Tensor | None,
@@ -42,9 +48,11 @@ class Backend(Protocol):
         found_inf: Tensor | None,
     ) -> None: ...
 
-    def sgd_stats(self, batch: SGDBatch, grad_scale: Tensor | None) -> Tensor: ...
+    def sgd_begin(
+        self, batch: SGDBatch, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> Tensor: ...
 
-    def sgd_apply(
+    def sgd_finish(
         self,
         batch: SGDBatch,
         rows: Tensor | None,

@@ -198,7 +198,7 @@ def _check_scalar(scalar: Any, param: Tensor, i: int) -> None:
 
 
 def check_rows(rows: Tensor, params: list[Tensor]) -> None:
-    """Raises ValueError unless rows are as `*_stats` gives them, for kernels that do not look."""
+    """Raises ValueError unless rows are as `*_begin` gives them, for kernels that do not look."""
     n, device = len(params), params[0].device
     if rows.shape != (n, 2) or rows.dtype != torch.float64 or rows.device != device:
         raise ValueError(

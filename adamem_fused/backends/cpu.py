@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adamem_fused.backends import ops
-from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch
+from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check
 
 name = "cpu"
 fused = True
@@ -56,81 +56,38 @@ def _hypers(batch: Batch) -> list[float]:
     ]
 
 
-def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
-    """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
-    rows: Tensor = ops.call(
-        "adamw_stats",
-        batch.params,
-        batch.grads,
-        batch.exp_avgs,
-        batch.exp_avg_sqs,
-        batch.steps,
-        batch.beta_prods,
-        batch.prev_lrs,
-        _lrs(batch),
-        batch.group_sizes,
-        _hypers(batch),
-        grad_scale,
-    )
+def _arguments(
+    batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> tuple[Any, ...]:
+    """As the operators of csrc/ops.cpp take them."""
+    return (
+        *batch.lists(), _lrs(batch), batch.group_sizes, _hypers(batch), grad_scale, found_inf
+    )  # fmt: skip
+
+
+def adamw_begin(
+    batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> Tensor:
+    """num and den of every tensor, [tensors, 2] float64; updates by the guess where one is made."""
+    rows: Tensor = ops.call("adamw_begin_", *_arguments(batch, grad_scale, found_inf))
     return rows
 
 
-def adamw_apply(
+def adamw_finish(
     batch: AdamWBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """Beta from the rows (their own, if None); updates parameters and state in place."""
-    ops.call(
-        "adamw_apply_",
-        batch.params,
-        batch.grads,
-        batch.exp_avgs,
-        batch.exp_avg_sqs,
-        batch.steps,
-        batch.beta_prods,
-        batch.prev_lrs,
-        batch.betas,
-        rows,
-        _lrs(batch),
-        batch.group_sizes,
-        _hypers(batch),
-        grad_scale,
-        found_inf,
-    )
+    """Beta from the rows, and the rest of the step; all of the step, if there are none."""
+    ops.call("adamw_finish_", *_arguments(batch, grad_scale, found_inf), rows)
 
 
-def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
+def sgd_begin(batch: SGDBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
-    rows: Tensor = ops.call(
-        "sgd_stats",
-        batch.params,
-        batch.grads,
-        batch.momentum_buffers,
-        batch.steps,
-        batch.prev_lrs,
-        _lrs(batch),
-        batch.group_sizes,
-        _hypers(batch),
-        grad_scale,
-    )
+    rows: Tensor = ops.call("sgd_begin", *_arguments(batch, grad_scale, found_inf))
     return rows
 
 
-def sgd_apply(
+def sgd_finish(
     batch: SGDBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """Beta from the rows (their own, if None); updates parameters and state in place."""
-    ops.call(
-        "sgd_apply_",
-        batch.params,
-        batch.grads,
-        batch.momentum_buffers,
-        batch.steps,
-        batch.prev_lrs,
-        batch.betas,
-        rows,
-        _lrs(batch),
-        batch.group_sizes,
-        _hypers(batch),
-        grad_scale,
-        found_inf,
-    )
+    """Beta from the rows, and the rest of the step; all of the step, if there are none."""
+    ops.call("sgd_finish_", *_arguments(batch, grad_scale, found_inf), rows)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from adamem_fused.backends import cpu, cuda_library, ops, schedule
-from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check_rows
+from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check, check_rows
 from adamem_fused.backends.schedule import Plan
 from adamem_fused.backends.tables import Bucket, Layout, Opened, Tables, open_tables
 
@@ -306,35 +306,35 @@ def _apply(
 # Their kernels for CUDA tensors are in cuda_ops.py, and those for fake tensors in ops.py.
 
 
-def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
+def adamw_begin(batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
     if torch.compiler.is_compiling() or ops.is_traced():
-        return cpu.adamw_stats(batch, grad_scale)
+        return cpu.adamw_begin(batch, grad_scale, found_inf)
     return _stats(batch, _kernels("adamw"), grad_scale)
 
 
-def adamw_apply(
+def adamw_finish(
     batch: AdamWBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
     if torch.compiler.is_compiling() or ops.is_traced():
-        cpu.adamw_apply(batch, rows, grad_scale, found_inf)
+        cpu.adamw_finish(batch, rows, grad_scale, found_inf)
     else:
         _apply(batch, _kernels("adamw"), rows, grad_scale, found_inf)
 
 
-def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
+def sgd_begin(batch: SGDBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
     if torch.compiler.is_compiling() or ops.is_traced():
-        return cpu.sgd_stats(batch, grad_scale)
+        return cpu.sgd_begin(batch, grad_scale, found_inf)
     return _stats(batch, _kernels("sgd"), grad_scale)
 
 
-def sgd_apply(
+def sgd_finish(
     batch: SGDBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
     if torch.compiler.is_compiling() or ops.is_traced():
-        cpu.sgd_apply(batch, rows, grad_scale, found_inf)
+        cpu.sgd_finish(batch, rows, grad_scale, found_inf)
     else:
         _apply(batch, _kernels("sgd"), rows, grad_scale, found_inf)

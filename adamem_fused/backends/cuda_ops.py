@@ -61,59 +61,57 @@ def _sgd_batch(
     )  # fmt: skip
 
 
-# The sums read no beta, and the operator is given none: prev_lrs stand in the list's place.
-
-
-def adamw_stats(
+def adamw_begin_(
     params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors,
-    beta_prods: Tensors, prev_lrs: Tensors, lrs: Tensor, group_sizes: Sequence[int],
-    hypers: Sequence[float], grad_scale: Tensor | None,
-) -> Tensor:  # fmt: skip
-    batch = _adamw_batch(
-        params, grads, exp_avgs, exp_avg_sqs, steps, beta_prods, prev_lrs, prev_lrs, lrs,
-        group_sizes, hypers,
-    )  # fmt: skip
-    return cuda.adamw_stats(batch, grad_scale)
-
-
-def adamw_apply_(
-    params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors,
-    beta_prods: Tensors, prev_lrs: Tensors, betas: Tensors, rows: Tensor | None, lrs: Tensor,
+    beta_prods: Tensors, prev_lrs: Tensors, betas: Tensors, lrs: Tensor,
     group_sizes: Sequence[int], hypers: Sequence[float], grad_scale: Tensor | None,
     found_inf: Tensor | None,
+) -> Tensor:  # fmt: skip
+    batch = _adamw_batch(
+        params, grads, exp_avgs, exp_avg_sqs, steps, beta_prods, prev_lrs, betas, lrs,
+        group_sizes, hypers,
+    )  # fmt: skip
+    return cuda.adamw_begin(batch, grad_scale, found_inf)
+
+
+def adamw_finish_(
+    params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors,
+    beta_prods: Tensors, prev_lrs: Tensors, betas: Tensors, lrs: Tensor,
+    group_sizes: Sequence[int], hypers: Sequence[float], grad_scale: Tensor | None,
+    found_inf: Tensor | None, rows: Tensor | None,
 ) -> None:  # fmt: skip
     batch = _adamw_batch(
         params, grads, exp_avgs, exp_avg_sqs, steps, beta_prods, prev_lrs, betas, lrs,
         group_sizes, hypers,
     )  # fmt: skip
-    cuda.adamw_apply(batch, rows, grad_scale, found_inf)
+    cuda.adamw_finish(batch, rows, grad_scale, found_inf)
 
 
-def sgd_stats(
+def sgd_begin(
     params: Tensors, grads: Tensors, momentum_buffers: Tensors, steps: Tensors,
-    prev_lrs: Tensors, lrs: Tensor, group_sizes: Sequence[int], hypers: Sequence[float],
-    grad_scale: Tensor | None,
+    prev_lrs: Tensors, betas: Tensors, lrs: Tensor, group_sizes: Sequence[int],
+    hypers: Sequence[float], grad_scale: Tensor | None, found_inf: Tensor | None,
 ) -> Tensor:  # fmt: skip
     batch = _sgd_batch(
-        params, grads, momentum_buffers, steps, prev_lrs, prev_lrs, lrs, group_sizes, hypers
+        params, grads, momentum_buffers, steps, prev_lrs, betas, lrs, group_sizes, hypers
     )  # fmt: skip
-    return cuda.sgd_stats(batch, grad_scale)
+    return cuda.sgd_begin(batch, grad_scale, found_inf)
 
 
-def sgd_apply_(
+def sgd_finish_(
     params: Tensors, grads: Tensors, momentum_buffers: Tensors, steps: Tensors,
-    prev_lrs: Tensors, betas: Tensors, rows: Tensor | None, lrs: Tensor,
-    group_sizes: Sequence[int], hypers: Sequence[float], grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    prev_lrs: Tensors, betas: Tensors, lrs: Tensor, group_sizes: Sequence[int],
+    hypers: Sequence[float], grad_scale: Tensor | None, found_inf: Tensor | None,
+    rows: Tensor | None,
 ) -> None:  # fmt: skip
     batch = _sgd_batch(
         params, grads, momentum_buffers, steps, prev_lrs, betas, lrs, group_sizes, hypers
     )  # fmt: skip
-    cuda.sgd_apply(batch, rows, grad_scale, found_inf)
+    cuda.sgd_finish(batch, rows, grad_scale, found_inf)
 
 
 def register() -> None:
     """Gives the operators their CUDA kernels, where the extension has declared them."""
     if ops.unavailable is None and torch.version.hip is None:
-        for function in (adamw_stats, adamw_apply_, sgd_stats, sgd_apply_):
+        for function in (adamw_begin_, adamw_finish_, sgd_begin, sgd_finish_):
             torch.library.impl(f"adamem_fused::{function.__name__}", "cuda", function)

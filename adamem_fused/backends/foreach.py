@@ -191,7 +191,7 @@ def _adamw_terms(
     return _AdamWTerms(x, g, d, v, denominator, lambda_P)
 
 
-def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
+def adamw_begin(batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
     check(batch)
     rows: dict[int, Tensor] = {}
@@ -221,11 +221,11 @@ def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
     return _in_order(rows)
 
 
-def adamw_apply(
+def adamw_finish(
     batch: AdamWBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
-    rows = adamw_stats(batch, None) if rows is None else rows
+    rows = adamw_begin(batch, None, None) if rows is None else rows
     by_tensor = rows.unbind()
     for group, dtype, indices in _parts(batch):
         h = _hyper(batch, group)
@@ -277,7 +277,7 @@ def _sgd_terms(
     return x, g, d
 
 
-def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
+def sgd_begin(batch: SGDBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
     check(batch)
     rows: dict[int, Tensor] = {}
@@ -310,11 +310,11 @@ def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
     return _in_order(rows)
 
 
-def sgd_apply(
+def sgd_finish(
     batch: SGDBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
-    rows = sgd_stats(batch, None) if rows is None else rows
+    rows = sgd_begin(batch, None, None) if rows is None else rows
     by_tensor = rows.unbind()
     for group, dtype, indices in _parts(batch):
         h = _hyper(batch, group)

@@ -76,7 +76,7 @@ def _new_rows(params: list[Tensor]) -> Tensor:
     return params[0].new_empty(len(params), 2, dtype=torch.float64)
 
 
-def _fake_adamw_stats(
+def _fake_adamw_begin_(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
@@ -87,7 +87,7 @@ def _fake_adamw_stats(
     return _new_rows(params)
 
 
-def _fake_adamw_apply_(
+def _fake_adamw_finish_(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
@@ -97,21 +97,21 @@ def _fake_adamw_apply_(
     check_like(params, {"grad": grads, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs})
 
 
-def _fake_sgd_stats(
+def _fake_sgd_begin(
     params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], *args: Any
 ) -> Tensor:
     check_like(params, {"grad": grads, "momentum_buffer": momentum_buffers})
     return _new_rows(params)
 
 
-def _fake_sgd_apply_(
+def _fake_sgd_finish_(
     params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], *args: Any
 ) -> None:
     check_like(params, {"grad": grads, "momentum_buffer": momentum_buffers})
 
 
 if unavailable is None:
-    torch.library.register_fake("adamem_fused::adamw_stats")(_fake_adamw_stats)
-    torch.library.register_fake("adamem_fused::adamw_apply_")(_fake_adamw_apply_)
-    torch.library.register_fake("adamem_fused::sgd_stats")(_fake_sgd_stats)
-    torch.library.register_fake("adamem_fused::sgd_apply_")(_fake_sgd_apply_)
+    torch.library.register_fake("adamem_fused::adamw_begin_")(_fake_adamw_begin_)
+    torch.library.register_fake("adamem_fused::adamw_finish_")(_fake_adamw_finish_)
+    torch.library.register_fake("adamem_fused::sgd_begin")(_fake_sgd_begin)
+    torch.library.register_fake("adamem_fused::sgd_finish_")(_fake_sgd_finish_)

@@ -116,7 +116,7 @@ def _gradient(g: Tensor, maximize: bool) -> Tensor:
     return -g.double() if maximize else g.double()
 
 
-def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
+def adamw_begin(batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
     check(batch)
     rows = torch.zeros(len(batch.params), 2, dtype=torch.float64, device="cpu")
@@ -136,11 +136,11 @@ def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
     return rows.to(batch.params[0].device)
 
 
-def adamw_apply(
+def adamw_finish(
     batch: AdamWBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
-    rows = adamw_stats(batch, None) if rows is None else rows
+    rows = adamw_begin(batch, None, None) if rows is None else rows
     for h, group in zip(batch.hypers, group_slices(batch), strict=True):
         for i in range(group.start, group.stop):
             t = float(batch.steps[i]) + 1
@@ -175,7 +175,7 @@ def _decayed(x: Tensor, g: Tensor, h: SGDHyper) -> Tensor:
     return g + h.weight_decay * x.double() if h.weight_decay != 0 else g
 
 
-def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
+def sgd_begin(batch: SGDBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
     check(batch)
     rows = torch.zeros(len(batch.params), 2, dtype=torch.float64, device="cpu")
@@ -194,11 +194,11 @@ def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
     return rows.to(batch.params[0].device)
 
 
-def sgd_apply(
+def sgd_finish(
     batch: SGDBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
-    rows = sgd_stats(batch, None) if rows is None else rows
+    rows = sgd_begin(batch, None, None) if rows is None else rows
     for h, group in zip(batch.hypers, group_slices(batch), strict=True):
         eta, lam = float(h.lr), h.memory_lambda
         for i in range(group.start, group.stop):

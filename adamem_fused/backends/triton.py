@@ -27,7 +27,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from adamem_fused.backends import ops, schedule
-from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check_rows
+from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check, check_rows
 from adamem_fused.backends.schedule import Plan
 from adamem_fused.backends.tables import Bucket, Layout, Opened, Tables, is_capturing, open_tables
 
@@ -377,13 +377,13 @@ def _apply(
 
 
 @_disable_dynamo
-def adamw_stats(batch: AdamWBatch, grad_scale: Tensor | None) -> Tensor:
+def adamw_begin(batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
     return _stats(batch, _adamw(), grad_scale)
 
 
 @_disable_dynamo
-def adamw_apply(
+def adamw_finish(
     batch: AdamWBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
@@ -391,13 +391,13 @@ def adamw_apply(
 
 
 @_disable_dynamo
-def sgd_stats(batch: SGDBatch, grad_scale: Tensor | None) -> Tensor:
+def sgd_begin(batch: SGDBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
     return _stats(batch, _sgd(), grad_scale)
 
 
 @_disable_dynamo
-def sgd_apply(
+def sgd_finish(
     batch: SGDBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""

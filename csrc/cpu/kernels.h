@@ -33,8 +33,13 @@ struct Sums {
 
 struct Kernels {
   Sums (*adamw_sums[kNumDTypes])(const AdamWChunk&, const AdamWCoefficients<double>&);
+  // The sums, and the update with the cap for beta.
+  Sums (*adamw_guess[kNumDTypes])(const AdamWChunk&, const AdamWCoefficients<double>&);
   void (*adamw_update[kNumDTypes])(const AdamWChunk&, const AdamWCoefficients<double>&,
-                                   double beta);
+                                   double take);
+  // Of the guess. miss: (beta_max - beta) / beta_max.
+  void (*adamw_repair[kNumDTypes])(const AdamWChunk&, const AdamWCoefficients<double>&,
+                                   double miss);
   Sums (*sgd_sums[kNumDTypes])(const SGDChunk&, const SGDCoefficients<double>&);
   void (*sgd_update[kNumDTypes])(const SGDChunk&, const SGDCoefficients<double>&, double keep,
                                  double take);

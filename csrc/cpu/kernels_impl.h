@@ -1,5 +1,6 @@
 // The chunk walk around am_math.h, compiled once for each instruction set by the
 // kernels_*.cpp beside it, which define AM_KERNELS, the name of the table.
+#include <algorithm>
 #include <type_traits>
 
 #include "kernels.h"
@@ -27,7 +28,8 @@ struct Accumulator {
   static constexpr int kLanes = Pack<T>::kLanes;
   double num[kLanes] = {}, den[kLanes] = {};
 
-  void add(const LaneSums<T>& sums, int64_t lanes = kLanes) {
+  // Takes over the sums of so many lanes, and leaves zeros.
+  void take(LaneSums<T>& sums, int64_t lanes) {
     T lane_num[kLanes], lane_den[kLanes];
     store(lane_num, sums.num);
     store(lane_den, sums.den);
@@ -35,6 +37,7 @@ struct Accumulator {
       num[l] += lane_num[l];
       den[l] += lane_den[l];
     }
+    sums = LaneSums<T>();
   }
 
   Sums total() {
@@ -48,30 +51,78 @@ struct Accumulator {
   }
 };
 
-// The sums only read, and four streams of it: the processor's own prefetching starts anew at
-// every page. Asking this many bytes ahead gave 6 % on tensors larger than the caches (two
-// cores, AVX2) and cost nothing on smaller ones; in the update it gave nothing.
+// Four streams are read: the processor's own prefetching starts anew at every page. Asking this
+// many bytes ahead gave 6 % on tensors larger than the caches (two cores, AVX2) and cost nothing
+// on smaller ones.
 constexpr int64_t kPrefetchBytes = 512;
+
+// Where a pack of a chunk lies. S: stored type of parameter and gradient; T: type of the memory
+// and the arithmetic. v is null for AM-SGD.
+template <class S, class T>
+struct Place {
+  S* x;
+  const S* g;
+  T *d, *v;
+
+  AM_INLINE Place at(const Place& p, int64_t i) {
+    return {p.x + i, p.g + i, p.d + i, p.v == nullptr ? nullptr : p.v + i};
+  }
+};
 
 template <class... P>
 AM_INLINE void prefetch(const P*... p) {
   (__builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes), ...);
 }
 
-// Calls finish(i, start(i)) for every pack of numel elements from begin on, with start() one pack
-// ahead: while a square root is being taken the processor finds other work to do, of which it
-// sees only some hundred instructions ahead. 10 to 13 % of a step in cache (two cores, AVX2).
-template <int64_t kLanes, class Start, class Finish>
-AM_INLINE void one_ahead(int64_t begin, int64_t numel, Start start, Finish finish) {
-  if (numel == 0) return;
-  const int64_t last = begin + numel - kLanes;
-  auto started = start(begin);
-  for (int64_t i = begin; i < last; i += kLanes) {
-    const auto next = start(i + kLanes);
-    finish(i, started);
-    started = next;
+// Up to a pack's worth of elements, copied so that a full pack can be read or written.
+template <class S, class T>
+struct Tail {
+  static constexpr int kLanes = Pack<T>::kLanes;
+  S x[kLanes] = {}, g[kLanes] = {};
+  T d[kLanes] = {}, v[kLanes] = {};
+  Place<S, T> origin;
+  int64_t numel;
+
+  Tail(const Place<S, T>& p, int64_t n) : origin(p), numel(n) {
+    std::memcpy(x, p.x, n * sizeof(S));
+    std::memcpy(g, p.g, n * sizeof(S));
+    std::memcpy(d, p.d, n * sizeof(T));
+    if (p.v != nullptr) std::memcpy(v, p.v, n * sizeof(T));
   }
-  finish(last, started);
+  Place<S, T> place() { return {x, g, d, origin.v == nullptr ? nullptr : v}; }
+  void write() const {
+    std::memcpy(origin.x, x, numel * sizeof(S));
+    std::memcpy(origin.d, d, numel * sizeof(T));
+    if (origin.v != nullptr) std::memcpy(origin.v, v, numel * sizeof(T));
+  }
+};
+
+// Calls finish(place, start(place)) for every pack, with start() one pack ahead: while a square
+// root is being taken the processor finds other work to do, of which it sees only some hundred
+// instructions ahead. 10 to 13 % of a step in cache (two cores, AVX2). And end(lanes) after each
+// `block` elements, with how many lanes were theirs.
+template <bool kWrites, class S, class T, class Start, class Finish, class End>
+AM_INLINE void walk(const Place<S, T>& p, int64_t numel, int64_t block, Start start, Finish finish,
+                    End end) {
+  constexpr int kLanes = Pack<T>::kLanes;
+  const int64_t whole = numel - numel % kLanes;
+  for (int64_t begin = 0; begin < whole; begin += block) {
+    const int64_t last = std::min(begin + block, whole) - kLanes;
+    auto started = start(p.at(p, begin));
+    for (int64_t i = begin; i < last; i += kLanes) {
+      const auto next = start(p.at(p, i + kLanes));
+      finish(p.at(p, i), started);
+      started = next;
+    }
+    finish(p.at(p, last), started);
+    end(kLanes);
+  }
+  if (const int64_t rest = numel - whole) {
+    Tail<S, T> tail(p.at(p, whole), rest);
+    finish(tail.place(), start(tail.place()));
+    end(rest);
+    if (kWrites) tail.write();
+  }
 }
 
 // Calls f with what the coefficients leave out: no scaling, no weight decay.
@@ -83,125 +134,98 @@ AM_INLINE auto specialize(const Coefficients& c, F f) {
   return c.weight_decay != 0 ? f(No{}, Yes{}) : f(No{}, No{});
 }
 
-// Up to a pack's worth of elements, copied so that a full pack can be read or written.
-template <class S, int kLanes>
-struct Tail {
-  S lanes[kLanes] = {};
-  Tail(const S* p, int64_t n) {
-    if (p != nullptr) std::memcpy(lanes, p, n * sizeof(S));
-  }
-  void write(S* p, int64_t n) const { std::memcpy(p, lanes, n * sizeof(S)); }
-};
-
-// S: stored type of parameter and gradient; T: type of the memory and the arithmetic.
 template <class S, class T>
 struct AdamW {
   using Coefficients = AdamWCoefficients<T>;
-  static constexpr int kLanes = Pack<T>::kLanes;
 
   static Coefficients cast(const AdamWCoefficients<double>& c) {
-    return {T(c.grad_factor),   T(c.beta2),        T(c.one_minus_beta2), T(c.root_scale), T(c.eps),
-            T(c.memory_lambda), T(c.weight_decay), T(c.gap_grad),        T(c.gap_memory), T(c.lr),
-            T(c.decay)};
+    return {T(c.grad_factor),   T(c.beta2),         T(c.one_minus_beta2), T(c.root_scale),
+            T(c.eps),           T(c.memory_lambda), T(c.weight_decay),    T(c.gap_grad),
+            T(c.gap_memory),    T(c.lr),            T(c.decay),           T(c.cap_take),
+            T(c.lambda_over_cap)};
   }
 
-  template <bool Scaled>
-  AM_INLINE Pack<T> sum_root(const S* g, const T* v, const Coefficients& c) {
-    Pack<T> new_v = load(v);
-    return adamw_root<Scaled>(load(g), new_v, c);
+  static Place<S, T> place(const AdamWChunk& chunk) {
+    return {static_cast<S*>(chunk.param), static_cast<const S*>(chunk.grad),
+            static_cast<T*>(chunk.exp_avg), static_cast<T*>(chunk.exp_avg_sq)};
   }
 
-  template <bool Scaled, bool Decay>
-  AM_INLINE void sum_pack(const S* x, const S* g, const T* d, Pack<T> root, const Coefficients& c,
-                          LaneSums<T>& sums) {
-    adamw_sums<Scaled, Decay>(load(g), load(d), root, Decay ? load(x) : Pack<T>(T(0)), c, sums.num,
-                              sums.den);
+  template <bool Scaled, bool kStores>
+  AM_INLINE Pack<T> new_root(const Place<S, T>& p, const Coefficients& c) {
+    Pack<T> v = load(p.v);
+    const Pack<T> root = adamw_root<Scaled>(load(p.g), v, c);
+    if (kStores) store(p.v, v);
+    return root;
   }
 
-  template <bool Scaled, bool Decay>
-  static Sums sum_chunk(const AdamWChunk& chunk, const Coefficients c) {
-    const S* x = static_cast<const S*>(chunk.param);
-    const S* g = static_cast<const S*>(chunk.grad);
-    const T* d = static_cast<const T*>(chunk.exp_avg);
-    const T* v = static_cast<const T*>(chunk.exp_avg_sq);
-    const int64_t whole = chunk.numel - chunk.numel % kLanes;
+  template <bool Scaled, bool Decay, bool Guess>
+  static Sums begin_chunk(const AdamWChunk& chunk, const Coefficients c) {
+    LaneSums<T> sums;
     Accumulator<T> accumulator;
-    for (int64_t begin = 0; begin < whole; begin += kBlock) {
-      const int64_t numel = begin + kBlock < whole ? kBlock : whole - begin;
-      LaneSums<T> sums;
-      one_ahead<kLanes>(
-          begin, numel,
-          [&](int64_t i) AM_INLINE_LAMBDA {
-            prefetch(g + i, v + i);
-            return sum_root<Scaled>(g + i, v + i, c);
-          },
-          [&](int64_t i, Pack<T> root) AM_INLINE_LAMBDA {
-            prefetch(d + i);
-            if constexpr (Decay) prefetch(x + i);
-            sum_pack<Scaled, Decay>(x + i, g + i, d + i, root, c, sums);
-          });
-      accumulator.add(sums);
-    }
-    if (const int64_t rest = chunk.numel - whole) {
-      const Tail<S, kLanes> tail_x(x + whole, rest), tail_g(g + whole, rest);
-      const Tail<T, kLanes> tail_d(d + whole, rest), tail_v(v + whole, rest);
-      LaneSums<T> sums;
-      sum_pack<Scaled, Decay>(tail_x.lanes, tail_g.lanes, tail_d.lanes,
-                              sum_root<Scaled>(tail_g.lanes, tail_v.lanes, c), c, sums);
-      accumulator.add(sums, rest);
-    }
+    walk<Guess>(
+        place(chunk), chunk.numel, kBlock,
+        [&](const Place<S, T>& p) AM_INLINE_LAMBDA {
+          prefetch(p.g, p.v);
+          return new_root<Scaled, Guess>(p, c);
+        },
+        [&](const Place<S, T>& p, Pack<T> root) AM_INLINE_LAMBDA {
+          prefetch(p.d);
+          if constexpr (Guess || Decay) prefetch(p.x);
+          Pack<T> d = load(p.d), x = Guess || Decay ? load(p.x) : Pack<T>(T(0));
+          if constexpr (Guess) {
+            adamw_guess<Scaled, Decay>(load(p.g), d, root, x, c, sums.num, sums.den);
+            store(p.d, d);
+            store(p.x, x);
+          } else {
+            adamw_sums<Scaled, Decay>(load(p.g), d, root, x, c, sums.num, sums.den);
+          }
+        },
+        [&](int64_t lanes) { accumulator.take(sums, lanes); });
     return accumulator.total();
   }
 
   static Sums sums(const AdamWChunk& chunk, const AdamWCoefficients<double>& c) {
-    return specialize(
-        cast(c), [&](auto scaled, auto decay) { return sum_chunk<scaled, decay>(chunk, cast(c)); });
+    return specialize(cast(c), [&](auto scaled, auto decay) {
+      return begin_chunk<scaled, decay, false>(chunk, cast(c));
+    });
   }
 
-  // Stores the new v.
-  template <bool Scaled>
-  AM_INLINE Pack<T> update_root(const S* g, T* v, const Coefficients& c) {
-    Pack<T> new_v = load(v);
-    const Pack<T> root = adamw_root<Scaled>(load(g), new_v, c);
-    store(v, new_v);
-    return root;
+  static Sums guess(const AdamWChunk& chunk, const AdamWCoefficients<double>& c) {
+    return specialize(cast(c), [&](auto scaled, auto decay) {
+      return begin_chunk<scaled, decay, true>(chunk, cast(c));
+    });
   }
 
-  template <bool Scaled>
-  AM_INLINE void update_pack(S* x, const S* g, T* d, Pack<T> root, const Coefficients& c, T beta,
-                             T take) {
-    Pack<T> new_d = load(d), new_x = load(x);
-    adamw_update<Scaled>(load(g), new_d, root, new_x, beta, take, c);
-    store(d, new_d);
-    store(x, new_x);
+  // amount: 1 - beta, or, for a repair, what the guess has missed by.
+  template <bool Scaled, bool Repair>
+  static void finish_chunk(const AdamWChunk& chunk, const Coefficients c, T amount) {
+    walk<true>(
+        place(chunk), chunk.numel, chunk.numel,
+        [&](const Place<S, T>& p) AM_INLINE_LAMBDA {
+          return Repair ? sqrt(load(p.v)) : new_root<Scaled, true>(p, c);
+        },
+        [&](const Place<S, T>& p, Pack<T> root) AM_INLINE_LAMBDA {
+          Pack<T> d = load(p.d), x = load(p.x);
+          if constexpr (Repair) {
+            adamw_repair<Scaled>(load(p.g), d, root, x, amount, c);
+          } else {
+            adamw_update<Scaled>(load(p.g), d, root, x, amount, c);
+          }
+          store(p.d, d);
+          store(p.x, x);
+        },
+        [](int64_t) {});
   }
 
-  template <bool Scaled>
-  static void update_chunk(const AdamWChunk& chunk, const Coefficients c, T beta, T take) {
-    S* x = static_cast<S*>(chunk.param);
-    const S* g = static_cast<const S*>(chunk.grad);
-    T* d = static_cast<T*>(chunk.exp_avg);
-    T* v = static_cast<T*>(chunk.exp_avg_sq);
-    const int64_t whole = chunk.numel - chunk.numel % kLanes;
-    one_ahead<kLanes>(
-        0, whole, [&](int64_t i) AM_INLINE_LAMBDA { return update_root<Scaled>(g + i, v + i, c); },
-        [&](int64_t i, Pack<T> root)
-            AM_INLINE_LAMBDA { update_pack<Scaled>(x + i, g + i, d + i, root, c, beta, take); });
-    if (const int64_t rest = chunk.numel - whole) {
-      Tail<S, kLanes> tail_x(x + whole, rest);
-      const Tail<S, kLanes> tail_g(g + whole, rest);
-      Tail<T, kLanes> tail_d(d + whole, rest), tail_v(v + whole, rest);
-      const Pack<T> root = update_root<Scaled>(tail_g.lanes, tail_v.lanes, c);
-      update_pack<Scaled>(tail_x.lanes, tail_g.lanes, tail_d.lanes, root, c, beta, take);
-      tail_x.write(x + whole, rest);
-      tail_d.write(d + whole, rest);
-      tail_v.write(v + whole, rest);
-    }
-  }
-
-  static void update(const AdamWChunk& chunk, const AdamWCoefficients<double>& c, double beta) {
+  static void update(const AdamWChunk& chunk, const AdamWCoefficients<double>& c, double take) {
     specialize(cast(c), [&](auto scaled, auto) {
-      update_chunk<scaled>(chunk, cast(c), T(beta), T(1.0 - beta));
+      finish_chunk<scaled, false>(chunk, cast(c), T(take));
+    });
+  }
+
+  static void repair(const AdamWChunk& chunk, const AdamWCoefficients<double>& c, double miss) {
+    specialize(cast(c), [&](auto scaled, auto) {
+      finish_chunk<scaled, true>(chunk, cast(c), T(miss));
     });
   }
 };
@@ -209,44 +233,30 @@ struct AdamW {
 template <class S, class T>
 struct SGD {
   using Coefficients = SGDCoefficients<T>;
-  static constexpr int kLanes = Pack<T>::kLanes;
 
   static Coefficients cast(const SGDCoefficients<double>& c) {
     return {T(c.grad_factor), T(c.memory_lambda), T(c.weight_decay),
             T(c.gap_grad),    T(c.gap_memory),    T(c.lr)};
   }
 
-  template <bool Scaled, bool Decay>
-  AM_INLINE void sum_pack(const S* x, const S* g, const T* d, const Coefficients& c,
-                          LaneSums<T>& sums) {
-    sgd_sums<Scaled, Decay>(load(g), load(d), Decay ? load(x) : Pack<T>(T(0)), c, sums.num,
-                            sums.den);
+  static Place<S, T> place(const SGDChunk& chunk) {
+    return {static_cast<S*>(chunk.param), static_cast<const S*>(chunk.grad),
+            static_cast<T*>(chunk.momentum_buffer), nullptr};
   }
 
   template <bool Scaled, bool Decay>
   static Sums sum_chunk(const SGDChunk& chunk, const Coefficients c) {
-    const S* x = static_cast<const S*>(chunk.param);
-    const S* g = static_cast<const S*>(chunk.grad);
-    const T* d = static_cast<const T*>(chunk.momentum_buffer);
-    const int64_t whole = chunk.numel - chunk.numel % kLanes;
+    LaneSums<T> sums;
     Accumulator<T> accumulator;
-    for (int64_t begin = 0; begin < whole; begin += kBlock) {
-      const int64_t end = begin + kBlock < whole ? begin + kBlock : whole;
-      LaneSums<T> sums;
-      for (int64_t i = begin; i < end; i += kLanes) {
-        prefetch(g + i, d + i);
-        if constexpr (Decay) prefetch(x + i);
-        sum_pack<Scaled, Decay>(x + i, g + i, d + i, c, sums);
-      }
-      accumulator.add(sums);
-    }
-    if (const int64_t rest = chunk.numel - whole) {
-      const Tail<S, kLanes> tail_x(x + whole, rest), tail_g(g + whole, rest);
-      const Tail<T, kLanes> tail_d(d + whole, rest);
-      LaneSums<T> sums;
-      sum_pack<Scaled, Decay>(tail_x.lanes, tail_g.lanes, tail_d.lanes, c, sums);
-      accumulator.add(sums, rest);
-    }
+    walk<false>(
+        place(chunk), chunk.numel, kBlock, [](const Place<S, T>&) { return 0; },
+        [&](const Place<S, T>& p, int) AM_INLINE_LAMBDA {
+          prefetch(p.g, p.d);
+          if constexpr (Decay) prefetch(p.x);
+          const Pack<T> x = Decay ? load(p.x) : Pack<T>(T(0));
+          sgd_sums<Scaled, Decay>(load(p.g), load(p.d), x, c, sums.num, sums.den);
+        },
+        [&](int64_t lanes) { accumulator.take(sums, lanes); });
     return accumulator.total();
   }
 
@@ -256,29 +266,16 @@ struct SGD {
   }
 
   template <bool Scaled, bool Decay>
-  AM_INLINE void update_pack(S* x, const S* g, T* d, T keep, T take, const Coefficients& c) {
-    Pack<T> new_d = load(d), new_x = load(x);
-    sgd_update<Scaled, Decay>(load(g), new_d, new_x, keep, take, c);
-    store(d, new_d);
-    store(x, new_x);
-  }
-
-  template <bool Scaled, bool Decay>
   static void update_chunk(const SGDChunk& chunk, const Coefficients c, T keep, T take) {
-    S* x = static_cast<S*>(chunk.param);
-    const S* g = static_cast<const S*>(chunk.grad);
-    T* d = static_cast<T*>(chunk.momentum_buffer);
-    const int64_t whole = chunk.numel - chunk.numel % kLanes;
-    for (int64_t i = 0; i < whole; i += kLanes)
-      update_pack<Scaled, Decay>(x + i, g + i, d + i, keep, take, c);
-    if (const int64_t rest = chunk.numel - whole) {
-      Tail<S, kLanes> tail_x(x + whole, rest);
-      const Tail<S, kLanes> tail_g(g + whole, rest);
-      Tail<T, kLanes> tail_d(d + whole, rest);
-      update_pack<Scaled, Decay>(tail_x.lanes, tail_g.lanes, tail_d.lanes, keep, take, c);
-      tail_x.write(x + whole, rest);
-      tail_d.write(d + whole, rest);
-    }
+    walk<true>(
+        place(chunk), chunk.numel, chunk.numel, [](const Place<S, T>&) { return 0; },
+        [&](const Place<S, T>& p, int) AM_INLINE_LAMBDA {
+          Pack<T> d = load(p.d), x = load(p.x);
+          sgd_update<Scaled, Decay>(load(p.g), d, x, keep, take, c);
+          store(p.d, d);
+          store(p.x, x);
+        },
+        [](int64_t) {});
   }
 
   static void update(const SGDChunk& chunk, const SGDCoefficients<double>& c, double keep,
@@ -293,16 +290,14 @@ struct SGD {
 
 namespace am::cpu {
 
-// In the order of DType.
+// A function for each DType, in their order.
+#define AM_FOR_DTYPES(Optimizer, function)                         \
+  {Optimizer<float, float>::function, Optimizer<double, double>::function, \
+   Optimizer<BFloat16, float>::function, Optimizer<Float16, float>::function}
+
 extern const Kernels AM_KERNELS = {
-    {AdamW<float, float>::sums, AdamW<double, double>::sums, AdamW<BFloat16, float>::sums,
-     AdamW<Float16, float>::sums},
-    {AdamW<float, float>::update, AdamW<double, double>::update, AdamW<BFloat16, float>::update,
-     AdamW<Float16, float>::update},
-    {SGD<float, float>::sums, SGD<double, double>::sums, SGD<BFloat16, float>::sums,
-     SGD<Float16, float>::sums},
-    {SGD<float, float>::update, SGD<double, double>::update, SGD<BFloat16, float>::update,
-     SGD<Float16, float>::update},
+    AM_FOR_DTYPES(AdamW, sums),   AM_FOR_DTYPES(AdamW, guess), AM_FOR_DTYPES(AdamW, update),
+    AM_FOR_DTYPES(AdamW, repair), AM_FOR_DTYPES(SGD, sums),    AM_FOR_DTYPES(SGD, update),
 };
 
 }  // namespace am::cpu

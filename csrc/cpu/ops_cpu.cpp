@@ -9,53 +9,55 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-Tensor adamw_stats_op(TensorList params, TensorList grads, TensorList exp_avgs,
+Tensor adamw_begin_op(TensorList params, TensorList grads, TensorList exp_avgs,
                       TensorList exp_avg_sqs, TensorList steps, TensorList beta_prods,
-                      TensorList prev_lrs, const Tensor& lrs, at::IntArrayRef group_sizes,
-                      at::ArrayRef<double> hypers, const OptionalTensor& grad_scale) {
-  return adamw_stats(
-      {TensorRefs(params), TensorRefs(grads), TensorRefs(exp_avgs), TensorRefs(exp_avg_sqs),
-       TensorRefs(steps), TensorRefs(beta_prods), TensorRefs(prev_lrs), TensorRefs()},
-      {lrs, group_sizes, hypers}, grad_scale);
-}
-
-void adamw_apply_op(TensorList params, TensorList grads, TensorList exp_avgs,
-                    TensorList exp_avg_sqs, TensorList steps, TensorList beta_prods,
-                    TensorList prev_lrs, TensorList betas, const OptionalTensor& rows,
-                    const Tensor& lrs, at::IntArrayRef group_sizes, at::ArrayRef<double> hypers,
-                    const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
-  adamw_apply_(
+                      TensorList prev_lrs, TensorList betas, const Tensor& lrs,
+                      at::IntArrayRef group_sizes, at::ArrayRef<double> hypers,
+                      const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
+  return adamw_begin_(
       {TensorRefs(params), TensorRefs(grads), TensorRefs(exp_avgs), TensorRefs(exp_avg_sqs),
        TensorRefs(steps), TensorRefs(beta_prods), TensorRefs(prev_lrs), TensorRefs(betas)},
-      rows, {lrs, group_sizes, hypers}, grad_scale, found_inf);
+      {lrs, group_sizes, hypers, grad_scale, found_inf});
 }
 
-Tensor sgd_stats_op(TensorList params, TensorList grads, TensorList momentum_buffers,
-                    TensorList steps, TensorList prev_lrs, const Tensor& lrs,
+void adamw_finish_op(TensorList params, TensorList grads, TensorList exp_avgs,
+                     TensorList exp_avg_sqs, TensorList steps, TensorList beta_prods,
+                     TensorList prev_lrs, TensorList betas, const Tensor& lrs,
+                     at::IntArrayRef group_sizes, at::ArrayRef<double> hypers,
+                     const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                     const OptionalTensor& rows) {
+  adamw_finish_(
+      {TensorRefs(params), TensorRefs(grads), TensorRefs(exp_avgs), TensorRefs(exp_avg_sqs),
+       TensorRefs(steps), TensorRefs(beta_prods), TensorRefs(prev_lrs), TensorRefs(betas)},
+      {lrs, group_sizes, hypers, grad_scale, found_inf}, rows);
+}
+
+Tensor sgd_begin_op(TensorList params, TensorList grads, TensorList momentum_buffers,
+                    TensorList steps, TensorList prev_lrs, TensorList betas, const Tensor& lrs,
                     at::IntArrayRef group_sizes, at::ArrayRef<double> hypers,
-                    const OptionalTensor& grad_scale) {
-  return sgd_stats({TensorRefs(params), TensorRefs(grads), TensorRefs(momentum_buffers),
-                    TensorRefs(steps), TensorRefs(prev_lrs), TensorRefs()},
-                   {lrs, group_sizes, hypers}, grad_scale);
+                    const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
+  return sgd_begin({TensorRefs(params), TensorRefs(grads), TensorRefs(momentum_buffers),
+                    TensorRefs(steps), TensorRefs(prev_lrs), TensorRefs(betas)},
+                   {lrs, group_sizes, hypers, grad_scale, found_inf});
 }
 
-void sgd_apply_op(TensorList params, TensorList grads, TensorList momentum_buffers,
-                  TensorList steps, TensorList prev_lrs, TensorList betas,
-                  const OptionalTensor& rows, const Tensor& lrs, at::IntArrayRef group_sizes,
-                  at::ArrayRef<double> hypers, const OptionalTensor& grad_scale,
-                  const OptionalTensor& found_inf) {
-  sgd_apply_({TensorRefs(params), TensorRefs(grads), TensorRefs(momentum_buffers),
-              TensorRefs(steps), TensorRefs(prev_lrs), TensorRefs(betas)},
-             rows, {lrs, group_sizes, hypers}, grad_scale, found_inf);
+void sgd_finish_op(TensorList params, TensorList grads, TensorList momentum_buffers,
+                   TensorList steps, TensorList prev_lrs, TensorList betas, const Tensor& lrs,
+                   at::IntArrayRef group_sizes, at::ArrayRef<double> hypers,
+                   const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                   const OptionalTensor& rows) {
+  sgd_finish_({TensorRefs(params), TensorRefs(grads), TensorRefs(momentum_buffers),
+               TensorRefs(steps), TensorRefs(prev_lrs), TensorRefs(betas)},
+              {lrs, group_sizes, hypers, grad_scale, found_inf}, rows);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(adamem_fused, CPU, m) {
-  m.impl("adamw_stats", adamw_stats_op);
-  m.impl("adamw_apply_", adamw_apply_op);
-  m.impl("sgd_stats", sgd_stats_op);
-  m.impl("sgd_apply_", sgd_apply_op);
+  m.impl("adamw_begin_", adamw_begin_op);
+  m.impl("adamw_finish_", adamw_finish_op);
+  m.impl("sgd_begin", sgd_begin_op);
+  m.impl("sgd_finish_", sgd_finish_op);
 }
 
 }  // namespace am::cpu

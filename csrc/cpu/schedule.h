@@ -2,14 +2,15 @@
 // parallel_for(parts, f), which calls f(0) ... f(parts - 1), each once, on any
 // number of threads.
 //
-// A step reads every tensor twice, for its sums and for its update, and is as fast
-// as the second reading is served from cache. Hence three sizes of tensor:
-//   small   one thread does its sums and its update at once, if that is no more than
-//           its share of the step;
-//   medium  waves of tensors that fit in the caches together: all threads do the
-//           wave's sums, then all do its updates, each thread its own chunks again;
-//   large   a wave of its own; the updates walk backwards, so that they begin with
-//           what the sums have just read.
+// A step has two halves: what takes the sums, and what waits for beta. Where the second
+// has to read a tensor once more, it is as fast as it is served from cache. Hence three
+// sizes of tensor:
+//   small   one thread does both halves at once, if that is no more than its share of
+//           the step;
+//   medium  waves of tensors that fit in the caches together: all threads begin the
+//           wave, then all finish it, each thread its own chunks again;
+//   large   a wave of its own; the second half walks backwards, so that it starts with
+//           what the first has just read.
 // A chunk's sums, and the order in which a tensor's chunks are added, depend on
 // nothing but the tensor's size, so neither do the bits of the result.
 #pragma once
@@ -25,9 +26,10 @@ namespace am::cpu {
 // Job: one tensor of a step, with
 //   int64_t numel;
 //   Sums sums;                        what its chunks' sums add up to
-//   Sums sum_chunk(int64_t begin, int64_t numel) const;
+//   Sums begin_chunk(int64_t begin, int64_t numel) const;
 //   void set_beta();                  from sums
-//   void update_chunk(int64_t begin, int64_t numel) const;
+//   bool is_done() const;             whether nothing is left for the second half
+//   void finish_chunk(int64_t begin, int64_t numel) const;
 template <class Job, class ParallelFor>
 class Schedule {
  public:
@@ -35,12 +37,8 @@ class Schedule {
       : jobs_(jobs), threads_(threads), parallel_for_(parallel_for) {}
 
   // The two sides of the seam.
-  void sums() { sum_wave(all()); }
-
-  void update() {
-    for (Job& job : jobs_) job.set_beta();
-    update_wave(all());
-  }
+  void begin() { begin_wave(all()); }
+  void finish() { finish_wave(all()); }
 
   // Both at once, where no tensor's beta waits for another's sums.
   void step() {
@@ -126,11 +124,11 @@ class Schedule {
     return result;
   }
 
-  void sum_wave(const std::vector<Job*>& jobs) {
+  void begin_wave(const std::vector<Job*>& jobs) {
     std::vector<Item> items = chunks(jobs);
     split(costs(items), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i)
-        items[i].sums = items[i].job->sum_chunk(items[i].begin, items[i].numel);
+        items[i].sums = items[i].job->begin_chunk(items[i].begin, items[i].numel);
     });
     for (Job* job : jobs) job->sums = {0.0, 0.0};
     for (const Item& item : items) {
@@ -139,19 +137,24 @@ class Schedule {
     }
   }
 
-  void update_wave(const std::vector<Job*>& jobs) {
-    const std::vector<Item> items = chunks(jobs);
+  void finish_wave(const std::vector<Job*>& jobs) {
+    std::vector<Job*> unfinished;
+    for (Job* job : jobs) {
+      job->set_beta();
+      if (!job->is_done()) unfinished.push_back(job);
+    }
+    const std::vector<Item> items = chunks(unfinished);
+    if (items.empty()) return;
     split(costs(items), [&](int64_t first, int64_t last) {
       for (int64_t i = last - 1; i >= first; --i)
-        items[i].job->update_chunk(items[i].begin, items[i].numel);
+        items[i].job->finish_chunk(items[i].begin, items[i].numel);
     });
   }
 
   void step_wave(const std::vector<Job*>& jobs) {
     if (jobs.empty()) return;
-    sum_wave(jobs);
-    for (Job* job : jobs) job->set_beta();
-    update_wave(jobs);
+    begin_wave(jobs);
+    finish_wave(jobs);
   }
 
   void step_small(const std::vector<Job*>& jobs) {
@@ -168,13 +171,14 @@ class Schedule {
     const int64_t chunk = chunk_numel(job);
     job.sums = {0.0, 0.0};
     for (int64_t begin = 0; begin < job.numel; begin += chunk) {
-      const Sums part = job.sum_chunk(begin, std::min(chunk, job.numel - begin));
+      const Sums part = job.begin_chunk(begin, std::min(chunk, job.numel - begin));
       job.sums.num += part.num;
       job.sums.den += part.den;
     }
     job.set_beta();
+    if (job.is_done()) return;
     for (int64_t begin = (job.numel - 1) / chunk * chunk; begin >= 0; begin -= chunk)
-      job.update_chunk(begin, std::min(chunk, job.numel - begin));
+      job.finish_chunk(begin, std::min(chunk, job.numel - begin));
   }
 
   std::vector<Job>& jobs_;

@@ -8,6 +8,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -72,6 +73,8 @@ double read_optional(const OptionalTensor& t, double otherwise) {
   return t.has_value() ? t->item<double>() : otherwise;
 }
 
+bool is_skipped(const Options& options) { return read_optional(options.found_inf, 0.0) != 0.0; }
+
 void check_length(const TensorRefs& list, const char* name, size_t tensors) {
   TORCH_CHECK_VALUE(list.size() == tensors, name, " holds ", list.size(), " tensors, params ",
                     tensors);
@@ -132,6 +135,7 @@ struct Views {
   char* param = nullptr;
   char* grad = nullptr;
   char* memories[kMemories] = {};
+  bool is_exact = false;  // parameter and memories are stored in the type of the arithmetic
   std::unique_ptr<Copies> copies;
 
   void open(const Tensor& p, const Tensor& g, const Tensor* const (&m)[kMemories],
@@ -147,10 +151,15 @@ struct Views {
       direct = direct && m[k]->scalar_type() == memory_type(dtype) && same_layout(*m[k], p);
       type = at::promoteTypes(type, m[k]->scalar_type());
     }
+    is_exact = p.scalar_type() == type;
+    for (const Tensor* memory : m) is_exact = is_exact && memory->scalar_type() == type;
     if (direct) {
       point(p, g, [&](size_t k) -> const Tensor& { return *m[k]; });
       return;
     }
+    // The kernels would not mind, but copies could not be written back.
+    TORCH_CHECK(c10::InferenceMode::is_enabled() || !p.is_inference(), "param ", i,
+                " was made in inference mode, and cannot be updated in place outside of it");
     at::assert_no_internal_overlap(p);
     for (const Tensor* memory : m) at::assert_no_internal_overlap(*memory);
     copies = std::make_unique<Copies>();
@@ -200,18 +209,18 @@ SGDHyper sgd_hyper(const double* h, double lr) {
 }
 
 // Each tensor's group.
-std::vector<size_t> group_of_tensors(const Groups& groups, size_t tensors, size_t columns) {
-  const size_t n = groups.sizes.size();
-  TORCH_CHECK_VALUE(groups.lrs.is_cpu() && groups.lrs.scalar_type() == at::kDouble &&
-                        groups.lrs.is_contiguous() && groups.lrs.numel() == static_cast<int64_t>(n),
+std::vector<size_t> group_of_tensors(const Options& options, size_t tensors, size_t columns) {
+  const size_t n = options.group_sizes.size();
+  TORCH_CHECK_VALUE(options.lrs.is_cpu() && options.lrs.scalar_type() == at::kDouble &&
+                        options.lrs.is_contiguous() && options.lrs.numel() == static_cast<int64_t>(n),
                     "lrs has to be a float64 CPU tensor of ", n, " values");
-  TORCH_CHECK_VALUE(groups.hypers.size() == n * columns, "hypers holds ", groups.hypers.size(),
+  TORCH_CHECK_VALUE(options.hypers.size() == n * columns, "hypers holds ", options.hypers.size(),
                     " values; it has to hold ", columns, " for each of ", n, " groups");
   std::vector<size_t> group_of;
   group_of.reserve(tensors);
   for (size_t group = 0; group < n; ++group) {
-    TORCH_CHECK_VALUE(groups.sizes[group] >= 0, "group_sizes holds ", groups.sizes[group]);
-    group_of.insert(group_of.end(), groups.sizes[group], group);
+    TORCH_CHECK_VALUE(options.group_sizes[group] >= 0, "group_sizes holds ", options.group_sizes[group]);
+    group_of.insert(group_of.end(), options.group_sizes[group], group);
   }
   TORCH_CHECK_VALUE(group_of.size() == tensors, "group_sizes add up to ", group_of.size(),
                     ", params holds ", tensors);
@@ -225,7 +234,7 @@ struct AdamWJob {
   AdamWCoefficients<double> coefficients;
   Scalar steps, beta_prods, prev_lrs, betas;
   double lr, beta_max, step, beta_prod;
-  bool shared;
+  bool shared, guesses;
   int64_t numel;
   Sums sums{0.0, 0.0};
   double beta = 0.0;
@@ -234,13 +243,22 @@ struct AdamWJob {
     return {views.param_at(begin), views.grad_at(begin), views.memory_at(0, begin),
             views.memory_at(1, begin), n};
   }
-  Sums sum_chunk(int64_t begin, int64_t n) const {
-    return kernels().adamw_sums[views.dtype](chunk(begin, n), coefficients);
+  Sums begin_chunk(int64_t begin, int64_t n) const {
+    const auto& kernel = guesses ? kernels().adamw_guess : kernels().adamw_sums;
+    return kernel[views.dtype](chunk(begin, n), coefficients);
   }
   bool is_idle() const { return am::is_idle(step, lr, sums.den); }
   void set_beta() { beta = adamw_beta(sums.num, sums.den, beta_max, step); }
-  void update_chunk(int64_t begin, int64_t n) const {
-    kernels().adamw_update[views.dtype](chunk(begin, n), coefficients, beta);
+  bool is_done() const {
+    return is_idle() || (guesses && !adamw_missed(beta, sums.den, beta_max));
+  }
+  void finish_chunk(int64_t begin, int64_t n) const {
+    if (guesses) {
+      kernels().adamw_repair[views.dtype](chunk(begin, n), coefficients,
+                                          (beta_max - beta) / beta_max);
+    } else {
+      kernels().adamw_update[views.dtype](chunk(begin, n), coefficients, 1.0 - beta);
+    }
   }
 };
 
@@ -258,7 +276,7 @@ struct SGDJob {
     return {views.param_at(begin), views.grad_at(begin), views.memory_at(0, begin), n};
   }
   // A first step has no memory: d = g, and both sums are zero, or next to it.
-  Sums sum_chunk(int64_t begin, int64_t n) const {
+  Sums begin_chunk(int64_t begin, int64_t n) const {
     if (step != 0.0) return kernels().sgd_sums[views.dtype](chunk(begin, n), coefficients);
     if (lr != 0.0) return {0.0, 0.0};
     SGDCoefficients<double> c = coefficients;
@@ -267,9 +285,10 @@ struct SGDJob {
   }
   bool is_idle() const { return am::is_idle(step, lr, sums.den); }
   void set_beta() { beta = sgd_beta(sums.num, sums.den, beta_max, step); }
-  void update_chunk(int64_t begin, int64_t n) const {
+  bool is_done() const { return is_idle(); }
+  void finish_chunk(int64_t begin, int64_t n) const {
     double keep, take;
-    sgd_mixture(beta, coefficients.memory_lambda, step, is_idle(), &keep, &take);
+    sgd_mixture(beta, coefficients.memory_lambda, step, &keep, &take);
     kernels().sgd_update[views.dtype](chunk(begin, n), coefficients, keep, take);
   }
 };
@@ -295,8 +314,7 @@ auto schedule(std::vector<Job>& jobs) {
 }
 
 template <class Job>
-Tensor rows_of(std::vector<Job>& jobs) {
-  schedule(jobs).sums();
+Tensor rows_of(const std::vector<Job>& jobs) {
   const Tensor rows = at::empty({static_cast<int64_t>(jobs.size()), 2}, at::kDouble);
   double* p = rows.mutable_data_ptr<double>();
   for (const Job& job : jobs) {
@@ -320,18 +338,18 @@ void share_sums(std::vector<Job>& jobs) {
     if (job.shared && job.step != 0.0) job.sums = total;
 }
 
-// With rows: the far side of the seam. Without: both sides, in one walk where no tensor's
-// beta waits for another's sums.
+// With rows: the second half. Without: both, in one walk where no tensor's beta waits for
+// another's sums.
 template <class Job>
-void update(std::vector<Job>& jobs, const OptionalTensor& rows) {
+void finish(std::vector<Job>& jobs, const OptionalTensor& rows) {
   if (!rows.has_value()) {
     if (std::none_of(jobs.begin(), jobs.end(), [](const Job& job) { return job.shared; })) {
       schedule(jobs).step();
       return;
     }
-    schedule(jobs).sums();
+    schedule(jobs).begin();
     share_sums(jobs);
-    schedule(jobs).update();
+    schedule(jobs).finish();
     return;
   }
   const auto n = static_cast<int64_t>(jobs.size());
@@ -341,13 +359,12 @@ void update(std::vector<Job>& jobs, const OptionalTensor& rows) {
                     rows->scalar_type(), " ", rows->sizes());
   const auto access = rows->accessor<double, 2>();
   for (int64_t i = 0; i < n; ++i) jobs[i].sums = {access[i][0], access[i][1]};
-  schedule(jobs).update();
+  schedule(jobs).finish();
 }
 
 // ---- AM-AdamW ---------------------------------------------------------------------
 
-std::vector<AdamWJob> adamw_jobs(const AdamWTensors& t, const Groups& groups,
-                                 const OptionalTensor& grad_scale) {
+std::vector<AdamWJob> adamw_jobs(const AdamWTensors& t, const Options& options) {
   const size_t n = t.params.size();
   TORCH_CHECK_VALUE(t.grads.size() == n && t.exp_avgs.size() == n && t.exp_avg_sqs.size() == n,
                     "params, grads, exp_avgs and exp_avg_sqs differ in length: ", n, ", ",
@@ -355,9 +372,10 @@ std::vector<AdamWJob> adamw_jobs(const AdamWTensors& t, const Groups& groups,
   check_length(t.steps, "steps", n);
   check_length(t.beta_prods, "beta_prods", n);
   check_length(t.prev_lrs, "prev_lrs", n);
-  const std::vector<size_t> group_of = group_of_tensors(groups, n, kAdamWColumns);
-  const double* lrs = groups.lrs.const_data_ptr<double>();
-  const double scale = read_optional(grad_scale, 1.0);
+  check_length(t.betas, "betas", n);
+  const std::vector<size_t> group_of = group_of_tensors(options, n, kAdamWColumns);
+  const double* lrs = options.lrs.const_data_ptr<double>();
+  const double scale = read_optional(options.grad_scale, 1.0);
 
   std::vector<AdamWJob> jobs(n);
   for_each_tensor(n, [&](size_t i) {
@@ -365,17 +383,18 @@ std::vector<AdamWJob> adamw_jobs(const AdamWTensors& t, const Groups& groups,
     job.views.open(t.params[i], t.grads[i], {&t.exp_avgs[i], &t.exp_avg_sqs[i]},
                    {"exp_avg", "exp_avg_sq"}, i);
     job.numel = job.views.numel;
-    const double* row = &groups.hypers[group_of[i] * kAdamWColumns];
+    const double* row = &options.hypers[group_of[i] * kAdamWColumns];
     job.shared = row[kAdamWColumns - 1] != 0.0;
     job.steps = open_scalar(t.steps[i], "step", i);
     job.beta_prods = open_scalar(t.beta_prods[i], "beta_prod", i);
     job.prev_lrs = open_scalar(t.prev_lrs[i], "prev_lr", i);
-    if (t.betas.size() != 0) job.betas = open_scalar(t.betas[i], "beta", i);
+    job.betas = open_scalar(t.betas[i], "beta", i);
     job.step = job.steps.read();
     job.beta_prod = job.beta_prods.read();
     const AdamWHyper hyper = adamw_hyper(row, lrs[group_of[i]]);
     job.lr = hyper.lr;
     job.beta_max = hyper.beta_max;
+    job.guesses = adamw_guesses(hyper, job.step, job.views.is_exact);
     job.coefficients =
         adamw_coefficients<double>(hyper, job.step, job.beta_prod, job.prev_lrs.read(), scale);
   });
@@ -384,17 +403,19 @@ std::vector<AdamWJob> adamw_jobs(const AdamWTensors& t, const Groups& groups,
 
 }  // namespace
 
-Tensor adamw_stats(const AdamWTensors& t, const Groups& groups, const OptionalTensor& grad_scale) {
-  std::vector<AdamWJob> jobs = adamw_jobs(t, groups, grad_scale);
+Tensor adamw_begin_(const AdamWTensors& t, const Options& options) {
+  std::vector<AdamWJob> jobs = adamw_jobs(t, options);
+  if (!is_skipped(options)) schedule(jobs).begin();
+  for_each_tensor(jobs.size(), [&](size_t i) {
+    if (jobs[i].guesses) jobs[i].views.store(t.params[i], {&t.exp_avgs[i], &t.exp_avg_sqs[i]});
+  });
   return rows_of(jobs);
 }
 
-void adamw_apply_(const AdamWTensors& t, const OptionalTensor& rows, const Groups& groups,
-                  const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
-  if (read_optional(found_inf, 0.0) != 0.0) return;
-  check_length(t.betas, "betas", t.params.size());
-  std::vector<AdamWJob> jobs = adamw_jobs(t, groups, grad_scale);
-  update(jobs, rows);
+void adamw_finish_(const AdamWTensors& t, const Options& options, const OptionalTensor& rows) {
+  if (is_skipped(options)) return;
+  std::vector<AdamWJob> jobs = adamw_jobs(t, options);
+  finish(jobs, rows);
   for_each_tensor(jobs.size(), [&](size_t i) {
     const AdamWJob& job = jobs[i];
     if (job.is_idle()) return;
@@ -413,28 +434,28 @@ void adamw_apply_(const AdamWTensors& t, const OptionalTensor& rows, const Group
 
 namespace {
 
-std::vector<SGDJob> sgd_jobs(const SGDTensors& t, const Groups& groups,
-                             const OptionalTensor& grad_scale) {
+std::vector<SGDJob> sgd_jobs(const SGDTensors& t, const Options& options) {
   const size_t n = t.params.size();
   TORCH_CHECK_VALUE(t.grads.size() == n && t.momentum_buffers.size() == n,
                     "params, grads and momentum_buffers differ in length: ", n, ", ",
                     t.grads.size(), ", ", t.momentum_buffers.size());
   check_length(t.steps, "steps", n);
   check_length(t.prev_lrs, "prev_lrs", n);
-  const std::vector<size_t> group_of = group_of_tensors(groups, n, kSGDColumns);
-  const double* lrs = groups.lrs.const_data_ptr<double>();
-  const double scale = read_optional(grad_scale, 1.0);
+  check_length(t.betas, "betas", n);
+  const std::vector<size_t> group_of = group_of_tensors(options, n, kSGDColumns);
+  const double* lrs = options.lrs.const_data_ptr<double>();
+  const double scale = read_optional(options.grad_scale, 1.0);
 
   std::vector<SGDJob> jobs(n);
   for_each_tensor(n, [&](size_t i) {
     SGDJob& job = jobs[i];
     job.views.open(t.params[i], t.grads[i], {&t.momentum_buffers[i]}, {"momentum_buffer"}, i);
     job.numel = job.views.numel;
-    const double* row = &groups.hypers[group_of[i] * kSGDColumns];
+    const double* row = &options.hypers[group_of[i] * kSGDColumns];
     job.shared = row[kSGDColumns - 1] != 0.0;
     job.steps = open_scalar(t.steps[i], "step", i);
     job.prev_lrs = open_scalar(t.prev_lrs[i], "prev_lr", i);
-    if (t.betas.size() != 0) job.betas = open_scalar(t.betas[i], "beta", i);
+    job.betas = open_scalar(t.betas[i], "beta", i);
     job.step = job.steps.read();
     const SGDHyper hyper = sgd_hyper(row, lrs[group_of[i]]);
     job.lr = hyper.lr;
@@ -446,17 +467,16 @@ std::vector<SGDJob> sgd_jobs(const SGDTensors& t, const Groups& groups,
 
 }  // namespace
 
-Tensor sgd_stats(const SGDTensors& t, const Groups& groups, const OptionalTensor& grad_scale) {
-  std::vector<SGDJob> jobs = sgd_jobs(t, groups, grad_scale);
+Tensor sgd_begin(const SGDTensors& t, const Options& options) {
+  std::vector<SGDJob> jobs = sgd_jobs(t, options);
+  schedule(jobs).begin();
   return rows_of(jobs);
 }
 
-void sgd_apply_(const SGDTensors& t, const OptionalTensor& rows, const Groups& groups,
-                const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
-  if (read_optional(found_inf, 0.0) != 0.0) return;
-  check_length(t.betas, "betas", t.params.size());
-  std::vector<SGDJob> jobs = sgd_jobs(t, groups, grad_scale);
-  update(jobs, rows);
+void sgd_finish_(const SGDTensors& t, const Options& options, const OptionalTensor& rows) {
+  if (is_skipped(options)) return;
+  std::vector<SGDJob> jobs = sgd_jobs(t, options);
+  finish(jobs, rows);
   for_each_tensor(jobs.size(), [&](size_t i) {
     const SGDJob& job = jobs[i];
     if (job.is_idle()) return;

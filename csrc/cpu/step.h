@@ -12,7 +12,7 @@ namespace am::cpu {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// One entry a tensor in every list; stats is given no betas.
+// One entry a tensor in every list.
 struct AdamWTensors {
   TensorRefs params, grads, exp_avgs, exp_avg_sqs, steps, beta_prods, prev_lrs, betas;
 };
@@ -21,19 +21,16 @@ struct SGDTensors {
   TensorRefs params, grads, momentum_buffers, steps, prev_lrs, betas;
 };
 
-struct Groups {
+struct Options {
   const at::Tensor& lrs;
-  at::IntArrayRef sizes;
+  at::IntArrayRef group_sizes;
   at::ArrayRef<double> hypers;
+  const OptionalTensor &grad_scale, &found_inf;
 };
 
-at::Tensor adamw_stats(const AdamWTensors& tensors, const Groups& groups,
-                       const OptionalTensor& grad_scale);
-void adamw_apply_(const AdamWTensors& tensors, const OptionalTensor& rows, const Groups& groups,
-                  const OptionalTensor& grad_scale, const OptionalTensor& found_inf);
-at::Tensor sgd_stats(const SGDTensors& tensors, const Groups& groups,
-                     const OptionalTensor& grad_scale);
-void sgd_apply_(const SGDTensors& tensors, const OptionalTensor& rows, const Groups& groups,
-                const OptionalTensor& grad_scale, const OptionalTensor& found_inf);
+at::Tensor adamw_begin_(const AdamWTensors& tensors, const Options& options);
+void adamw_finish_(const AdamWTensors& tensors, const Options& options, const OptionalTensor& rows);
+at::Tensor sgd_begin(const SGDTensors& tensors, const Options& options);
+void sgd_finish_(const SGDTensors& tensors, const Options& options, const OptionalTensor& rows);
 
 }  // namespace am::cpu
