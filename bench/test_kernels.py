@@ -1,7 +1,7 @@
 """The kernels one by one, with pytest-benchmark: pytest bench --benchmark-only.
 
 A group is one kernel on one parameter list in one dtype, the backends side by side: the sums
-(stats), the update from sums that are there (apply), and both in one call (step), beside
+(begin), the update from sums that are there (finish), and both in one call (step), beside
 torch's fused optimizer. Runs on the GPU where there is one; not yet run on one.
 """
 
@@ -45,12 +45,12 @@ def kernel_of(kind: str, kernel: str, backend: str, params: list[Tensor]) -> Cal
     for _ in range(2):
         optimizer.step()
     batch = optimizer._collect()[0].batch
-    stats: Any = getattr(BACKENDS[backend], f"{kind}_stats")
-    apply: Any = getattr(BACKENDS[backend], f"{kind}_apply")
+    begin: Any = getattr(BACKENDS[backend], f"{kind}_begin")
+    finish: Any = getattr(BACKENDS[backend], f"{kind}_finish")
     calls: dict[str, Callable[[], object]] = {
-        "stats": partial(stats, batch, None),
-        "apply": partial(apply, batch, stats(batch, None), None, None),
-        "step": partial(apply, batch, None, None, None),
+        "begin": partial(begin, batch, None, None),
+        "finish": partial(finish, batch, begin(batch, None, None), None, None),
+        "step": partial(finish, batch, None, None, None),
     }
     return calls[kernel]
 
@@ -70,7 +70,7 @@ def measure(benchmark: BenchmarkFixture, group: str, call: Callable[[], object])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize("backend", AVAILABLE)
-@pytest.mark.parametrize("kernel", ["stats", "apply", "step"])
+@pytest.mark.parametrize("kernel", ["begin", "finish", "step"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernel(
     benchmark: BenchmarkFixture, kind: str, kernel: str, backend: str, shapes: str, dtype: str

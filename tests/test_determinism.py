@@ -67,16 +67,16 @@ def test_two_runs_give_the_same_bits(backend, cls, scope):
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_seam_and_the_single_call_give_the_same_bits(cls, threads):
-    """Where a tensor's rows are its own, stats and apply give what apply without rows gives."""
+    """Where a tensor's rows are its own, begin and finish give what finish without rows gives."""
     through_seam, at_once = (
         optimizer_after(cls, threads=threads, beta_scope="tensor") for _ in range(2)
     )
     set_gradients(through_seam, at_once, step=STEPS)
     kind = "adamw" if cls is AMAdamW else "sgd"
-    stats, apply = getattr(cpu, f"{kind}_stats"), getattr(cpu, f"{kind}_apply")
+    begin, finish = getattr(cpu, f"{kind}_begin"), getattr(cpu, f"{kind}_finish")
     with torch.no_grad():
         (work,) = through_seam._collect()
-        apply(work.batch, stats(work.batch, None), None, None)
+        finish(work.batch, begin(work.batch, None, None), None, None)
     at_once.step()
     assert_same_bits(through_seam, at_once)
 

@@ -156,7 +156,7 @@ def test_a_gradient_of_another_dtype(backend, cls, dtype):
     optimizers = [make_optimizer(cls, [Group([(17,), (40, 30)], dtype)], backend) for _ in "ab"]
     other = torch.float32 if dtype == torch.bfloat16 else torch.float64
     kind = "adamw" if cls is AMAdamW else "sgd"
-    apply = getattr(BACKENDS[backend], f"{kind}_apply")
+    finish = getattr(BACKENDS[backend], f"{kind}_finish")
     for step in range(STEPS):
         for optimizer, grad_dtype in zip(optimizers, (dtype, other), strict=True):
             for i, param in enumerate(parameters(optimizer)):
@@ -165,7 +165,7 @@ def test_a_gradient_of_another_dtype(backend, cls, dtype):
                 (work,) = optimizer._collect()
                 work.batch.grads[:] = [grad.to(grad_dtype) for grad in work.batch.grads]
                 before = snapshot(optimizer)
-                apply(work.batch, None, None, None)
+                finish(work.batch, None, None, None)
         assert_step_agrees(optimizers[1], optimizers[0], before, low_precision_ulps=3)
 
 

@@ -242,7 +242,7 @@ class Names(TorchDispatchMode):
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 def test_a_dispatch_mode_sees_the_operator(cls, scope):
-    name = "adamw_apply_" if cls is AMAdamW else "sgd_apply_"
+    name = "adamw_finish_" if cls is AMAdamW else "sgd_finish_"
     dispatched, direct = (stepped(cls, make_params(), beta_scope=scope) for _ in range(2))
     set_gradients(dispatched, direct, step=1)
     with Names() as mode:
@@ -259,12 +259,12 @@ def test_a_step_is_named_in_a_profile(cls):
     with torch.profiler.profile() as profile:
         optimizer.step()
     names = [event.name for event in profile.events()]
-    assert names.count("adamem_fused::" + ("adamw" if cls is AMAdamW else "sgd") + "_apply_") == 1
+    assert names.count("adamem_fused::" + ("adamw" if cls is AMAdamW else "sgd") + "_finish_") == 1
 
 
 def test_what_is_not_a_tensor_in_a_list_is_refused():
     with pytest.raises(TypeError, match="list of tensors holds a int"):
-        ops.call("sgd_stats", [1], [], [], [], [], torch.zeros(0), [], [], None)
+        ops.call("sgd_begin", [1], [], [], [], [], [], torch.zeros(0), [], [], None, None)
 
 
 # ---- descriptions ------------------------------------------------------------------

@@ -3,8 +3,9 @@
 The tables are laid out by adamem_fused/backends/tables.py, with one column a tensor (n of them):
 
     addresses  [rows, n] int64   data pointers: param, grad, the memories, the scalars
-    layout     [4, n]    int64   number of elements, group, first chunk, which scalars are
-                                 float64 (a bit each)
+    layout     [5, n]    int64   number of elements, group, first chunk, which scalars are
+                                 float64 (a bit each), whether parameter and memories are
+                                 stored in the type of the arithmetic
     hypers     [groups, columns] float64, in the order of elements.AdamWHyper, SGDHyper;
                                  lrs [groups] int64: the address of a group's lr on the
                                  device, times 2, plus 1 for float64; 0: it is in hypers
@@ -25,6 +26,7 @@ NUMEL = tl.constexpr(0)
 GROUP = tl.constexpr(1)
 FIRST_CHUNK = tl.constexpr(2)
 DOUBLES = tl.constexpr(3)
+EXACT = tl.constexpr(4)
 
 # Columns of `hypers`.
 ADAMW_HYPERS = tl.constexpr(len(AdamWHyper._fields))

@@ -129,11 +129,18 @@ class Layout:
             sum(1 << k for k, scalar in enumerate(own) if scalar.dtype == torch.float64)
             for own in zip(*scalars, strict=True)
         ]
-        columns = [numels, groups, first_chunk, doubles]
+        # Whether parameter and memories are stored in the type of the arithmetic.
+        exact = [
+            own[0] in (torch.float32, torch.float64) and set(own[GRADS + 1 :]) == {own[0]}
+            for own in (tuple(t.dtype for t in tensors) for tensors in zip(*data, strict=True))
+        ]
+        columns = [numels, groups, first_chunk, doubles, exact]
         table = torch.tensor(columns, dtype=torch.int64, device="cpu")
         self.table = upload(table, device)
         self.chunk_tensors = upload(torch.cat(chunk_tensors), device)
         self.partials = torch.empty(2, self.chunks, dtype=torch.float64, device=device)
+        # How many of a tensor's chunks have their sums; back at 0 after a step.
+        self.arrived = torch.zeros(n, dtype=torch.int32, device=device)
         self.totals = torch.empty(2, dtype=torch.float64, device=device)
         self.coefficients = torch.empty(n, coefficients, dtype=torch.float64, device=device)
         # Pinned words for the upload of a step that a graph captures, see `_upload`.
@@ -211,8 +218,8 @@ def open_tables(
     Every tensor is looked at: gradients are new ones at every step, and a parameter or its
     state may have been given other memory.
 
-    updated: for an apply, and so for kernels that write to parameters and state.
-    again: for the apply of a step whose stats have opened them.
+    updated: for the half of a step that completes the update, and so tells autograd of it.
+    again: for the second half of a step whose first has opened them.
     """
     device = batch.params[0].device
     capturing = is_capturing(device)

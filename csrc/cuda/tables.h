@@ -24,7 +24,7 @@ struct Sums {
 // What all launches of a step share. adamem_fused/backends/cuda.py holds the same struct.
 struct Step {
   const int64_t* addresses;      // [lists, tensors]: param, grad, the memories, the scalars
-  const int64_t* layout;         // [4, tensors], rows below
+  const int64_t* layout;         // [5, tensors], rows below
   const double* hypers;          // [groups, columns]
   const int64_t* lrs;            // [groups]: twice the address of a group's lr on the device,
                                  // plus 1 for float64; 0: it is in hypers
@@ -44,8 +44,9 @@ struct Bucket {
   int32_t dtypes[4];  // DType of param, grad and the memories
 };
 
-// Rows of `layout`. Bit k of kDoubles: scalar k of the tensor is float64, and not float32.
-enum LayoutRow { kNumel, kGroup, kFirstChunk, kDoubles };
+// Rows of `layout`. Bit k of kDoubles: scalar k of the tensor is float64, and not float32. kExact:
+// whether parameter and memories are stored in the type of the arithmetic.
+enum LayoutRow { kNumel, kGroup, kFirstChunk, kDoubles, kExact };
 
 __device__ inline int64_t layout_at(const Step& s, LayoutRow row, int64_t tensor) {
   return s.layout[row * s.tensors + tensor];

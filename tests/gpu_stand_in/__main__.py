@@ -104,7 +104,7 @@ def fail(kind: str, backend: str, patch: pytest.MonkeyPatch) -> None:
     def second(self, name, work):
         if kind == "hangs":
             time.sleep(600)
-        patch.setattr(BACKENDS[backend], "adamw_apply", lambda *args: None)
+        patch.setattr(BACKENDS[backend], "adamw_finish", lambda *args: None)
         case(self, name, work)
 
     def first(self, name, work):
