@@ -199,41 +199,38 @@ def test_a_compiled_foreach_step_follows_the_learning_rate(cls):
 
 
 def operator_arguments(cls):
-    """Of stats and of apply, as the optimizer gives them in its third step; apply's are copies."""
+    """Of begin, as the optimizer gives them in its third step; copies."""
     optimizer = make_optimizer(cls, [Group([(4, 5), ()]), Group([(3,)])], "cpu")
     for step in range(2):
         set_gradients(optimizer, step=step)
         optimizer.step()
     (work,) = optimizer._collect()
-    batch = work.batch
-    lists = [[t.detach().clone() for t in tensors] for tensors in batch.lists()]
-    options = (cpu._lrs(batch), batch.group_sizes, cpu._hypers(batch), None)
-    return [(*lists[:-1], *options), (*lists, None, *options, None)]
+    lists = [[t.detach().clone() for t in tensors] for tensors in work.batch.lists()]
+    return (*lists, *cpu._arguments(work.batch, None, None)[len(lists) :])
 
 
-@pytest.mark.parametrize("cls, kind", [(AMAdamW, "adamw"), (AMSGD, "sgd")])
-def test_the_operators_pass_opcheck(cls, kind):
-    stats, apply = operator_arguments(cls)
+OPERATORS = [(AMAdamW, "adamw", "adamw_begin_"), (AMSGD, "sgd", "sgd_begin")]
+
+
+@pytest.mark.parametrize("cls, kind, begin", OPERATORS)
+def test_the_operators_pass_opcheck(cls, kind, begin):
     operators = torch.ops.adamem_fused
-    rows = getattr(operators, f"{kind}_stats")(*stats)
-    torch.library.opcheck(getattr(operators, f"{kind}_stats").default, stats)
-    torch.library.opcheck(getattr(operators, f"{kind}_apply_").default, apply)
-    with_rows = tuple(
-        rows if argument is None and i == len(apply) - 6 else argument
-        for i, argument in enumerate(apply)
-    )
-    torch.library.opcheck(getattr(operators, f"{kind}_apply_").default, with_rows)
+    arguments = operator_arguments(cls)
+    torch.library.opcheck(getattr(operators, begin).default, arguments)
+    for rows in (None, getattr(operators, begin)(*operator_arguments(cls))):
+        torch.library.opcheck(getattr(operators, f"{kind}_finish_").default, (*arguments, rows))
 
 
-@pytest.mark.parametrize("cls, kind", [(AMAdamW, "adamw"), (AMSGD, "sgd")])
-def test_the_operators_export(cls, kind):
-    stats, _ = operator_arguments(cls)
-    operator = getattr(torch.ops.adamem_fused, f"{kind}_stats")
-    tensors, options = stats[:-3], stats[-3:]
+@pytest.mark.parametrize("cls, kind, begin", OPERATORS)
+def test_the_operators_export(cls, kind, begin):
+    arguments = operator_arguments(cls)
+    operator = getattr(torch.ops.adamem_fused, begin)
+    tensors, options = arguments[:-5], arguments[-5:]
 
-    class Sums(torch.nn.Module):
+    class Begin(torch.nn.Module):
         def forward(self, *tensors):
             return operator(*tensors, *options)
 
-    program = torch.export.export(Sums(), tensors)
-    assert torch.equal(program.module()(*tensors), operator(*stats))
+    program = torch.export.export(Begin(), tensors)
+    rows = program.module()(*(list(map(torch.clone, ts)) for ts in tensors))
+    assert torch.equal(rows, operator(*arguments))

@@ -579,7 +579,7 @@ def make_batch(cls, shapes=((3,), (2, 2))):
 
 @both
 @pytest.mark.parametrize("backend", [cpu, foreach, reference], ids=lambda module: module.name)
-@pytest.mark.parametrize("operation", ["stats", "apply"])
+@pytest.mark.parametrize("operation", ["begin", "finish"])
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -590,7 +590,7 @@ def make_batch(cls, shapes=((3,), (2, 2))):
 )
 def test_backend_refuses_tensors_that_do_not_match(cls, backend, operation, wrong, message):
     kind = "adamw" if cls is AMAdamW else "sgd"
-    arguments = (None,) if operation == "stats" else (None, None, None)
+    arguments = (None, None) if operation == "begin" else (None, None, None)
     memories = list(make_batch(cls).memories)
     for name in ("grad", *memories):
         batch = make_batch(cls)
@@ -608,11 +608,11 @@ def test_backend_refuses_tensors_that_do_not_match(cls, backend, operation, wron
 
 
 @both
-@pytest.mark.parametrize("operation", ["stats", "apply"])
+@pytest.mark.parametrize("operation", ["begin", "finish"])
 def test_operators_refuse_lists_of_different_lengths(cls, operation):
     kind = "adamw" if cls is AMAdamW else "sgd"
-    arguments = (None,) if operation == "stats" else (None, None, None)
-    for i in range(1, len(make_batch(cls).lists()) - (operation == "stats")):
+    arguments = (None, None) if operation == "begin" else (None, None, None)
+    for i in range(1, len(make_batch(cls).lists())):
         batch = make_batch(cls)
         batch.lists()[i].pop()
         before = [[bits(t) for t in ts] for ts in batch.lists()]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from adamem_fused.backends import ops
-from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check
+from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch
+from adamem_fused.backends.batch import check as check
 
 name = "cpu"
 fused = True
@@ -65,9 +66,7 @@ def _arguments(
     )  # fmt: skip
 
 
-def adamw_begin(
-    batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None
-) -> Tensor:
+def adamw_begin(batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64; updates by the guess where one is made."""
     rows: Tensor = ops.call("adamw_begin_", *_arguments(batch, grad_scale, found_inf))
     return rows

@@ -27,7 +27,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from adamem_fused.backends import ops, schedule
-from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check, check_rows
+from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check_rows
+from adamem_fused.backends.batch import check as check
 from adamem_fused.backends.schedule import Plan
 from adamem_fused.backends.tables import Bucket, Layout, Opened, Tables, is_capturing, open_tables
 
