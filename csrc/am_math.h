@@ -5,7 +5,7 @@
 //
 // Notation, as in docs/algorithm.md:
 //   g gradient, d memory (exp_avg or momentum_buffer), v exp_avg_sq, x parameter,
-//   P Adam's denominator, M = 1 / (P (1 + lambda P)), e = d - g,
+//   P Adam's denominator, M = 1 / (P (1 + lambda P)), e = g - d,
 //   eta learning rate, mu weight decay, kappa = 1 for the "anchored" plane.
 #pragma once
 
@@ -60,7 +60,7 @@ struct SGDCoefficients {
 
 // c_g - c_d and c_d, times scale / eta, or zeros at eta = 0 (or a scheduler's rounding below),
 // where the gap term is left out.
-// So the gap's c_g g - c_d d is (c_g - c_d) g - c_d e, which does not take the difference of
+// So the gap's c_g g - c_d d is (c_g - c_d) g + c_d e, which does not take the difference of
 // two products: d may be near g, and with the "anchored" plane c_g is c_d.
 AM_INLINE void gap_factors(double prev_lr, double lr, double scale, bool anchored, bool loss_gap,
                            double* gap_grad, double* gap_memory) {
@@ -187,29 +187,28 @@ AM_INLINE V adamw_denominator(V root, const AdamWCoefficients<T>& c) {
 }
 
 // Adds one element's part of num (the gap included) and den. With M = 1 / (P (1 + lambda P)),
-// D = (1 + lambda P) d and u = c_g g - c_d d - e, what the terms have in common is taken out:
-//   1 / P = M (1 + lambda P)     g + lambda P d = D - e
-//   num = (c_g g - c_d d) (d / P + mu x) - e (g + lambda P d) M - mu x e
-//       = M (D u + e^2) + mu x u
-// To weight e before it is squared, which overflows later, takes a CPU 5 % longer in cache.
-// x is read only where Decay.
+// D = (1 + lambda P) d, e = g - d and u = c_g g - c_d d + e, what the terms have in common is taken
+// out:
+//   1 / P = M (1 + lambda P)     g + lambda P d = D + e
+//   num = (c_g g - c_d d) (d / P + mu x) + e (g + lambda P d) M + mu x e
+//       = u (M D + mu x) + e^2 M
+// e is weighted before it is squared, which overflows later. x is read only where Decay.
 template <bool Scaled, bool Decay, class V, class T>
 AM_INLINE void adamw_sums(V g, V d, V root, V x, const AdamWCoefficients<T>& c, V& num, V& den) {
   g = gradient<Scaled>(g, c);
   const V p = adamw_denominator(root, c);
   const V damping = fma(p, V(c.memory_lambda), V(T(1)));
   const V m = V(T(1)) / (p * damping);
-  const V e = d - g;
-  const V u = fma(g, V(c.gap_grad), e * V(T(-1) - c.gap_memory));
-  const V e2 = e * e;
-  num = fma(fma(d * damping, u, e2), m, num);
-  if (Decay) num = fma(x * V(c.weight_decay), u, num);
-  den = fma(e2, m, den);
+  const V e = g - d;
+  const V u = fma(g, V(c.gap_grad), e * V(T(1) + c.gap_memory));
+  const V e2 = e * m * e;
+  const V slope = d * damping * m;
+  num = fma(u, Decay ? fma(x, V(c.weight_decay), slope) : slope, num + e2);
+  den = den + e2;
 }
 
-// Updates one element's d and x with the beta of its tensor. With D as above and the new d before
-// its division, n = (1 - beta) g + (beta + lambda P) d = D - (1 - beta) e: d = n / (1 + lambda P),
-// d / P = n M.
+// Updates one element's d and x with the beta of its tensor. With the new d before its division,
+// n = (1 - beta) g + (beta + lambda P) d = D + (1 - beta) e: d = n / (1 + lambda P), d / P = n M.
 // take: 1 - beta, rounded once; beta may be near 1.
 template <bool Scaled, class V, class T>
 AM_INLINE void adamw_update(V g, V& d, V root, V& x, T take, const AdamWCoefficients<T>& c) {
@@ -217,16 +216,27 @@ AM_INLINE void adamw_update(V g, V& d, V root, V& x, T take, const AdamWCoeffici
   const V p = adamw_denominator(root, c);
   const V damping = fma(p, V(c.memory_lambda), V(T(1)));
   const V m = V(T(1)) / (p * damping);
-  const V step = fma(d - g, V(-take), d * damping) * m;
+  const V step = fma(g - d, V(take), d * damping) * m;
   d = step * p;
   x = fma(step, V(-c.lr), x * V(c.decay));
 }
 
-// adamw_sums and adamw_update with the cap, at the price of the latter.
+// The sums, for the "level" plane, and the update with the cap, with one division.
 template <bool Scaled, bool Decay, class V, class T>
 AM_INLINE void adamw_guess(V g, V& d, V root, V& x, const AdamWCoefficients<T>& c, V& num, V& den) {
-  adamw_sums<Scaled, Decay>(g, d, root, x, c, num, den);
-  adamw_update<Scaled>(g, d, root, x, c.cap_take, c);
+  g = gradient<Scaled>(g, c);
+  const V p = adamw_denominator(root, c);
+  const V damping = fma(p, V(c.memory_lambda), V(T(1)));
+  const V m = V(T(1)) / (p * damping);
+  const V e = g - d;
+  const V u = fma(g, V(c.gap_grad), e);
+  const V weighted = e * m, e2 = weighted * e;
+  const V slope = d * damping * m;
+  num = fma(u, Decay ? fma(x, V(c.weight_decay), slope) : slope, num + e2);
+  den = den + e2;
+  const V step = fma(weighted, V(c.cap_take), slope);
+  d = step * p;
+  x = fma(step, V(-c.lr), x * V(c.decay));
 }
 
 // From the d and x of a step with the cap those of a step with beta:
@@ -247,7 +257,7 @@ AM_INLINE V sgd_gradient(V g, V x, const SGDCoefficients<T>& c) {
   return Decay ? fma(x, V(c.weight_decay), g) : g;
 }
 
-// num = (c_g g - c_d d) d - e (g + lambda d), with the decayed g and -e in the place of e.
+// num = (c_g g - c_d d) d + e (g + lambda d) with the decayed g.
 // e is g - (d - mu x), where the parenthesis is rounded once: where mu x is larger than the gradient,
 // g + mu x would lose the digits that are left in the difference.
 template <bool Scaled, bool Decay, class V, class T>
