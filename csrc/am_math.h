@@ -46,8 +46,8 @@ struct AdamWCoefficients {
   T root_scale;  // bias_correction1 / sqrt(bias_correction2)
   T eps;         // times bias_correction1
   T memory_lambda, weight_decay;
-  T gap_grad, gap_memory;      // c_g - c_d and c_d, times (1 + mu eta) / eta
-  T lr, decay;                 // decay = 1 - eta mu
+  T gap_grad, gap_memory;       // c_g - c_d and c_d, times (1 + mu eta) / eta
+  T lr, decay;                  // decay = 1 - eta mu
   T cap_take, lambda_over_cap;  // 1 - beta_max, rounded once, and lambda / beta_max
 };
 
@@ -258,8 +258,8 @@ AM_INLINE V sgd_gradient(V g, V x, const SGDCoefficients<T>& c) {
 }
 
 // num = (c_g g - c_d d) d + e (g + lambda d) with the decayed g.
-// e is g - (d - mu x), where the parenthesis is rounded once: where mu x is larger than the gradient,
-// g + mu x would lose the digits that are left in the difference.
+// e is g - (d - mu x), where the parenthesis is rounded once: where mu x is larger than the
+// gradient, g + mu x would lose the digits that are left in the difference.
 template <bool Scaled, bool Decay, class V, class T>
 AM_INLINE void sgd_sums(V g, V d, V x, const SGDCoefficients<T>& c, V& num, V& den) {
   const V e = gradient<Scaled>(g, c) - (Decay ? fma(x, V(-c.weight_decay), d) : d);

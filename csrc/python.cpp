@@ -352,9 +352,8 @@ py::object sgd_finish_(const py::list& params, const py::list& grads,
                                 refs_of(momentum_buffers, plain), refs_of(steps, plain),
                                 refs_of(prev_lrs, plain),         refs_of(betas, plain)};
   if (!plain) return not_implemented();
-  run("adamem_fused::sgd_finish_", [&] {
-    cpu::sgd_finish_(tensors, {lrs, group_sizes, hypers, grad_scale, found_inf}, rows);
-  });
+  run("adamem_fused::sgd_finish_",
+      [&] { cpu::sgd_finish_(tensors, {lrs, group_sizes, hypers, grad_scale, found_inf}, rows); });
   return py::none();
 }
 

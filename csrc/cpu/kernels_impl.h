@@ -52,21 +52,21 @@ struct Accumulator {
 };
 
 // Four streams are read while the sums are taken, and the processor's own prefetching starts anew
-// at every page. Asking this many bytes ahead makes tensors larger than the caches 8 to 14 % faster,
-// and costs 10 % in them, where there is time to spare (Zen 4, AVX-512; half as far gives half). The
-// second half, which divides less, gains nothing by it.
+// at every page. Asking this many bytes ahead makes tensors larger than the caches 8 to 14 %
+// faster, and costs 10 % in them, where there is time to spare (Zen 4, AVX-512; half as far gives
+// half). The second half, which divides less, gains nothing by it.
 constexpr int64_t kPrefetchBytes = 2048;
 
 // Where a pack of a chunk lies. S: stored type of parameter and gradient; T: type of the memory
-// and the arithmetic. v is null for AM-SGD.
-template <class S, class T>
+// and the arithmetic. kHasV: not AM-SGD.
+template <class S, class T, bool kHasV>
 struct Place {
   S* x;
   const S* g;
   T *d, *v;
 
   AM_INLINE Place at(const Place& p, int64_t i) {
-    return {p.x + i, p.g + i, p.d + i, p.v == nullptr ? nullptr : p.v + i};
+    return {p.x + i, p.g + i, p.d + i, kHasV ? p.v + i : nullptr};
   }
 };
 
@@ -76,25 +76,25 @@ AM_INLINE void prefetch(const P*... p) {
 }
 
 // Up to a pack's worth of elements, copied so that a full pack can be read or written.
-template <class S, class T>
+template <class S, class T, bool kHasV>
 struct Tail {
   static constexpr int kLanes = Pack<T>::kLanes;
   S x[kLanes] = {}, g[kLanes] = {};
   T d[kLanes] = {}, v[kLanes] = {};
-  Place<S, T> origin;
+  Place<S, T, kHasV> origin;
   int64_t numel;
 
-  Tail(const Place<S, T>& p, int64_t n) : origin(p), numel(n) {
+  Tail(const Place<S, T, kHasV>& p, int64_t n) : origin(p), numel(n) {
     std::memcpy(x, p.x, n * sizeof(S));
     std::memcpy(g, p.g, n * sizeof(S));
     std::memcpy(d, p.d, n * sizeof(T));
-    if (p.v != nullptr) std::memcpy(v, p.v, n * sizeof(T));
+    if (kHasV) std::memcpy(v, p.v, n * sizeof(T));
   }
-  Place<S, T> place() { return {x, g, d, origin.v == nullptr ? nullptr : v}; }
+  Place<S, T, kHasV> place() { return {x, g, d, kHasV ? v : nullptr}; }
   void write() const {
     std::memcpy(origin.x, x, numel * sizeof(S));
     std::memcpy(origin.d, d, numel * sizeof(T));
-    if (origin.v != nullptr) std::memcpy(origin.v, v, numel * sizeof(T));
+    if (kHasV) std::memcpy(origin.v, v, numel * sizeof(T));
   }
 };
 
@@ -102,9 +102,9 @@ struct Tail {
 // root is being taken the processor finds other work to do, of which it sees only some hundred
 // instructions ahead. 10 to 13 % of a step in cache (two cores, AVX2). And end(lanes) after each
 // `block` elements, with how many lanes were theirs.
-template <bool kWrites, class S, class T, class Start, class Finish, class End>
-AM_INLINE void walk(const Place<S, T>& p, int64_t numel, int64_t block, Start start, Finish finish,
-                    End end) {
+template <bool kWrites, class S, class T, bool kHasV, class Start, class Finish, class End>
+AM_INLINE void walk(const Place<S, T, kHasV>& p, int64_t numel, int64_t block, Start start,
+                    Finish finish, End end) {
   constexpr int kLanes = Pack<T>::kLanes;
   const int64_t whole = numel - numel % kLanes;
   for (int64_t begin = 0; begin < whole; begin += block) {
@@ -119,7 +119,7 @@ AM_INLINE void walk(const Place<S, T>& p, int64_t numel, int64_t block, Start st
     end(kLanes);
   }
   if (const int64_t rest = numel - whole) {
-    Tail<S, T> tail(p.at(p, whole), rest);
+    Tail<S, T, kHasV> tail(p.at(p, whole), rest);
     finish(tail.place(), start(tail.place()));
     end(rest);
     if (kWrites) tail.write();
@@ -138,21 +138,21 @@ AM_INLINE auto specialize(const Coefficients& c, F f) {
 template <class S, class T>
 struct AdamW {
   using Coefficients = AdamWCoefficients<T>;
+  using Place = ::Place<S, T, true>;
 
   static Coefficients cast(const AdamWCoefficients<double>& c) {
-    return {T(c.grad_factor),   T(c.beta2),         T(c.one_minus_beta2), T(c.root_scale),
-            T(c.eps),           T(c.memory_lambda), T(c.weight_decay),    T(c.gap_grad),
-            T(c.gap_memory),    T(c.lr),            T(c.decay),           T(c.cap_take),
-            T(c.lambda_over_cap)};
+    return {T(c.grad_factor),   T(c.beta2),        T(c.one_minus_beta2), T(c.root_scale), T(c.eps),
+            T(c.memory_lambda), T(c.weight_decay), T(c.gap_grad),        T(c.gap_memory), T(c.lr),
+            T(c.decay),         T(c.cap_take),     T(c.lambda_over_cap)};
   }
 
-  static Place<S, T> place(const AdamWChunk& chunk) {
+  static Place place(const AdamWChunk& chunk) {
     return {static_cast<S*>(chunk.param), static_cast<const S*>(chunk.grad),
             static_cast<T*>(chunk.exp_avg), static_cast<T*>(chunk.exp_avg_sq)};
   }
 
   template <bool Scaled, bool kStores>
-  AM_INLINE Pack<T> new_root(const Place<S, T>& p, const Coefficients& c) {
+  AM_INLINE Pack<T> new_root(const Place& p, const Coefficients& c) {
     Pack<T> v = load(p.v);
     const Pack<T> root = adamw_root<Scaled>(load(p.g), v, c);
     if (kStores) store(p.v, v);
@@ -165,11 +165,11 @@ struct AdamW {
     Accumulator<T> accumulator;
     walk<Guess>(
         place(chunk), chunk.numel, kBlock,
-        [&](const Place<S, T>& p) AM_INLINE_LAMBDA {
+        [&](const Place& p) AM_INLINE_LAMBDA {
           prefetch(p.g, p.v);
           return new_root<Scaled, Guess>(p, c);
         },
-        [&](const Place<S, T>& p, Pack<T> root) AM_INLINE_LAMBDA {
+        [&](const Place& p, Pack<T> root) AM_INLINE_LAMBDA {
           prefetch(p.d);
           if constexpr (Guess || Decay) prefetch(p.x);
           Pack<T> d = load(p.d), x = Guess || Decay ? load(p.x) : Pack<T>(T(0));
@@ -202,10 +202,9 @@ struct AdamW {
   static void finish_chunk(const AdamWChunk& chunk, const Coefficients c, T amount) {
     walk<true>(
         place(chunk), chunk.numel, chunk.numel,
-        [&](const Place<S, T>& p) AM_INLINE_LAMBDA {
-          return Repair ? sqrt(load(p.v)) : new_root<Scaled, true>(p, c);
-        },
-        [&](const Place<S, T>& p, Pack<T> root) AM_INLINE_LAMBDA {
+        [&](const Place& p)
+            AM_INLINE_LAMBDA { return Repair ? sqrt(load(p.v)) : new_root<Scaled, true>(p, c); },
+        [&](const Place& p, Pack<T> root) AM_INLINE_LAMBDA {
           Pack<T> d = load(p.d), x = load(p.x);
           if constexpr (Repair) {
             adamw_repair<Scaled>(load(p.g), d, root, x, amount, c);
@@ -219,28 +218,27 @@ struct AdamW {
   }
 
   static void update(const AdamWChunk& chunk, const AdamWCoefficients<double>& c, double take) {
-    specialize(cast(c), [&](auto scaled, auto) {
-      finish_chunk<scaled, false>(chunk, cast(c), T(take));
-    });
+    specialize(cast(c),
+               [&](auto scaled, auto) { finish_chunk<scaled, false>(chunk, cast(c), T(take)); });
   }
 
   static void repair(const AdamWChunk& chunk, const AdamWCoefficients<double>& c, double miss) {
-    specialize(cast(c), [&](auto scaled, auto) {
-      finish_chunk<scaled, true>(chunk, cast(c), T(miss));
-    });
+    specialize(cast(c),
+               [&](auto scaled, auto) { finish_chunk<scaled, true>(chunk, cast(c), T(miss)); });
   }
 };
 
 template <class S, class T>
 struct SGD {
   using Coefficients = SGDCoefficients<T>;
+  using Place = ::Place<S, T, false>;
 
   static Coefficients cast(const SGDCoefficients<double>& c) {
     return {T(c.grad_factor), T(c.memory_lambda), T(c.weight_decay),
             T(c.gap_grad),    T(c.gap_memory),    T(c.lr)};
   }
 
-  static Place<S, T> place(const SGDChunk& chunk) {
+  static Place place(const SGDChunk& chunk) {
     return {static_cast<S*>(chunk.param), static_cast<const S*>(chunk.grad),
             static_cast<T*>(chunk.momentum_buffer), nullptr};
   }
@@ -250,8 +248,8 @@ struct SGD {
     LaneSums<T> sums;
     Accumulator<T> accumulator;
     walk<false>(
-        place(chunk), chunk.numel, kBlock, [](const Place<S, T>&) { return 0; },
-        [&](const Place<S, T>& p, int) AM_INLINE_LAMBDA {
+        place(chunk), chunk.numel, kBlock, [](const Place&) { return 0; },
+        [&](const Place& p, int) AM_INLINE_LAMBDA {
           prefetch(p.g, p.d);
           if constexpr (Decay) prefetch(p.x);
           const Pack<T> x = Decay ? load(p.x) : Pack<T>(T(0));
@@ -269,8 +267,8 @@ struct SGD {
   template <bool Scaled, bool Decay>
   static void update_chunk(const SGDChunk& chunk, const Coefficients c, T keep, T take) {
     walk<true>(
-        place(chunk), chunk.numel, chunk.numel, [](const Place<S, T>&) { return 0; },
-        [&](const Place<S, T>& p, int) AM_INLINE_LAMBDA {
+        place(chunk), chunk.numel, chunk.numel, [](const Place&) { return 0; },
+        [&](const Place& p, int) AM_INLINE_LAMBDA {
           Pack<T> d = load(p.d), x = load(p.x);
           sgd_update<Scaled, Decay>(load(p.g), d, x, keep, take, c);
           store(p.d, d);
@@ -292,7 +290,7 @@ struct SGD {
 namespace am::cpu {
 
 // A function for each DType, in their order.
-#define AM_FOR_DTYPES(Optimizer, function)                         \
+#define AM_FOR_DTYPES(Optimizer, function)                                 \
   {Optimizer<float, float>::function, Optimizer<double, double>::function, \
    Optimizer<BFloat16, float>::function, Optimizer<Float16, float>::function}
 

@@ -212,14 +212,16 @@ SGDHyper sgd_hyper(const double* h, double lr) {
 std::vector<size_t> group_of_tensors(const Options& options, size_t tensors, size_t columns) {
   const size_t n = options.group_sizes.size();
   TORCH_CHECK_VALUE(options.lrs.is_cpu() && options.lrs.scalar_type() == at::kDouble &&
-                        options.lrs.is_contiguous() && options.lrs.numel() == static_cast<int64_t>(n),
+                        options.lrs.is_contiguous() &&
+                        options.lrs.numel() == static_cast<int64_t>(n),
                     "lrs has to be a float64 CPU tensor of ", n, " values");
   TORCH_CHECK_VALUE(options.hypers.size() == n * columns, "hypers holds ", options.hypers.size(),
                     " values; it has to hold ", columns, " for each of ", n, " groups");
   std::vector<size_t> group_of;
   group_of.reserve(tensors);
   for (size_t group = 0; group < n; ++group) {
-    TORCH_CHECK_VALUE(options.group_sizes[group] >= 0, "group_sizes holds ", options.group_sizes[group]);
+    TORCH_CHECK_VALUE(options.group_sizes[group] >= 0, "group_sizes holds ",
+                      options.group_sizes[group]);
     group_of.insert(group_of.end(), options.group_sizes[group], group);
   }
   TORCH_CHECK_VALUE(group_of.size() == tensors, "group_sizes add up to ", group_of.size(),
@@ -249,9 +251,7 @@ struct AdamWJob {
   }
   bool is_idle() const { return am::is_idle(step, lr, sums.den); }
   void set_beta() { beta = adamw_beta(sums.num, sums.den, beta_max, step); }
-  bool is_done() const {
-    return is_idle() || (guesses && !adamw_missed(beta, sums.den, beta_max));
-  }
+  bool is_done() const { return is_idle() || (guesses && !adamw_missed(beta, sums.den, beta_max)); }
   void finish_chunk(int64_t begin, int64_t n) const {
     if (guesses) {
       kernels().adamw_repair[views.dtype](chunk(begin, n), coefficients,
