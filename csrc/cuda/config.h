@@ -27,14 +27,12 @@ namespace am::cuda {
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
-constexpr int kChunk = 2048;
-constexpr int kShareOfL2 = 3;
+constexpr int kChunk = 8192;
 
 // Blocks on a multiprocessor that registers have to allow for (65,536 of them): with float32,
 // with 16-bit types, and where arithmetic is in float64 or dtypes are known at run time only.
-// The kernel that does a whole step needs some 70 to 90 registers a thread.
-constexpr int kBlocksFloat = 4, kStepBlocksFloat = 3;
-constexpr int kBlocks16Bit = 3, kStepBlocks16Bit = 2;
-constexpr int kBlocksWide = 2, kStepBlocksWide = 2;
+constexpr int kBlocksFloat = 4;
+constexpr int kBlocks16Bit = 3;
+constexpr int kBlocksWide = 2;
 
 }  // namespace am::cuda
