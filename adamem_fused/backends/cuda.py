@@ -26,7 +26,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from adamem_fused.backends import cpu, cuda_library, ops
-from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check, check_rows
+from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check_rows
+from adamem_fused.backends.batch import check as check
 from adamem_fused.backends.tables import Bucket, Opened, Tables, open_tables
 
 name = "cuda"

@@ -72,7 +72,7 @@ __device__ inline Sums add_partials(const Step& s, const Place& place,
                                     Sums (&warps)[kThreads / kWarp]) {
   const Sums* partials = s.partials + layout_at(s, kFirstChunk, place.tensor);
   double num = 0.0, den = 0.0;
-#pragma unroll 4
+#pragma unroll 8
   for (int64_t k = threadIdx.x; k < place.chunks; k += kThreads) {
     num += partials[k].num;
     den += partials[k].den;
