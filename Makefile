@@ -31,7 +31,7 @@ test: .venv/installed
 TORCH ?= 2.11.0
 OTHER := .venv-torch-$(TORCH)
 COPIED := adamem_fused bench csrc docs tests triton_kernels $(wildcard *.* LICENSE Makefile)
-LEFT_OUT := test_bench* test_experiments.py test_cuda_build.py test_cuda_schedule.py
+LEFT_OUT := test_bench* test_experiments.py test_cuda_build.py
 
 test-torch: $(OTHER)/installed
 	$(copy)
@@ -87,7 +87,7 @@ build/gpu-venv/installed:
 check: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.* tests/*.cpp tests/cuda_emulation/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.* tests/cuda_emulation/*.h)
 	$(BIN)/mypy
 
 .venv/requirements: requirements.txt

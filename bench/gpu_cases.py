@@ -67,25 +67,33 @@ def cases(free_bytes: int) -> dict[str, Case]:
     }
 
 
-# Of L2, what a tensor's elements find there when their update comes: csrc/cuda/config.h.
+# Of L2, what an update finds there of what the sums have read.
 KEPT_SHARE_OF_L2 = 0.6
+# A tensor of one chunk is updated at once, from L2.
+CHUNK = 8192
 
 
 def predicted_bytes(
-    optimizer: str, shapes: tuple[Shape, ...], dtype: torch.dtype, l2_bytes: int
+    optimizer: str,
+    shapes: tuple[Shape, ...],
+    dtype: torch.dtype,
+    l2_bytes: int,
+    at_cap: float = 1.0,
 ) -> float:
     """Bytes an element that a step moves from and to memory.
 
-    Everything is read and written once, and what the sums have read is read again for the
-    update, but for what L2 keeps: of each tensor with AM-AdamW, and of all of them together
-    with AM-SGD, where they share one beta. AM-AdamW has weight decay here, whose sums read the
-    parameters too, and AM-SGD has none.
+    Everything is read and written once. AM-AdamW with float32 reads once more what is not at the
+    cap, and writes the parameter and exp_avg. Elsewhere what the sums have read is read again for
+    the update, but for what L2 keeps. AM-AdamW has weight decay here, whose sums read the
+    parameters too, and AM-SGD has none; its tensors share one beta.
     """
     sizes = [math.prod(shape) for shape in shapes]
     element, memory = dtype.itemsize, 4
     if optimizer == "AMAdamW":
-        once, again, together = 3 * element + 4 * memory, 2 * element + 2 * memory, sizes
+        once, again = 3 * element + 4 * memory, 2 * element + 2 * memory
+        if dtype == torch.float32:
+            return once + (1.0 - at_cap) * (again + element + memory)
+        numel = sum(n for n in sizes if n > CHUNK)
     else:
-        once, again, together = 3 * element + 2 * memory, element + memory, [sum(sizes)]
-    second = sum(max(0.0, again * n - KEPT_SHARE_OF_L2 * l2_bytes) for n in together)
-    return once + second / sum(sizes)
+        once, again, numel = 3 * element + 2 * memory, element + memory, sum(sizes)
+    return once + max(0.0, again * numel - KEPT_SHARE_OF_L2 * l2_bytes) / sum(sizes)

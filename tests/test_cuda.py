@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import cuda_emulator
@@ -18,6 +19,7 @@ from cases import (
     make_optimizer,
     parameters,
     set_gradients,
+    snapshot,
 )
 
 from adamem_fused import __main__ as overview
@@ -25,9 +27,9 @@ from adamem_fused import backends
 from adamem_fused.backends import cpu, cuda, cuda_library, cuda_ops, ops, tables, triton
 
 HERE = Path(__file__).parent
-CHUNK = 2048
+CHUNK = 8192
 # Beside a chunk's and a vector's edges: none, a scalar, and several chunks.
-SHAPES = [(0,), (), (3,), (CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (5 * CHUNK + 17,), (300,)]
+SHAPES = [(0,), (), (3,), (CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (3 * CHUNK + 17,), (300,)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 GPU = torch.device("cuda", 0)
 
@@ -71,7 +73,11 @@ def test_what_holds_for_all_backends(selection):
     assert " passed" in done.stdout and "failed" not in done.stdout
 
 
-# ---- one launch, or several ------------------------------------------------------------
+# ---- the two halves of a step ----------------------------------------------------------
+
+
+def kind_of(cls) -> str:
+    return "adamw" if cls is OPTIMIZERS[0] else "sgd"
 
 
 class Calls:
@@ -92,43 +98,121 @@ class Calls:
         return self.names
 
 
-def step_both_ways(monkeypatch, cls, groups, **options) -> None:
-    """Steps in one launch and in several, and asserts that they give the same bits."""
-    one, several = (
+def begin(optimizer, found_inf=None):
+    (work,) = optimizer._collect()
+    return work, optimizer._begin(work.backend, work.batch, None, found_inf)
+
+
+@torch.no_grad()
+def step_through_the_seam(optimizer) -> None:
+    work, rows = begin(optimizer)
+    optimizer._finish(work.backend, work.batch, rows, None, None)
+
+
+def step_both_ways(cls, groups, **options) -> list[float]:
+    """Steps at once and in two halves, asserts that they give the same bits; returns the betas."""
+    whole, halves = (
         make_optimizer(cls, groups, "cuda", beta_scope="tensor", **options) for _ in range(2)
     )
-    calls = Calls(monkeypatch)
-    kind = "adamw" if cls is OPTIMIZERS[0] else "sgd"
-    for step in range(3):
-        set_gradients(one, several, step=step)
-        assert f"{kind}_step" in calls.of_step(one)
-        with monkeypatch.context() as patch:
-            patch.setattr(cuda, "_plan", lambda *args: None)
-            assert f"{kind}_apply" in calls.of_step(several)
-        assert_same_bits(one, several)
+    betas = []
+    for step in range(4):
+        set_gradients(whole, halves, step=4 * step)
+        whole.step()
+        step_through_the_seam(halves)
+        assert_same_bits(whole, halves)
+        for optimizer in (whole, halves):
+            (cache,) = optimizer._caches.values()
+            assert not cache["tables"].layout.arrived.any()
+        betas += [whole.state[p]["beta"].item() for p in parameters(whole) if p.numel() > 1]
+    return betas
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_launch_gives_the_bits_of_several(monkeypatch, cls, dtype):
-    step_both_ways(monkeypatch, cls, [Group(SHAPES, dtype)], weight_decay=0.1)
+@pytest.mark.parametrize("plane", ["level", "anchored"])
+def test_the_two_halves_give_the_bits_of_the_step(cls, dtype, plane):
+    """Whether the guess holds or not, and in whatever order blocks run."""
+    groups = [Group(SHAPES, dtype)]
+    betas = step_both_ways(cls, groups, lr=0.01, weight_decay=0.1, memory_plane=plane)
+    assert {0.0 < beta < 0.8 for beta in betas} == {False, True}
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("resident, running", [(1, 1), (2, 2), (7, 7), (7, 2), (40, 5)])
-def test_any_number_of_blocks_gives_the_same_bits(monkeypatch, cls, resident, running):
+def test_any_number_of_blocks_gives_the_same_bits(cls, resident, running):
     """Running at a time, on threads of the CPU; the others wait until one of them is through."""
     cuda_emulator.set_blocks(resident, running)
     shapes = [*SHAPES, (20 * CHUNK,), (9 * CHUNK + 5,)]
     groups = [Group(shapes), Group([(4 * CHUNK,), (7,)], torch.bfloat16, {"maximize": True})]
-    step_both_ways(monkeypatch, cls, groups)
-    first = make_optimizer(cls, groups, "cuda", beta_scope="tensor")
-    second = make_optimizer(cls, groups, "cuda", beta_scope="tensor")
-    set_gradients(first, second, step=0)
-    first.step()
-    cuda_emulator.set_blocks(resident=3, running=1)
-    second.step()
+    step_both_ways(cls, groups)
+    first, second = (make_optimizer(cls, groups, "cuda", beta_scope="tensor") for _ in range(2))
+    for step in range(2):
+        set_gradients(first, second, step=step)
+        cuda_emulator.set_blocks(resident, running)
+        first.step()
+        cuda_emulator.set_blocks(resident=3, running=1)
+        second.step()
     assert_same_bits(first, second)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_block_finishes_more_chunks_than_it_has_threads(cls):
+    cuda_emulator.set_blocks(resident=1, running=1)
+    step_both_ways(cls, [Group([(3,)] * 600)], memory_plane="anchored")
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_strided_tensors_keep_what_begin_has_updated(cls):
+    """They are updated in copies."""
+    whole, halves = (
+        cls([torch.linspace(-1, 1, 600)[::2].requires_grad_()], backend="cuda") for _ in range(2)
+    )
+    for step in range(4):
+        set_gradients(whole, halves, step=4 * step)
+        whole.step()
+        step_through_the_seam(halves)
+        assert_same_bits(whole, halves)
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+@pytest.mark.parametrize(
+    "dtype, options, guesses",
+    [
+        (torch.float32, {}, True),
+        (torch.float64, {}, True),
+        (torch.float32, {"memory_plane": "anchored"}, False),
+        (torch.float32, {"betas": (0.0, 0.999)}, False),
+        (torch.bfloat16, {}, False),
+    ],
+)
+def test_begin_updates_where_it_may_guess_and_leaves_the_scalars(dtype, options, guesses, skipped):
+    shapes = [(3 * CHUNK,), (300,)]
+    optimizer = make_optimizer(OPTIMIZERS[0], [Group(shapes, dtype)], "cuda", **options)
+    set_gradients(optimizer, step=0)
+    optimizer.step()
+    before = snapshot(optimizer)
+    set_gradients(optimizer, step=1)
+    _, rows = begin(optimizer, torch.tensor(float(skipped)))
+    for old, new in zip(before, snapshot(optimizer), strict=True):
+        changed = {name for name in old if not torch.equal(old[name], new[name])}
+        assert changed == ({"param", "exp_avg", "exp_avg_sq"} if guesses and not skipped else set())
+    assert bool(rows.any()) != skipped
+
+
+@pytest.mark.parametrize("guesses", [False, True])
+def test_finish_leaves_tensors_whose_guess_has_held(guesses):
+    """As it is the cap at the first step: what is put wrong behind begin's back stays so."""
+    plane = "level" if guesses else "anchored"
+    groups = [Group([(2 * CHUNK,), (300,)])]
+    optimizer = make_optimizer(OPTIMIZERS[0], groups, "cuda", memory_plane=plane)
+    set_gradients(optimizer, step=0)
+    work, rows = begin(optimizer)
+    for param in parameters(optimizer):
+        param.detach().fill_(7.0)
+    optimizer._finish(work.backend, work.batch, rows, None, None)
+    for param in parameters(optimizer):
+        assert bool((param == 7.0).all()) == guesses
+        assert optimizer.state[param]["step"] == 1
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -138,16 +222,17 @@ def test_the_number_of_launches_does_not_grow_with_the_tensors(monkeypatch, cls,
     monkeypatch.setattr(cuda, "_call", lambda *args: None)  # 4,000 blocks take their time
     calls = Calls(monkeypatch)
     shapes = [SHAPES[i % 3 + 1] for i in range(n)]
-    optimizer = make_optimizer(cls, [Group(shapes[: n // 2]), Group(shapes[n // 2 :])], "cuda")
-    for group in optimizer.param_groups:
-        group["beta_scope"] = scope
-    kind = "adamw" if cls is OPTIMIZERS[0] else "sgd"
-    several = [f"{kind}_stats", "sum_rows", "share_rows", f"{kind}_beta", f"{kind}_apply"]
-    expected = [f"{kind}_step"] if scope == "tensor" else several
+    groups = [Group(shapes[: n // 2]), Group(shapes[n // 2 :])]
+    optimizer = make_optimizer(cls, groups, "cuda", beta_scope=scope)
+    kind = kind_of(cls)
+    sharing = ["share_rows", f"{kind}_beta"] if scope == "global" else []
+    expected = [f"{kind}_prepare", f"{kind}_begin", *sharing, f"{kind}_finish"]
     set_gradients(optimizer, step=0)
-    planning = [f"{kind}_chunks_ahead"] if scope == "tensor" else []
-    assert calls.of_step(optimizer) == [f"{kind}_load", *planning, *expected]
+    assert calls.of_step(optimizer) == [f"{kind}_load", *expected]
     assert calls.of_step(optimizer) == expected
+    calls.names = []
+    step_through_the_seam(optimizer)
+    assert calls.names == [f"{kind}_{name}" for name in ("prepare", "begin", "beta", "finish")]
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -157,20 +242,6 @@ def test_a_list_of_empty_tensors_counts_its_steps(cls):
         set_gradients(optimizer, step=step)
         optimizer.step()
     assert [optimizer.state[p]["step"].item() for p in parameters(optimizer)] == [2, 2]
-
-
-@pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_the_seam_gives_the_bits_of_the_step(cls):
-    whole, seam = (
-        make_optimizer(cls, [Group(SHAPES)], "cuda", beta_scope="tensor") for _ in range(2)
-    )
-    for step in range(3):
-        set_gradients(whole, seam, step=step)
-        whole.step()
-        (work,) = seam._collect()
-        rows = seam._stats(work.backend, work.batch, None)
-        seam._apply(work.backend, work.batch, rows, None, None)
-        assert_same_bits(whole, seam)
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -192,7 +263,7 @@ def test_alignment_does_not_change_bits(cls, dtype, offset):
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_a_new_list_of_tensors_gets_a_schedule_of_its_own(cls):
+def test_a_new_list_of_tensors_gets_tables_of_its_own(cls):
     """Steps over other tensors in between, and a state that is loaded, leave none behind."""
     optimizer, expected = (
         make_optimizer(cls, [Group(SHAPES)], backend, beta_scope="tensor")
@@ -214,23 +285,25 @@ def test_a_new_list_of_tensors_gets_a_schedule_of_its_own(cls):
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_kernels_are_loaded_before_a_capture(monkeypatch, cls, dtype):
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_kernels_are_loaded_before_a_capture(monkeypatch, cls, dtype, scope):
     """Those too that no step before has launched: CUDA loads a kernel when it is first wanted."""
     cuda_emulator.library().emulation_unload()
     monkeypatch.setattr(cuda_library, "unavailable", lambda: None)
     assert cuda._find_reason(GPU) is None  # as choosing the backend does
-    optimizer = make_optimizer(cls, [Group([(3,), (300,)], dtype)], "cuda", beta_scope="tensor")
+    optimizer = make_optimizer(cls, [Group([(3,), (300,)], dtype)], "cuda", beta_scope=scope)
     set_gradients(optimizer, step=0)
     calls = Calls(monkeypatch)
-    kind = "adamw" if cls is OPTIMIZERS[0] else "sgd"
-    assert f"{kind}_step" in calls.of_step(optimizer)
+    whole, halves = optimizer.step, partial(step_through_the_seam, optimizer)
+    before, captured = (whole, halves) if scope == "tensor" else (halves, whole)
+    before()
+    launched = set(calls.names)
     cuda_emulator.play(is_capturing=True)
     monkeypatch.setattr(tables, "is_capturing", lambda device: True)
-    calls.of_step(optimizer)
-    (work,) = optimizer._collect()
-    optimizer._stats(work.backend, work.batch, None)
-    monkeypatch.setattr(cuda, "_plan", lambda *args: None)
-    assert f"{kind}_apply" in calls.of_step(optimizer)
+    captured()
+    assert set(calls.names) - launched == (
+        {f"{kind_of(cls)}_beta"} if scope == "tensor" else {"share_rows"}
+    )
 
 
 # ---- the library ------------------------------------------------------------------------
@@ -352,7 +425,7 @@ def test_a_source_checkout_compiles_the_library_once(monkeypatch, tmp_path, noth
 
 # ---- operators --------------------------------------------------------------------------
 
-OPERATORS = ("adamw_stats", "adamw_apply_", "sgd_stats", "sgd_apply_")
+OPERATORS = ("adamw_begin_", "adamw_finish_", "sgd_begin", "sgd_finish_")
 needs_operators = pytest.mark.skipif(ops.unavailable is not None, reason=str(ops.unavailable))
 
 
@@ -369,16 +442,15 @@ def test_the_operators_kernels_do_what_the_backend_does(monkeypatch, cls, lr):
     """The operators' own CPU kernels give way to those for CUDA, which the emulation runs."""
     groups = [Group([(5,), ()], options={"lr": lr}), Group([(3000,)], options={"maximize": True})]
     plain, through = (make_optimizer(cls, groups, "cuda", beta_scope="tensor") for _ in range(2))
-    kind = "adamw" if cls is OPTIMIZERS[0] else "sgd"
-    stats, apply = f"{kind}_stats", f"{kind}_apply_"
+    begin, finish = (getattr(cpu, f"{kind_of(cls)}_{half}") for half in ("begin", "finish"))
     for step in range(3):
         set_gradients(plain, through, step=step)
         plain.step()
         with monkeypatch.context() as patch:
             patch.setattr(ops, "call", lambda name, *args: getattr(cuda_ops, name)(*args))
             (work,) = through._collect()
-            rows = getattr(cpu, stats)(work.batch, None)
-            getattr(cpu, apply.rstrip("_"))(work.batch, rows if step == 1 else None, None, None)
+            rows = begin(work.batch, None, None) if step == 1 else None
+            finish(work.batch, rows, None, None)
         assert_same_bits(through, plain)
 
 

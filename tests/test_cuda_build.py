@@ -96,20 +96,20 @@ def built(tmp_path_factory) -> dict[tuple[str, int], Built]:
 
 def planned_blocks(name: str) -> int:
     """The blocks of a kernel that a multiprocessor is to hold."""
-    kind = "kStepBlocks" if "step_kernel" in name else "kBlocks"
     if "AnyType" in name or "<double" in name:
-        return CONFIG[f"{kind}Wide"]
+        return CONFIG["kBlocksWide"]
     if "__half" in name or "__nv_bfloat16" in name:
-        return CONFIG[f"{kind}16Bit"]
-    return CONFIG[f"{kind}Float"] if "<float" in name else 1
+        return CONFIG["kBlocks16Bit"]
+    return CONFIG["kBlocksFloat"] if "<float" in name else 1
 
 
 @needs_nvcc
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target[0]}-sm_{target[1]}")
 def test_kernels_compile_without_spills_for_the_planned_occupancy(built, target):
     kernels = built[target].kernels
-    # Three kernels for each combination of dtypes and for two that are general, and beta.
-    assert len(kernels) == (2 if target[0] == "rows" else 3 * (len(STORED) + 2) + 1)
+    # begin and finish for each combination of dtypes and for two that are general; prepare and
+    # beta.
+    assert len(kernels) == (1 if target[0] == "rows" else 2 * (len(STORED) + 2) + 2)
     for kernel in kernels:
         # CUDA's power of doubles has a frame of no bytes, and is reported in between.
         assert (kernel.stack, kernel.spills) == (0, 0), kernel
@@ -132,23 +132,27 @@ def accesses(optimizer: str, kernel: str, stored: tuple[int, int, int]) -> list[
     spans = max(stored) // min(stored)
     param, grad, memory = ([8 * size * 16 // max(stored)] * spans for size in stored)
     memory *= MEMORIES[optimizer]
-    # The sums are there twice, with weight decay and without, which leaves out the parameter;
-    # so is AM-SGD's update, which reads it in either case.
-    sums = 2 * (grad + memory) + param
-    updates = 2 if optimizer == "SGD" else 1
-    loads = [] if kernel == "apply" else [f"LDG {bits} STRONG" for bits in sums]
-    stores = []
-    if kernel != "stats":
-        loads += [f"LDG {bits} EF" for bits in updates * (param + grad + memory)]
-        stores = [f"STG {bits} EF" for bits in updates * (param + memory)]
-    return sorted(loads + stores)
+    # AM-AdamW's guess and its sums are there twice, with weight decay and without, where the sums
+    # leave out the parameter; so are AM-SGD's sums and its update, which reads it in either case.
+    # begin has what finish has, too: for tensors of one chunk.
+    everything = param + grad + memory
+    loads, stores = 2 * everything, 2 * (param + memory)
+    if optimizer == "AdamW":
+        stores = 2 * param + memory + memory[:spans]  # the update, and the repair
+    found = [f"LDG {bits} EF" for bits in loads] + [f"STG {bits} EF" for bits in stores]
+    if kernel == "begin":
+        found += [f"LDG {bits} STRONG" for bits in 2 * (grad + memory) + param]
+        if optimizer == "AdamW":
+            found += [f"LDG {bits} EF" for bits in 2 * everything]
+            found += [f"STG {bits} EF" for bits in 2 * (param + memory)]
+    return sorted(found)
 
 
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
 def test_aligned_tensors_are_accessed_up_to_16_bytes_at_a_time(built, optimizer, arch):
-    """Past L1 for the sums, and evicted first for the update."""
+    """Past L1 where only sums are taken, and evicted first where elements are updated."""
     command = [cuobjdump(), "-sass", built[optimizer.lower(), arch].object]
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     seen = 0
@@ -159,10 +163,8 @@ def test_aligned_tensors_are_accessed_up_to_16_bytes_at_a_time(built, optimizer,
         found = re.findall(r"(LDG|STG)\.E\.(?:(\d+)\.(STRONG)|(EF)\.(\d+))", function)
         actual = sorted(f"{name} {a or b} {x or y}" for name, a, x, y, b in found)
         assert actual == accesses(optimizer, match[1], STORED[match[2]]), match[0]
-        # The claim of an item is one instruction, and not a choice of memories.
-        assert ("ATOMG" in function) == (match[1] == "step") and "ATOMS" not in function
         seen += 1
-    assert seen == 3 * len(STORED)
+    assert seen == 2 * len(STORED)
 
 
 @needs_nvcc
@@ -176,7 +178,7 @@ def test_the_library_needs_no_torch_and_says_what_goes_wrong(built, tmp_path):
     assert library.adamem_chunk() == CONFIG["kChunk"]
     library.adamem_error.restype = ctypes.c_char_p
     step = cuda._Step(tensors=1, device=1000)
-    error = library.adamem_sum_rows(ctypes.byref(step), None)
+    error = library.adamem_adamw_prepare(ctypes.byref(step), None)
     assert error != 0
     message = library.adamem_error(error).decode()
     assert re.search("device ordinal|driver|no CUDA-capable device", message), message

@@ -159,17 +159,18 @@ def test_llamas_layers_fit_the_memory(gib, layers):
 
 
 @pytest.mark.parametrize(
-    "optimizer, shapes, dtype, expected",
+    "optimizer, shapes, dtype, at_cap, expected",
     [
-        ("AMAdamW", ((1000, 1000), (300,)), torch.float32, 28),  # all of it stays in L2
-        ("AMAdamW", ((2**28,),), torch.float32, 43.88),
-        ("AMAdamW", ((2**28,),), torch.bfloat16, 33.88),
-        ("AMSGD", ((10,),), torch.float32, 20),
-        ("AMSGD", ((2**20,),) * 256, torch.float32, 27.88),  # one beta, over all of them
+        ("AMAdamW", ((2**28,),), torch.float32, 1.0, 28),
+        ("AMAdamW", ((2**28,), (300,)), torch.float32, 0.5, 40),  # half of them are repaired
+        ("AMAdamW", ((2**28,),), torch.bfloat16, 1.0, 33.88),
+        ("AMAdamW", ((1000,),) * 5000, torch.bfloat16, 0.5, 22),
+        ("AMSGD", ((10,),), torch.float32, 1.0, 20),  # all of it stays in L2
+        ("AMSGD", ((2**20,),) * 256, torch.float32, 1.0, 27.88),  # one beta, over all of them
     ],
 )
-def test_predicted_bytes(optimizer, shapes, dtype, expected):
-    found = gpu_cases.predicted_bytes(optimizer, shapes, dtype, l2_bytes=50 * 2**20)
+def test_predicted_bytes(optimizer, shapes, dtype, at_cap, expected):
+    found = gpu_cases.predicted_bytes(optimizer, shapes, dtype, 50 * 2**20, at_cap)
     assert found == pytest.approx(expected, abs=0.005)
 
 
@@ -284,23 +285,23 @@ def test_only_what_is_missing_is_compiled(tmp_path, monkeypatch, cpp, cuda, nvcc
 
 COUNTERS = """\
 ==PROF== Connected to process 4711 (/usr/bin/python3.12)
-==PROF== Profiling "step_kernel" - 1: 0%....50%....100% - 9 passes
+==PROF== Profiling "begin_kernel" - 1: 0%....50%....100% - 9 passes
 "ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
 "0","4711","void neg_kernel_cuda(at::TensorIteratorBase &)","gpu__time_duration.sum","ns","2,016"
-"1","4711","step_kernel<AdamW<float, float>>","dram__bytes_read.sum","byte","8,000"
-"1","4711","step_kernel<AdamW<float, float>>","dram__bytes_write.sum","byte","3,000.5"
-"1","4711","step_kernel<AdamW<float, float>>","gpu__time_duration.sum","ns","1,000"
-"1","4711","step_kernel<AdamW<float, float>>","lts__t_sector_hit_rate.pct","%","n/a"
-"2","4711","beta_kernel","dram__bytes_read.sum","byte","0"
-"2","4711","beta_kernel","dram__bytes_write.sum","byte","100"
-"2","4711","beta_kernel","gpu__time_duration.sum","ns","1e2"
+"1","4711","begin_kernel<AdamW<float, float>>","dram__bytes_read.sum","byte","8,000"
+"1","4711","begin_kernel<AdamW<float, float>>","dram__bytes_write.sum","byte","3,000.5"
+"1","4711","begin_kernel<AdamW<float, float>>","gpu__time_duration.sum","ns","1,000"
+"1","4711","begin_kernel<AdamW<float, float>>","lts__t_sector_hit_rate.pct","%","n/a"
+"2","4711","finish_kernel","dram__bytes_read.sum","byte","0"
+"2","4711","finish_kernel","dram__bytes_write.sum","byte","100"
+"2","4711","finish_kernel","gpu__time_duration.sum","ns","1e2"
 """
 
 
 def test_counters_are_read_from_ncus_output():
     (step,) = counters.steps_of(counters.read_csv(COUNTERS.splitlines()))
     found = counters.summarize(step, numel=100)
-    assert found["kernels"] == 2 and found["longest"].startswith("step_kernel")
+    assert found["kernels"] == 2 and found["longest"].startswith("begin_kernel")
     assert (found["read"], found["written"]) == (80.0, 31.005)
     assert found["seconds"] == pytest.approx(1.1e-6)
     assert found["bandwidth"] == pytest.approx(11100.5 / 1.1e-6)

@@ -1,11 +1,10 @@
 """The cuda backend: the kernels of csrc/cuda, for tensors on an NVIDIA GPU.
 
-Where no tensor's beta waits for another's, a step is one launch, made to read most tensors
-from memory once (schedule.py). With rows, or a beta that tensors share, it is four or
-five: stats, the sums of rows, the sums that are shared, beta, apply. Both ways give the same
-bits. Each further combination of dtypes takes one more of step, of stats and of apply, and
-strided tensors take copies. Nothing is read back from the device, a step can be captured in a
-CUDA graph, and two runs give the same bits.
+A step is three launches: prepare, begin, finish, where begin's blocks take beta too. Through the
+seam, prepare and begin leave the rows, and beta and finish go on from them; where tensors share a
+beta, share_rows is in between. All ways give the same bits. Each further combination of dtypes
+takes one more of begin and of finish, and strided tensors take copies. Nothing is read back from
+the device, a step can be captured in a CUDA graph, and two runs give the same bits.
 
 Not yet run on a GPU. The kernels were compiled for sm_75, sm_80, sm_90 and sm_100, and their
 source was tested on the CPU, compiled by g++ with threads in place of CUDA's
@@ -26,11 +25,10 @@ from torch import Tensor
 # torch.compiler.disable, but without importing torch._dynamo, which takes seconds, at once.
 from torch._compile import _disable_dynamo
 
-from adamem_fused.backends import cpu, cuda_library, ops, schedule
+from adamem_fused.backends import cpu, cuda_library, ops
 from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check_rows
 from adamem_fused.backends.batch import check as check
-from adamem_fused.backends.schedule import Plan
-from adamem_fused.backends.tables import Bucket, Layout, Opened, Tables, open_tables
+from adamem_fused.backends.tables import Bucket, Opened, Tables, open_tables
 
 name = "cuda"
 fused = True
@@ -90,6 +88,7 @@ class _Step(ctypes.Structure):
         ("lrs", ctypes.c_void_p),
         ("chunk_tensors", ctypes.c_void_p),
         ("partials", ctypes.c_void_p),
+        ("arrived", ctypes.c_void_p),
         ("rows", ctypes.c_void_p),
         ("coefficients", ctypes.c_void_p),
         ("grad_scale", ctypes.c_void_p),
@@ -109,29 +108,17 @@ class _Bucket(ctypes.Structure):
     )
 
 
-class _Schedule(ctypes.Structure):
-    """Schedule of csrc/cuda/schedule.h."""
-
-    _fields_ = (
-        ("items", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("control", ctypes.c_void_p),
-        ("progress", ctypes.c_void_p),
-    )
-
-
 # DType of csrc/cuda/tables.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 class _Kernels(NamedTuple):
-    """An optimizer's launches, and the columns of coefficients that beta leaves for apply."""
+    """An optimizer's launches, and the columns of a tensor's row of coefficients."""
 
-    stats: Any
+    prepare: Any
+    begin: Any
     beta: Any
-    apply: Any
-    step: Any
-    chunks_ahead: Any
+    finish: Any
     load: Any
     coefficients: int
 
@@ -147,11 +134,10 @@ def _kernels(optimizer: str) -> _Kernels:
         return getattr(_library(), f"adamem_{optimizer}_{kind}")
 
     return _Kernels(
-        stats=function("stats"),
+        prepare=function("prepare"),
+        begin=function("begin"),
         beta=function("beta"),
-        apply=function("apply"),
-        step=function("step"),
-        chunks_ahead=function("chunks_ahead"),
+        finish=function("finish"),
         load=function("load"),
         coefficients=function("columns")(),
     )
@@ -178,7 +164,7 @@ def _on(device: torch.device) -> Iterator[ctypes.c_void_p]:
         yield ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
 
 
-# ---- stats and apply ------------------------------------------------------------------
+# ---- begin and finish -----------------------------------------------------------------
 
 
 def _bucket(bucket: Bucket) -> _Bucket:
@@ -211,6 +197,7 @@ def _step(
         lrs=tables.lrs.data_ptr(),
         chunk_tensors=layout.chunk_tensors.data_ptr(),
         partials=layout.partials.data_ptr(),
+        arrived=layout.arrived.data_ptr(),
         rows=_address(rows),
         coefficients=layout.coefficients.data_ptr(),
         grad_scale=_address(grad_scale),
@@ -233,36 +220,29 @@ def _open(batch: Batch, kernels: _Kernels, updated: bool, again: bool = False) -
     return opened
 
 
-def _plan(batch: Batch, kernels: _Kernels, layout: Layout, step: _Step) -> Plan | None:
-    def ahead(bucket: Bucket) -> int:
-        chunks = ctypes.c_int64()
-        _call(kernels.chunks_ahead, step, _bucket(bucket), ctypes.byref(chunks))
-        return chunks.value
-
-    return schedule.find_plan(batch, layout, _library().adamem_chunk(), ahead)
-
-
-def _schedules(plan: Plan) -> list[_Schedule]:
-    control = plan.control.data_ptr()
-    progress = plan.control[4:].data_ptr()
-    return [_Schedule(items.data_ptr(), len(items), control, progress) for items in plan.items]
-
-
-def _stats(batch: Batch, kernels: _Kernels, grad_scale: Tensor | None) -> Tensor:
+def _begin(
+    batch: Batch, kernels: _Kernels, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> Tensor:
     device = batch.params[0].device
     rows = torch.empty(len(batch.params), 2, dtype=torch.float64, device=device)
-    grad_scale = _float(grad_scale)
+    grad_scale, found_inf = _float(grad_scale), _float(found_inf)
     with _on(device) as stream:
         # Kept to the end of the launches: it owns the copies that they read.
         opened = _open(batch, kernels, updated=False)
-        step = _step(batch, opened.tables, rows, grad_scale, None)
-        for bucket in opened.tables.layout.buckets:
-            _call(kernels.stats, step, _bucket(bucket), stream)
-        _call(_library().adamem_sum_rows, step, stream)
+        step = _step(batch, opened.tables, rows, grad_scale, found_inf)
+        _launch_begin(kernels, step, opened, stream)
+        if isinstance(batch, AdamWBatch):
+            opened.store(batch)
     return rows
 
 
-def _apply(
+def _launch_begin(kernels: _Kernels, step: _Step, opened: Opened, stream: Any) -> None:
+    _call(kernels.prepare, step, stream)
+    for bucket in opened.tables.layout.buckets:
+        _call(kernels.begin, step, _bucket(bucket), stream)
+
+
+def _finish(
     batch: Batch,
     kernels: _Kernels,
     rows: Tensor | None,
@@ -271,34 +251,25 @@ def _apply(
 ) -> None:
     device, n = batch.params[0].device, len(batch.params)
     given = rows is not None
-    shared = not given and any(batch.shared)
     if rows is not None:
         check_rows(rows, batch.params)
         rows = rows.contiguous()
-    elif shared:
+    elif any(batch.shared):
         rows = torch.empty(n, 2, dtype=torch.float64, device=device)
     grad_scale, found_inf = _float(grad_scale), _float(found_inf)
     with _on(device) as stream:
         opened = _open(batch, kernels, updated=True, again=given)
-        layout = opened.tables.layout
         step = _step(batch, opened.tables, rows, grad_scale, found_inf)
-        buckets = [_bucket(bucket) for bucket in layout.buckets]
-        plan = _plan(batch, kernels, layout, step) if rows is None else None
-        if plan is not None:
-            for bucket, order in zip(buckets, _schedules(plan), strict=True):
-                _call(kernels.step, step, bucket, order, stream)
-        else:
-            if rows is None or shared:
-                for bucket in buckets:
-                    _call(kernels.stats, step, bucket, stream)
-            if shared:
-                _call(_library().adamem_sum_rows, step, stream)
+        if not given:
+            _launch_begin(kernels, step, opened, stream)
+            if rows is not None:
                 lists = 2 + len(batch.memories)
                 columns = opened.tables.hypers.numel() // len(batch.hypers)
                 _call(_library().adamem_share_rows, step, lists, columns, stream)
+        if rows is not None:
             _call(kernels.beta, step, stream)
-            for bucket in reversed(buckets):
-                _call(kernels.apply, step, bucket, stream)
+        for bucket in reversed(opened.tables.layout.buckets):
+            _call(kernels.finish, step, _bucket(bucket), stream)
         opened.store(batch)
 
 
@@ -308,34 +279,34 @@ def _apply(
 
 
 def adamw_begin(batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
-    """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
+    """num and den of every tensor, [tensors, 2] float64; updates by the guess where one is made."""
     if torch.compiler.is_compiling() or ops.is_traced():
         return cpu.adamw_begin(batch, grad_scale, found_inf)
-    return _stats(batch, _kernels("adamw"), grad_scale)
+    return _begin(batch, _kernels("adamw"), grad_scale, found_inf)
 
 
 def adamw_finish(
     batch: AdamWBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """Beta from the rows (their own, if None); updates parameters and state in place."""
+    """Beta from the rows, and the rest of the step; all of the step, if there are none."""
     if torch.compiler.is_compiling() or ops.is_traced():
         cpu.adamw_finish(batch, rows, grad_scale, found_inf)
     else:
-        _apply(batch, _kernels("adamw"), rows, grad_scale, found_inf)
+        _finish(batch, _kernels("adamw"), rows, grad_scale, found_inf)
 
 
 def sgd_begin(batch: SGDBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
     if torch.compiler.is_compiling() or ops.is_traced():
         return cpu.sgd_begin(batch, grad_scale, found_inf)
-    return _stats(batch, _kernels("sgd"), grad_scale)
+    return _begin(batch, _kernels("sgd"), grad_scale, found_inf)
 
 
 def sgd_finish(
     batch: SGDBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """Beta from the rows (their own, if None); updates parameters and state in place."""
+    """Beta from the rows, and the rest of the step; all of the step, if there are none."""
     if torch.compiler.is_compiling() or ops.is_traced():
         cpu.sgd_finish(batch, rows, grad_scale, found_inf)
     else:
-        _apply(batch, _kernels("sgd"), rows, grad_scale, found_inf)
+        _finish(batch, _kernels("sgd"), rows, grad_scale, found_inf)

@@ -30,8 +30,8 @@ SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 FLAGS = [
     "-std=c++17",
     "-O3",
-    # Fused multiply-adds are written out where they are meant (csrc/am_math.h): else the one
-    # launch and the separate ones could give other bits.
+    # Fused multiply-adds are written out where they are meant (csrc/am_math.h): else a step and its
+    # two halves could give other bits.
     "-fmad=false",
     "--expt-relaxed-constexpr",
     "-Xcompiler=-fPIC,-Wall,-Wextra",

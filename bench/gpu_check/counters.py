@@ -4,8 +4,8 @@ L2, and why warps wait.
     ncu ... python -m bench.gpu_check.counters BACKEND...
 
 takes the steps: the backends' and torch's on the same tensors, each behind a kernel that is
-seen to be neither's. ncu runs a kernel several times, with L2 emptied before each, so that a
-step of one launch is counted as if it came after work that left nothing of use there.
+seen to be neither's. ncu runs a kernel several times, with L2 emptied before each, so that what
+one launch leaves there for the next is counted as read from memory.
 """
 
 from __future__ import annotations

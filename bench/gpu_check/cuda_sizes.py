@@ -20,11 +20,11 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 SIZES: tuple[dict[str, int], ...] = (
     {"kChunk": 4096},
-    {"kChunk": 1024},
-    {"kThreads": 128, "kStepBlocksFloat": 6, "kBlocksFloat": 8},
-    {"kStepBlocksFloat": 4},
-    {"kShareOfL2": 2},
-    {"kShareOfL2": 6},
+    {"kChunk": 16384},
+    {"kThreads": 128, "kBlocksFloat": 8},
+    {"kThreads": 512, "kBlocksFloat": 2},
+    {"kBlocksFloat": 3},
+    {"kBlocksFloat": 5},
 )
 
 

@@ -28,11 +28,11 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def take_steps(backend: str, planted: bool) -> None:
     for cls in (AMAdamW, AMSGD):
         for scope in ("tensor", "global"):
-            base = [torch.randn(5000, device=gpu.device).to(dtype) for dtype in DTYPES]
+            base = [torch.randn(20000, device=gpu.device).to(dtype) for dtype in DTYPES]
             params = [
                 part.clone() if aligned else part
                 for whole in base
-                for part, aligned in ((whole, True), (whole[1:3000], False), (whole[:7], True))
+                for part, aligned in ((whole, True), (whole[1:9000], False), (whole[:7], True))
             ]
             for param in params:
                 param.requires_grad_()

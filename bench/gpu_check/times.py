@@ -207,7 +207,9 @@ def time_case(
         for side in sides:
             del found[side]["wall"]  # the gradients' changes are in it
     aimed_at = optimizer == "AMAdamW" and dtype == torch.float32
-    predicted = gpu_cases.predicted_bytes(optimizer, case.shapes, dtype, gpu.l2_bytes())
+    predicted = gpu_cases.predicted_bytes(
+        optimizer, case.shapes, dtype, gpu.l2_bytes(), sum(shares) / len(shares)
+    )
     found |= {
         "numel": case.numel,
         "target": case.targets.get(backend) if aimed_at else None,

@@ -5,20 +5,21 @@
 // d, v and x. With 16-bit types it takes 8 elements, in two spans of 4: 16 bytes at a time of
 // float32 lists and 8 of the others, so that a warp's access to any list takes whole sectors. By
 // Little's law an H100 (3.35 TB/s, some 0.7 us from memory, 132 multiprocessors) wants 18 KB under
-// way on each multiprocessor; 3 blocks of 256 threads ask for 48 KB, and 2 blocks with 16-bit
-// types, of which a thread takes 8 elements, for as much.
+// way on each multiprocessor; 4 blocks of 256 threads ask for 64 KB, and 3 blocks with 16-bit
+// types, of which a thread takes 8 elements, for 72 KB.
 //
-// A chunk is what a block does between two looks at the tables. 2,048 elements of float32 are
-// two accesses a thread to each list. Its set-up (an item, a tensor's line of the tables: about
-// 0.5 us) lies beside the other blocks' 4 us or so for a chunk.
+// A chunk is a block's whole work in begin. With float32 8,192 elements are 8 accesses a thread to
+// each list, in some 40 us where 4 blocks share a multiprocessor's part of the bandwidth. The
+// tables before them and the sums behind them take 3 us, in which the other blocks have more under
+// way than is wanted. Shorter chunks would spend more on that, longer ones leave multiprocessors
+// without work at a launch's end; a tensor of one chunk has its second reading, if there is one,
+// from L2.
 //
-// In the one launch that does a whole step the sums are ahead of the updates by what takes a
-// third of L2: on an H100 (50 MB) 16.7 MB, or 508 chunks of float32, more than there are blocks
-// (396), so that a tensor's sums and beta (two chunks' time, and 2 us) are ready when its
-// updates begin. The other two thirds are for the tensor itself and for what is written. A
-// tensor up to 30 MB (a 1,400 x 1,400 matrix in float32) is predicted to be read from memory
-// once: 28 bytes an element; one far beyond, twice: 44, of which L2 spares 16 for as many
-// elements as it still holds at the tensor's end.
+// AM-AdamW with float32 moves 28 bytes an element where beta is what was guessed, and 24 more where
+// it is not; "anchored", whose sums are taken first, 44. It takes some 58 instructions an element
+// in begin and 44 in a repair: a fifth of what an H100 can issue at that bandwidth. Launches,
+// partial sums (at most 11 us, for 2^28 elements in one tensor) and the last blocks cost 2 to 3 %
+// of a step of 2.5 ms. Predicted: at least 88 % of the bandwidth of a copy, by bytes counted so.
 #pragma once
 
 #include <cstdint>
@@ -27,14 +28,12 @@ namespace am::cuda {
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
-constexpr int kChunk = 2048;
-constexpr int kShareOfL2 = 3;
+constexpr int kChunk = 8192;
 
 // Blocks on a multiprocessor that registers have to allow for (65,536 of them): with float32,
 // with 16-bit types, and where arithmetic is in float64 or dtypes are known at run time only.
-// The kernel that does a whole step needs some 70 to 90 registers a thread.
-constexpr int kBlocksFloat = 4, kStepBlocksFloat = 3;
-constexpr int kBlocks16Bit = 3, kStepBlocks16Bit = 2;
-constexpr int kBlocksWide = 2, kStepBlocksWide = 2;
+constexpr int kBlocksFloat = 4;
+constexpr int kBlocks16Bit = 3;
+constexpr int kBlocksWide = 2;
 
 }  // namespace am::cuda

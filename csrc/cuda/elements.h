@@ -54,46 +54,52 @@ __device__ inline __half narrow<__half>(double t) {
   return __double2half(t);
 }
 
-// How long what is read will be wanted. The sums' data is read again by the update, soon;
-// what the update reads and writes is not, and had better leave its place in L2 to others.
+// How long what is read will be wanted: by an update of the same elements that follows soon, or
+// not again, so that it had better leave its place in L2 to others. So does what is written.
 enum class Use { kAgain, kLast };
 
 // A list's elements from a chunk's first one on, stored as S, computed with as T.
 template <class T, class S>
 struct Column {
-  static constexpr bool kIsVector = true;
   static constexpr int kBytes = sizeof(S);
 
   S* data;
 
-  __device__ Column(int64_t address, int64_t begin, int32_t)
-      : data(reinterpret_cast<S*>(address) + begin) {}
+  static __device__ Column at(int64_t address, int64_t begin, int32_t) {
+    return {reinterpret_cast<S*>(address) + begin};
+  }
 
   __device__ bool is_aligned() const { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
-  __device__ T load(int k) const { return widen<T>(data[k]); }
-  __device__ void store(int k, T value) const { data[k] = narrow<S>(value); }
 
   // A thread's kCount elements from the k-th on: spans of kSpan that lie side by side, each in
-  // one access, and a warp's width of spans apart.
+  // one access, and a warp's width of spans apart. One element may lie anywhere.
   template <Use kUse, int kSpan, int kCount>
-  __device__ void load_vector(int k, T (&out)[kCount]) const {
-    Raw<kSpan, kCount> raw;
-    const auto* p = reinterpret_cast<const Word<kSpan>*>(data + k);
+  __device__ void load(int k, T (&out)[kCount]) const {
+    if constexpr (kCount == 1) {
+      out[0] = widen<T>(data[k]);
+    } else {
+      Raw<kSpan, kCount> raw;
+      const auto* p = reinterpret_cast<const Word<kSpan>*>(data + k);
 #pragma unroll
-    for (int w = 0; w < kCount / kSpan; ++w)
-      raw.words[w] = kUse == Use::kLast ? __ldcs(p + kWarp * w) : __ldcg(p + kWarp * w);
+      for (int w = 0; w < kCount / kSpan; ++w)
+        raw.words[w] = kUse == Use::kLast ? __ldcs(p + kWarp * w) : __ldcg(p + kWarp * w);
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) out[j] = widen<T>(raw.elements[j]);
+      for (int j = 0; j < kCount; ++j) out[j] = widen<T>(raw.elements[j]);
+    }
   }
 
   template <int kSpan, int kCount>
-  __device__ void store_vector(int k, const T (&in)[kCount]) const {
-    Raw<kSpan, kCount> raw;
+  __device__ void store(int k, const T (&in)[kCount]) const {
+    if constexpr (kCount == 1) {
+      data[k] = narrow<S>(in[0]);
+    } else {
+      Raw<kSpan, kCount> raw;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) raw.elements[j] = narrow<S>(in[j]);
-    auto* p = reinterpret_cast<Word<kSpan>*>(data + k);
+      for (int j = 0; j < kCount; ++j) raw.elements[j] = narrow<S>(in[j]);
+      auto* p = reinterpret_cast<Word<kSpan>*>(data + k);
 #pragma unroll
-    for (int w = 0; w < kCount / kSpan; ++w) __stcs(p + kWarp * w, raw.words[w]);
+      for (int w = 0; w < kCount / kSpan; ++w) __stcs(p + kWarp * w, raw.words[w]);
+    }
   }
 
  private:
@@ -110,93 +116,126 @@ struct Column {
   };
 };
 
-// A stored type that is known at run time only: for the rare combinations of dtypes.
+// A stored type that is known at run time only: for the rare combinations of dtypes. Element by
+// element, as it is never aligned.
 struct AnyType {};
 
 template <class T>
 struct Column<T, AnyType> {
-  static constexpr bool kIsVector = false;
   static constexpr int kBytes = 8;
 
-  char* data;
+  int64_t address;
   int32_t dtype;
 
-  __device__ Column(int64_t address, int64_t begin, int32_t stored)
-      : data(reinterpret_cast<char*>(address)), dtype(stored) {
-    data += begin * bytes_of(dtype);
-  }
-
-  template <class S>
-  __device__ S& at(int k) const {
-    return reinterpret_cast<S*>(data)[k];
+  static __device__ Column at(int64_t address, int64_t begin, int32_t stored) {
+    return {address + begin * bytes_of(stored), stored};
   }
 
   __device__ bool is_aligned() const { return false; }
 
-  __device__ T load(int k) const {
-    switch (dtype) {
-      case kFloat64:
-        return widen<T>(at<double>(k));
-      case kBFloat16:
-        return widen<T>(at<__nv_bfloat16>(k));
-      case kFloat16:
-        return widen<T>(at<__half>(k));
-      default:
-        return widen<T>(at<float>(k));
-    }
-  }
-
-  __device__ void store(int k, T value) const {
-    switch (dtype) {
-      case kFloat64:
-        at<double>(k) = narrow<double>(value);
-        break;
-      case kBFloat16:
-        at<__nv_bfloat16>(k) = narrow<__nv_bfloat16>(value);
-        break;
-      case kFloat16:
-        at<__half>(k) = narrow<__half>(value);
-        break;
-      default:
-        at<float>(k) = narrow<float>(value);
-    }
-  }
-
-  // Never called, as nothing is aligned; kept so that one walk serves every column.
   template <Use kUse, int kSpan, int kCount>
-  __device__ void load_vector(int, T (&)[kCount]) const {}
+  __device__ void load(int k, T (&out)[kCount]) const {
+    visit([&](auto* data) { out[0] = widen<T>(data[k]); });
+  }
+
   template <int kSpan, int kCount>
-  __device__ void store_vector(int, const T (&)[kCount]) const {}
+  __device__ void store(int k, const T (&in)[kCount]) const {
+    visit([&](auto* data) { *(data + k) = narrow<std::remove_pointer_t<decltype(data)>>(in[0]); });
+  }
+
+ private:
+  template <class F>
+  __device__ void visit(F f) const {
+    switch (dtype) {
+      case kFloat64:
+        return f(reinterpret_cast<double*>(address));
+      case kBFloat16:
+        return f(reinterpret_cast<__nv_bfloat16*>(address));
+      case kFloat16:
+        return f(reinterpret_cast<__half*>(address));
+      default:
+        return f(reinterpret_cast<float*>(address));
+    }
+  }
 };
 
-// How many elements a thread takes at a time: 16 bytes of the smallest of the stored types.
-template <class... Columns>
-constexpr int vector_of() {
-  int bytes = 8;
-  ((bytes = Columns::kBytes < bytes ? Columns::kBytes : bytes), ...);
-  return 16 / bytes;
-}
+// A chunk's elements: those of param, grad and memories.
+template <class T, class Param, class Grad, class Memory, int kMemories>
+struct Elements {
+  // The blocks that a multiprocessor is to hold.
+  static constexpr bool kIsWide = sizeof(T) == 8 || std::is_same_v<Param, AnyType>;
+  static constexpr int kBlocks = kIsWide              ? kBlocksWide
+                                 : sizeof(Param) == 2 ? kBlocks16Bit
+                                                      : kBlocksFloat;
 
-// How many of them lie side by side: 16 bytes of the largest. A warp's access to any list then
-// takes whole sectors of 32 bytes: were a thread's elements of float32 as many as those of its
-// bfloat16, each of two accesses would take half of every sector.
-template <class... Columns>
-constexpr int span_of() {
-  int bytes = 2;
-  ((bytes = Columns::kBytes > bytes ? Columns::kBytes : bytes), ...);
-  return 16 / bytes;
-}
+  // How many elements a thread takes at a time: 16 bytes of the smallest of the stored types.
+  // Those of 16 bytes of the largest lie side by side. A warp's access to any list then takes
+  // whole sectors of 32 bytes: were a thread's elements of float32 as many as those of its
+  // bfloat16, each of two accesses would take half of every sector.
+  static constexpr int kBytes[] = {Column<T, Param>::kBytes, Column<T, Grad>::kBytes,
+                                   Column<T, Memory>::kBytes};
+  static constexpr int least(int a, int b) { return a < b ? a : b; }
+  static constexpr int kVector = 16 / least(least(kBytes[0], kBytes[1]), kBytes[2]);
+  static constexpr int kSpan = least(least(16 / kBytes[0], 16 / kBytes[1]), 16 / kBytes[2]);
 
-// The blocks that a multiprocessor is to hold, for kernels of this type of arithmetic; and of
-// the kernel that does a whole step.
-template <class T, class Column>
-struct Blocks {
-  static constexpr bool kIsWide = sizeof(T) == 8 || !Column::kIsVector;
-  static constexpr bool kIs16Bit = Column::kBytes == 2;
-  static constexpr int kOf = kIsWide ? kBlocksWide : kIs16Bit ? kBlocks16Bit : kBlocksFloat;
-  static constexpr int kOfStep = kIsWide    ? kStepBlocksWide
-                                 : kIs16Bit ? kStepBlocks16Bit
-                                            : kStepBlocksFloat;
+  Column<T, Param> param;
+  Column<T, Grad> grad;
+  Column<T, Memory> memories[kMemories];
+  int length;
+
+  __device__ Elements(const Step& s, const Bucket& b, const Place& place) : length(place.length) {
+    const auto address = [&](int list) { return s.addresses[list * s.tensors + place.tensor]; };
+    param = param.at(address(0), place.begin, b.dtypes[0]);
+    grad = grad.at(address(1), place.begin, b.dtypes[1]);
+#pragma unroll
+    for (int m = 0; m < kMemories; ++m)
+      memories[m] = memories[m].at(address(2 + m), place.begin, b.dtypes[2 + m]);
+  }
+
+  // Calls f(gradient, memories ..., parameter) for each of the thread's elements. Reads the
+  // parameter only where kReadsParam; then writes it and so many of the memories.
+  //
+  // A thread has the same elements in the same order whether they are aligned or not: alignment
+  // does not change a sum's bits.
+  template <Use kUse, bool kReadsParam, int kWritten, class F>
+  __device__ __forceinline__ void for_each(F f) const {
+    constexpr int kApart = kWarp * kSpan;
+    const int first = threadIdx.x / kWarp * (kWarp * kVector) + threadIdx.x % kWarp * kSpan;
+    bool is_aligned = param.is_aligned() && grad.is_aligned();
+    for (const auto& memory : memories) is_aligned = is_aligned && memory.is_aligned();
+    for (int k = first; k < length; k += kThreads * kVector) {
+      if (is_aligned && k + (kVector / kSpan - 1) * kApart + kSpan <= length) {
+        call<kUse, kReadsParam, kWritten, kSpan, kVector>(k, f);
+      } else {
+#pragma unroll 1
+        for (int j = 0; j < kVector; ++j) {
+          const int i = k + j / kSpan * kApart + j % kSpan;
+          if (i < length) call<kUse, kReadsParam, kWritten, 1, 1>(i, f);
+        }
+      }
+    }
+  }
+
+ private:
+  template <Use kUse, bool kReadsParam, int kWritten, int kSide, int kCount, class F>
+  __device__ __forceinline__ void call(int k, F f) const {
+    T g[kCount], m[kMemories][kCount], x[kCount] = {};
+    grad.template load<kUse, kSide>(k, g);
+#pragma unroll
+    for (int i = 0; i < kMemories; ++i) memories[i].template load<kUse, kSide>(k, m[i]);
+    if (kReadsParam) param.template load<kUse, kSide>(k, x);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      if constexpr (kMemories == 2) {
+        f(g[j], m[0][j], m[1][j], x[j]);
+      } else {
+        f(g[j], m[0][j], x[j]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kWritten; ++i) memories[i].template store<kSide>(k, m[i]);
+    if (kWritten > 0) param.template store<kSide>(k, x);
+  }
 };
 
 }  // namespace am::cuda

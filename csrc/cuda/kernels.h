@@ -1,14 +1,49 @@
-// The kernels, for an optimizer O of adamw.cu or sgd.cu: stats, beta and apply as launches of
-// their own, with a seam between stats and beta, and step, which is all three in one launch.
-// Both ways call the same functions in the same order, and so give the same bits.
+// The kernels, for an optimizer O of adamw.cu or sgd.cu. No block of any waits for another.
+//
+//   prepare  a thread a tensor: its Row, in float64; where all of a step is done at once, the beta
+//            of a tensor without elements, which has no chunk.
+//   begin    a block a chunk: its sums, and the update with the cap for beta where the tensor
+//            guesses. The last of a tensor's blocks to get there adds the sums up, for the seam
+//            or for beta; a tensor of one chunk is finished at once.
+//   beta     a thread a tensor: beta from the seam's rows.
+//   finish   what beta has left to do, chunk by chunk.
+//
+// All of a step and its two halves call the same functions in the same order, and so give the same
+// bits.
 #pragma once
+
+#include <cuda/atomic>
 
 #include "config.h"
 #include "elements.h"
-#include "schedule.h"
 #include "tables.h"
 
 namespace am::cuda {
+
+// What begin does with a tensor, and what it or beta leaves for finish.
+enum Begin : int64_t { kNothing, kSums, kGuess };
+enum Rest : int64_t { kDone, kRepair, kUpdate };
+
+// What begin and finish read of a tensor, in one place: a line of the table of coefficients.
+template <class Coefficients>
+struct Row {
+  Begin begin;
+  Rest rest;
+  double amount[2];       // what finish takes, once beta is there
+  double step, beta_max;  // the number of steps before this one
+  double beta_prod;       // of AM-AdamW
+  Coefficients coefficients;
+};
+
+// The coefficients in the type of the arithmetic.
+template <class T, template <class> class C>
+__device__ __forceinline__ C<T> narrow_all(const C<double>& wide) {
+  C<T> result;
+#pragma unroll
+  for (size_t i = 0; i < sizeof(result) / sizeof(T); ++i)
+    reinterpret_cast<T*>(&result)[i] = static_cast<T>(reinterpret_cast<const double*>(&wide)[i]);
+  return result;
+}
 
 // ---- sums -------------------------------------------------------------------------
 
@@ -32,227 +67,107 @@ __device__ inline Sums add_over_block(Sums (&warps)[kThreads / kWarp], double nu
   return total;
 }
 
-__device__ inline int64_t chunks_of(const Step& s, int64_t tensor) {
-  return (layout_at(s, kNumel, tensor) + kChunk - 1) / kChunk;
-}
-
 // A tensor's num and den, for thread 0.
-__device__ inline Sums add_partials(const Step& s, int64_t tensor,
+__device__ inline Sums add_partials(const Step& s, const Place& place,
                                     Sums (&warps)[kThreads / kWarp]) {
-  const int64_t count = chunks_of(s, tensor);
-  const Sums* partials = s.partials + layout_at(s, kFirstChunk, tensor);
+  const Sums* partials = s.partials + layout_at(s, kFirstChunk, place.tensor);
   double num = 0.0, den = 0.0;
-#pragma unroll 4
-  for (int64_t k = threadIdx.x; k < count; k += kThreads) {
+#pragma unroll 8
+  for (int64_t k = threadIdx.x; k < place.chunks; k += kThreads) {
     num += partials[k].num;
     den += partials[k].den;
   }
   return add_over_block(warps, num, den);
 }
 
-// Calls vector(k) where a thread has kVector elements, in spans of kSpan from the k-th on
-// that are a warp's width of spans apart; and element(k) for each of what is left, or of all
-// where vectors are not aligned. A thread has the same elements in either case, in the same
-// order: alignment does not change a sum's bits.
-template <int kVector, int kSpan, class V, class E>
-__device__ __forceinline__ void for_each_element(int length, bool is_aligned, V vector, E element) {
-  constexpr int kApart = kWarp * kSpan;
-  const int first = threadIdx.x / kWarp * (kWarp * kVector) + threadIdx.x % kWarp * kSpan;
-  for (int k = first; k < length; k += kThreads * kVector) {
-    if (is_aligned && k + (kVector / kSpan - 1) * kApart + kSpan <= length) {
-      vector(k);
-    } else {
-#pragma unroll 1
-      for (int j = 0; j < kVector; ++j) {
-        const int i = k + j / kSpan * kApart + j % kSpan;
-        if (i < length) element(i);
-      }
-    }
-  }
+// Counts a chunk whose sums were written. True for a tensor's last: all of them can be read then,
+// and the counter is ready for the next step.
+__device__ inline bool is_last_of_tensor(int32_t& arrived, int64_t chunks) {
+  ::cuda::atomic_ref<int32_t, ::cuda::thread_scope_device> counter(arrived);
+  if (counter.fetch_add(1, ::cuda::std::memory_order_acq_rel) + 1 < chunks) return false;
+  counter.store(0, ::cuda::std::memory_order_relaxed);
+  return true;
 }
-
-// ---- a block at work --------------------------------------------------------------
-
-// What a block does with one chunk or one tensor. The scalars of a tensor are worked out by
-// one thread and kept as long as chunks of the same tensor follow.
-template <class O>
-class Worker {
- public:
-  struct Shared {
-    typename O::Model model;  // for sums, and the tensor that it is of
-    int64_t summed;
-    typename O::Update update;  // for updates, likewise
-    int64_t updated;
-    Sums warps[kThreads / kWarp];
-  };
-
-  __device__ Worker(const Step& step, const Bucket& bucket, Shared& shared)
-      : step_(step), bucket_(bucket), shared_(shared) {
-    if (threadIdx.x == 0) shared_.summed = shared_.updated = -1;
-    __syncthreads();
-  }
-
-  __device__ void sum(int64_t tensor, int64_t chunk) {
-    if (tensor != shared_.summed) {
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        O::set_model(step_, tensor, shared_.model);
-        shared_.summed = tensor;
-      }
-      __syncthreads();
-    }
-    typename O::Compute num = 0, den = 0;
-    O::add_sums(typename O::Chunk(step_, bucket_, tensor, chunk * kChunk), length_of(tensor, chunk),
-                shared_.model, num, den);
-    const Sums sums = O::chunk_sums(shared_.model, add_over_block(shared_.warps, num, den));
-    // A tensor without elements has no place in the table.
-    if (threadIdx.x == 0 && layout_at(step_, kNumel, tensor) > 0)
-      step_.partials[layout_at(step_, kFirstChunk, tensor) + chunk] = sums;
-  }
-
-  __device__ void update(int64_t tensor, int64_t chunk) {
-    if (tensor != shared_.updated) {
-      // The update's numbers are all of one type, as a row of the table is of doubles.
-      __syncthreads();
-      if (threadIdx.x < O::kColumns)
-        reinterpret_cast<typename O::Compute*>(&shared_.update)[threadIdx.x] =
-            static_cast<typename O::Compute>(
-                step_.coefficients[tensor * O::kColumns + threadIdx.x]);
-      if (threadIdx.x == 0) shared_.updated = tensor;
-      __syncthreads();
-    }
-    O::update(typename O::Chunk(step_, bucket_, tensor, chunk * kChunk), length_of(tensor, chunk),
-              shared_.update);
-  }
-
- private:
-  __device__ int length_of(int64_t tensor, int64_t chunk) const {
-    const int64_t rest = layout_at(step_, kNumel, tensor) - chunk * kChunk;
-    return static_cast<int>(rest < kChunk ? rest : kChunk);
-  }
-
-  const Step& step_;
-  const Bucket& bucket_;
-  Shared& shared_;
-};
-
-// A block of the one launch that does a whole step, see `walk`.
-template <class O>
-class StepBlock {
- public:
-  struct Shared {
-    typename Worker<O>::Shared worker;
-    int64_t claimed;
-    bool is_last;
-  };
-
-  __device__ StepBlock(const Step& step, const Bucket& bucket, const Schedule& schedule,
-                       Shared& shared)
-      : step_(step),
-        schedule_(schedule),
-        shared_(shared),
-        worker_(step, bucket, shared.worker),
-        launch_(launch_number(*schedule.control)) {
-    if (threadIdx.x == 0) ahead_ = claim_item(*schedule_.control);
-  }
-
-  // The item that was claimed at the last call: the counter's answer comes while the item itself
-  // is read.
-  __device__ int64_t claim() {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      shared_.claimed = ahead_;
-      ahead_ = claim_item(*schedule_.control);
-    }
-    __syncthreads();
-    return shared_.claimed;
-  }
-
-  __device__ Item item(int64_t k) const { return schedule_.items[k]; }
-  __device__ void sum(Item item) { worker_.sum(item.tensor, item.chunk); }
-  __device__ void update(Item item) { worker_.update(item.tensor, item.chunk); }
-
-  __device__ bool is_last(int32_t tensor) {
-    if (threadIdx.x == 0) {
-      const int64_t chunks = chunks_of(step_, tensor);
-      shared_.is_last = is_last_of_tensor(schedule_.progress[tensor], chunks > 0 ? chunks : 1);
-    }
-    __syncthreads();
-    return shared_.is_last;
-  }
-
-  __device__ void set_beta(int32_t tensor) {
-    const Sums sums = add_partials(step_, tensor, shared_.worker.warps);
-    if (threadIdx.x == 0) {
-      O::set_beta(step_, tensor, sums);
-      publish(schedule_.progress[tensor], launch_);
-    }
-  }
-
-  __device__ void wait(int32_t tensor) {
-    if (threadIdx.x == 0)
-      while (!is_published(schedule_.progress[tensor], launch_)) __nanosleep(100);
-    __syncthreads();
-  }
-
-  __device__ void leave() {
-    if (threadIdx.x == 0) cuda::leave(*schedule_.control, gridDim.x, launch_);
-  }
-
- private:
-  const Step& step_;
-  const Schedule& schedule_;
-  Shared& shared_;
-  Worker<O> worker_;
-  uint32_t launch_;
-  int64_t ahead_ = 0;
-};
 
 // ---- kernels ----------------------------------------------------------------------
 
-template <class O>
-__global__ void __launch_bounds__(kThreads, O::BlocksOf::kOf)
-    stats_kernel(const __grid_constant__ Step step, const __grid_constant__ Bucket bucket) {
-  __shared__ typename Worker<O>::Shared shared;
-  Worker<O> worker(step, bucket, shared);
-  for (int64_t k = blockIdx.x; k < bucket.chunks; k += gridDim.x) {
-    const int64_t tensor = step.chunk_tensors[bucket.first_chunk + k];
-    worker.sum(tensor, bucket.first_chunk + k - layout_at(step, kFirstChunk, tensor));
-  }
-}
-
-// Backwards, as the last chunks that stats has read are those that L2 still holds.
-template <class O>
-__global__ void __launch_bounds__(kThreads, O::BlocksOf::kOf)
-    apply_kernel(const __grid_constant__ Step step, const __grid_constant__ Bucket bucket) {
-  __shared__ typename Worker<O>::Shared shared;
-  if (is_skipped(step)) return;
-  Worker<O> worker(step, bucket, shared);
-  for (int64_t k = bucket.chunks - 1 - blockIdx.x; k >= 0; k -= gridDim.x) {
-    const int64_t tensor = step.chunk_tensors[bucket.first_chunk + k];
-    worker.update(tensor, bucket.first_chunk + k - layout_at(step, kFirstChunk, tensor));
+template <class Tensor>
+__global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ Step step) {
+  const int64_t tensor = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (tensor >= step.tensors) return;
+  Tensor::prepare(step, tensor);
+  if (step.rows != nullptr) {
+    step.rows[tensor] = {0.0, 0.0};
+  } else if (layout_at(step, kNumel, tensor) == 0 && Tensor::row(step, tensor).begin != kNothing) {
+    Tensor::set_beta(step, tensor, {0.0, 0.0});
   }
 }
 
 template <class O>
-__global__ void __launch_bounds__(kThreads, O::BlocksOf::kOfStep)
-    step_kernel(const __grid_constant__ Step step, const __grid_constant__ Bucket bucket,
-                const __grid_constant__ Schedule schedule) {
-  __shared__ typename StepBlock<O>::Shared shared;
-  if (is_skipped(step)) return;
-  StepBlock<O> block(step, bucket, schedule, shared);
-  walk(block, schedule.count);
-  block.leave();
+__global__ void __launch_bounds__(kThreads, O::Chunk::kBlocks)
+    begin_kernel(const __grid_constant__ Step step, const __grid_constant__ Bucket bucket) {
+  __shared__ Sums warps[kThreads / kWarp];
+  __shared__ bool is_last;
+  const int64_t k = bucket.first_chunk + blockIdx.x;
+  const Place place(step, k);
+  auto& row = O::row(step, place.tensor);
+  if (row.begin == kNothing) return;
+  const typename O::Chunk chunk(step, bucket, place);
+  typename O::Compute num = 0, den = 0;
+  O::begin(chunk, row, num, den);
+  Sums sums = O::chunk_sums(row, add_over_block(warps, num, den));
+  if (place.chunks > 1) {
+    if (threadIdx.x == 0) {
+      step.partials[k] = sums;
+      is_last = is_last_of_tensor(step.arrived[place.tensor], place.chunks);
+    }
+    __syncthreads();
+    if (!is_last) return;
+    sums = add_partials(step, place, warps);
+  }
+  if (step.rows != nullptr) {
+    if (threadIdx.x == 0) step.rows[place.tensor] = sums;
+    return;
+  }
+  if (threadIdx.x == 0) O::set_beta(step, place.tensor, sums);
+  if (place.chunks > 1) return;
+  __syncthreads();
+  O::finish(chunk, row);
+  __syncthreads();
+  if (threadIdx.x == 0) row.rest = kDone;
 }
 
-// One block a tensor, of all dtypes.
+// Scalars are as they were when begin was prepared, so that the row is the same again.
 template <class Tensor>
 __global__ void __launch_bounds__(kThreads) beta_kernel(const __grid_constant__ Step step) {
-  __shared__ Sums warps[kThreads / kWarp];
-  if (is_skipped(step)) return;
-  const int64_t tensor = blockIdx.x;
-  const Sums sums = step.rows != nullptr ? step.rows[tensor] : add_partials(step, tensor, warps);
-  if (threadIdx.x == 0) Tensor::set_beta(step, tensor, sums);
+  const int64_t tensor = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (tensor >= step.tensors) return;
+  const Sums sums = step.rows[tensor];
+  Tensor::prepare(step, tensor);
+  if (Tensor::row(step, tensor).begin != kNothing) Tensor::set_beta(step, tensor, sums);
+}
+
+// Backwards, as the last chunks that begin has read are those that L2 still holds. Each thread
+// looks at one of the block's chunks ahead of the work, so that one that is done costs next to
+// nothing.
+template <class O>
+__global__ void __launch_bounds__(kThreads, O::Chunk::kBlocks)
+    finish_kernel(const __grid_constant__ Step step, const __grid_constant__ Bucket bucket) {
+  __shared__ bool is_done[kThreads];
+  const int64_t apart = gridDim.x;
+  for (int64_t first = bucket.chunks - 1 - blockIdx.x; first >= 0; first -= kThreads * apart) {
+    const int64_t own = first - apart * threadIdx.x;
+    __syncthreads();
+    if (own >= 0)
+      is_done[threadIdx.x] =
+          O::row(step, step.chunk_tensors[bucket.first_chunk + own]).rest == kDone;
+    __syncthreads();
+    for (int j = 0; j < kThreads && first - apart * j >= 0; ++j) {
+      if (is_done[j]) continue;
+      const Place place(step, bucket.first_chunk + first - apart * j);
+      O::finish(typename O::Chunk(step, bucket, place), O::row(step, place.tensor));
+    }
+  }
 }
 
 // ---- launches ---------------------------------------------------------------------
@@ -272,9 +187,14 @@ cudaError_t launch(void (*kernel)(Args...), int64_t blocks, const Step& step, vo
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-// How many blocks of a kernel the device holds at a time.
-template <class... Args>
-cudaError_t resident_blocks(void (*kernel)(Args...), const Step& step, int64_t* blocks) {
+// A thread a tensor.
+inline cudaError_t launch_tensors(void (*kernel)(Step), const Step& step, void* stream) {
+  return launch(kernel, (step.tensors + kThreads - 1) / kThreads, step, stream, step);
+}
+
+// As many blocks as there are chunks, and no more than the device holds at a time.
+inline cudaError_t launch_resident(void (*kernel)(Step, Bucket), const Step& step,
+                                   const Bucket& bucket, void* stream) {
   const int device = static_cast<int>(step.device);
   int multiprocessors = 0, each = 0;
   cudaError_t error = cudaSetDevice(device);
@@ -282,8 +202,10 @@ cudaError_t resident_blocks(void (*kernel)(Args...), const Step& step, int64_t* 
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0);
-  *blocks = static_cast<int64_t>(multiprocessors) * each;
-  return error;
+  if (error != cudaSuccess) return error;
+  const int64_t blocks = static_cast<int64_t>(multiprocessors) * each;
+  return launch(kernel, bucket.chunks < blocks ? bucket.chunks : blocks, step, stream, step,
+                bucket);
 }
 
 // Loads a kernel, which CUDA else does at its first launch: a launch that a graph captures must
@@ -292,16 +214,6 @@ template <class... Args>
 cudaError_t load(void (*kernel)(Args...)) {
   cudaFuncAttributes attributes;
   return cudaFuncGetAttributes(&attributes, kernel);
-}
-
-// As many blocks as there are items for, and no more than the device holds at a time.
-template <class... Args>
-cudaError_t launch_resident(void (*kernel)(Args...), int64_t items, const Step& step, void* stream,
-                            Args... args) {
-  int64_t blocks = 0;
-  const cudaError_t error = resident_blocks(kernel, step, &blocks);
-  if (error != cudaSuccess) return error;
-  return launch(kernel, items < blocks ? items : blocks, step, stream, args...);
 }
 
 // Calls f with the optimizer for a bucket's dtypes.
@@ -323,27 +235,16 @@ auto dispatch(const Bucket& bucket, F f) {
 }
 
 template <template <class, class, class, class> class O>
-cudaError_t launch_stats(const Step& step, const Bucket& bucket, void* stream) {
+cudaError_t launch_begin(const Step& step, const Bucket& bucket, void* stream) {
   return dispatch<O>(bucket, [&](auto optimizer) {
-    return launch_resident(stats_kernel<decltype(optimizer)>, bucket.chunks, step, stream, step,
-                           bucket);
+    return launch(begin_kernel<decltype(optimizer)>, bucket.chunks, step, stream, step, bucket);
   });
 }
 
 template <template <class, class, class, class> class O>
-cudaError_t launch_apply(const Step& step, const Bucket& bucket, void* stream) {
+cudaError_t launch_finish(const Step& step, const Bucket& bucket, void* stream) {
   return dispatch<O>(bucket, [&](auto optimizer) {
-    return launch_resident(apply_kernel<decltype(optimizer)>, bucket.chunks, step, stream, step,
-                           bucket);
-  });
-}
-
-template <template <class, class, class, class> class O>
-cudaError_t launch_step(const Step& step, const Bucket& bucket, const Schedule& schedule,
-                        void* stream) {
-  return dispatch<O>(bucket, [&](auto optimizer) {
-    return launch_resident(step_kernel<decltype(optimizer)>, schedule.count, step, stream, step,
-                           bucket, schedule);
+    return launch_resident(finish_kernel<decltype(optimizer)>, step, bucket, stream);
   });
 }
 
@@ -351,34 +252,13 @@ cudaError_t launch_step(const Step& step, const Bucket& bucket, const Schedule& 
 template <template <class, class, class, class> class O, class Tensor>
 cudaError_t load_kernels(const Bucket& bucket, int device) {
   cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = load(prepare_kernel<Tensor>);
   if (error == cudaSuccess) error = load(beta_kernel<Tensor>);
   if (error != cudaSuccess) return error;
   return dispatch<O>(bucket, [&](auto optimizer) {
-    using Optimizer = decltype(optimizer);
-    cudaError_t error = load(stats_kernel<Optimizer>);
-    if (error == cudaSuccess) error = load(apply_kernel<Optimizer>);
-    if (error == cudaSuccess) error = load(step_kernel<Optimizer>);
-    return error;
+    const cudaError_t error = load(begin_kernel<decltype(optimizer)>);
+    return error == cudaSuccess ? load(finish_kernel<decltype(optimizer)>) : error;
   });
-}
-
-// By how many chunks a bucket's sums are to be ahead of its updates: what takes its share of
-// L2, and at least a chunk a block.
-template <template <class, class, class, class> class O>
-cudaError_t find_chunks_ahead(const Step& step, const Bucket& bucket, int64_t* ahead) {
-  cudaError_t error = dispatch<O>(bucket, [&](auto optimizer) {
-    return resident_blocks(step_kernel<decltype(optimizer)>, step, ahead);
-  });
-  int l2_bytes = 0;
-  if (error == cudaSuccess)
-    error =
-        cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, static_cast<int>(step.device));
-  int64_t element_bytes = 0;
-  for (int list = 0; list < O<float, float, float, float>::kLists; ++list)
-    element_bytes += bytes_of(bucket.dtypes[list]);
-  const int64_t share = l2_bytes / kShareOfL2 / (kChunk * element_bytes);
-  if (share > *ahead) *ahead = share;
-  return error;
 }
 
 }  // namespace am::cuda

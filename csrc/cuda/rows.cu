@@ -1,17 +1,8 @@
-// What both optimizers share: sums of tensors, and of tensors that share one beta; the order of
-// items; errors.
+// What both optimizers share: the sums of tensors that share one beta; errors.
 #include "kernels.h"
 
 namespace am::cuda {
 namespace {
-
-// One block a tensor.
-__global__ void __launch_bounds__(kThreads) sum_rows_kernel(Step step) {
-  __shared__ Sums warps[kThreads / kWarp];
-  const int64_t tensor = blockIdx.x;
-  const Sums sums = add_partials(step, tensor, warps);
-  if (threadIdx.x == 0) step.rows[tensor] = sums;
-}
 
 // Gives every tensor of a group that shares its beta the sums over all such tensors. One block.
 // lists, columns: rows of `addresses` before the scalars, and of hyperparameters.
@@ -48,10 +39,6 @@ using namespace am::cuda;
 
 extern "C" {
 
-int adamem_sum_rows(const Step* step, void* stream) {
-  return launch(sum_rows_kernel, step->tensors, *step, stream, *step);
-}
-
 int adamem_share_rows(const Step* step, int lists, int columns, void* stream) {
   return launch(share_rows_kernel, 1, *step, stream, *step, lists, columns);
 }
@@ -62,7 +49,6 @@ int adamem_check(int device, int* compiled, int* driver) {
   cudaError_t error = cudaRuntimeGetVersion(compiled);
   if (error == cudaSuccess) error = cudaDriverGetVersion(driver);
   if (error == cudaSuccess) error = cudaSetDevice(device);
-  if (error == cudaSuccess) error = load(sum_rows_kernel);
   if (error == cudaSuccess) error = load(share_rows_kernel);
   return error;
 }

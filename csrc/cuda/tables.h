@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../am_math.h"
+#include "config.h"
 
 namespace am::cuda {
 
@@ -30,10 +31,11 @@ struct Step {
                                  // plus 1 for float64; 0: it is in hypers
   const int32_t* chunk_tensors;  // [chunks]: each chunk's tensor
   Sums* partials;                // [chunks]
-  Sums* rows;                    // [tensors], or null: beta adds up the partials itself
-  double* coefficients;          // [tensors, columns]: what beta leaves for the update
+  int32_t* arrived;              // [tensors]: chunks whose partials are there; 0 between steps
+  Sums* rows;                    // [tensors] of the seam, or null: all of a step at once
+  double* coefficients;          // [tensors, columns]: a Row for each, see kernels.h
   const float* grad_scale;       // or null
-  const float* found_inf;        // or null; not 0: nothing is written but partials and rows
+  const float* found_inf;        // or null; not 0: nothing is written but rows and scratch
   int64_t tensors;
   int64_t device;  // that all of them are on
 };
@@ -51,6 +53,19 @@ enum LayoutRow { kNumel, kGroup, kFirstChunk, kDoubles, kExact };
 __device__ inline int64_t layout_at(const Step& s, LayoutRow row, int64_t tensor) {
   return s.layout[row * s.tensors + tensor];
 }
+
+// Which elements a chunk holds, and of how many chunks its tensor has it is one.
+struct Place {
+  int64_t tensor, begin, chunks;
+  int length;
+
+  __device__ Place(const Step& s, int64_t chunk) : tensor(s.chunk_tensors[chunk]) {
+    const int64_t numel = layout_at(s, kNumel, tensor);
+    begin = (chunk - layout_at(s, kFirstChunk, tensor)) * kChunk;
+    length = static_cast<int>(numel - begin < kChunk ? numel - begin : kChunk);
+    chunks = (numel + kChunk - 1) / kChunk;
+  }
+};
 
 __device__ inline double read_number(int64_t address, bool is_double) {
   return is_double ? *reinterpret_cast<const double*>(address)

@@ -231,14 +231,18 @@ class Block {
   uint64_t random_ = 1;
 };
 
+// Beginning with another block, and in the other direction, at every launch.
 inline void run_blocks(unsigned blocks, unsigned threads, const std::function<void()>& body) {
+  static unsigned launches = 0;
+  const unsigned first = ++launches * 2654435761u % blocks;
+  const bool backwards = launches % 2;
   std::atomic<unsigned> next{0};
   const auto work = [&] {
     thread_local std::unique_ptr<Block> block;
     if (!block || block->threads() != threads) block.reset(new Block(threads));
     gridDim = dim3(blocks);
     for (unsigned k = next++; k < blocks; k = next++) {
-      blockIdx = dim3(k);
+      blockIdx = dim3((first + (backwards ? blocks - k : k)) % blocks);
       block->run(body);
     }
   };
@@ -255,7 +259,6 @@ inline void __syncthreads() { emulation::current->sync(); }
 inline double __shfl_down_sync(unsigned, double value, int offset) {
   return emulation::current->shuffle_down(value, offset);
 }
-inline void __nanosleep(unsigned) { sched_yield(); }
 
 template <class Word>
 Word __ldcs(const Word* p) {
@@ -272,10 +275,6 @@ void __stcs(Word* p, Word value) {
   *p = value;
 }
 
-inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long value) {
-  return std::atomic_ref(*p).fetch_add(value, std::memory_order_relaxed);
-}
-
 // ---- the runtime ------------------------------------------------------------------
 
 enum cudaError_t {
@@ -286,7 +285,7 @@ enum cudaError_t {
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorStreamCaptureUnsupported = 900,
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrL2CacheSize };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 typedef void* cudaStream_t;
 
 struct cudaLaunchConfig_t {
@@ -318,9 +317,8 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*kernel)(Args...)) 
   emulation::loaded.insert(address);
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  // So little L2 that a schedule is bounded by the number of blocks.
-  *value = attribute == cudaDevAttrL2CacheSize ? 1024 : 1;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 1;
   return cudaSuccess;
 }
 template <class F>
