@@ -1,4 +1,4 @@
-"""The one launch of a step where only a GPU shows it: against several, streams, devices.
+"""A step where only a GPU shows it: the bits of both halves apart, streams, a busy GPU, devices.
 
 Not yet run on one.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_gpu_cases import with_seam
 
 from adamem_fused import AMSGD, AMAdamW
 from adamem_fused.backends import BACKENDS
@@ -54,11 +55,10 @@ def train(params, optimizer, steps=3) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("dtypes", [*((dtype,) for dtype in DTYPES), DTYPES], ids=str)
-def test_one_launch_gives_the_bits_of_several(backend, cls, dtypes, monkeypatch):
-    one = train(*make(backend, cls, dtypes=dtypes))
-    monkeypatch.setattr(BACKENDS[backend], "_plan", lambda *args: None)
-    several = train(*make(backend, cls, dtypes=dtypes))
-    assert all(map(torch.equal, one, several))
+def test_a_step_with_a_seam_gives_the_bits_of_one_without(backend, cls, dtypes, monkeypatch):
+    whole = train(*make(backend, cls, dtypes=dtypes))
+    with_seam(backend, monkeypatch)
+    assert all(map(torch.equal, whole, train(*make(backend, cls, dtypes=dtypes))))
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)

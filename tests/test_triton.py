@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from adamem_fused import AMSGD, AMAdamW
-from adamem_fused.backends import schedule, tables, triton
+from adamem_fused.backends import tables, triton
 
 OPTIMIZERS = [AMAdamW, AMSGD]
 HERE = Path(__file__).parent
@@ -49,12 +50,11 @@ class Launches:
         self.addresses: torch.Tensor | None = None
         self.uploads = 0
 
-    def launch(self, kernel, programs, *args, **options) -> None:
+    def launch(self, name, programs, arguments, **options) -> None:
         assert programs > 0
-        name = kernel.fn.__name__
+        assert set(triton._kernel(name).arg_names) <= arguments.keys()
         self.names.append(name)
-        if name.endswith(("_step", "_beta")):
-            self.addresses = args[0]
+        self.addresses = arguments["addresses"]
 
     def step(self, optimizer) -> list[list[int]]:
         """Steps; returns the addresses that the kernels were given, a list for each list."""
@@ -103,7 +103,7 @@ def own_addresses(optimizer) -> list[list[int]]:
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 @pytest.mark.parametrize("n", [1, 20_000])
-def test_at_most_four_launches_whatever_the_tensors(launches, cls, scope, n):
+def test_few_launches_whatever_the_tensors(launches, cls, scope, n):
     shapes = [(3,), (4, 6), (), (0,)]
     params = [torch.zeros(shapes[i % 4], requires_grad=True) for i in range(n)]
     set_grads(params)
@@ -111,9 +111,8 @@ def test_at_most_four_launches_whatever_the_tensors(launches, cls, scope, n):
     groups = [{"params": params[half:], "lr": 0.1}, {"params": params[:half], "lr": 0.2}]
     optimizer = cls(groups, backend="triton", beta_scope=scope)
     launches.step(optimizer)
-    kind = "adamw" if cls is AMAdamW else "sgd"
-    several = [f"{kind}_stats", "sum_shared", f"{kind}_beta", f"{kind}_apply"]
-    assert launches.names == ([f"{kind}_step"] if scope == "tensor" else several)
+    shared = ["sum_shared", "am_beta"] if scope == "global" else []
+    assert launches.names == ["am_prepare", "am_begin", *shared, "am_finish"]
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -125,22 +124,21 @@ def test_one_launch_more_of_each_for_each_combination_of_dtypes(launches, cls, r
     ]
     set_grads(params)
     optimizer = cls(params, backend="triton", beta_scope="tensor")
-    kind = "adamw" if cls is AMAdamW else "sgd"
     if rows:
         (work,) = optimizer._collect()
-        stats, apply = getattr(triton, f"{kind}_stats"), getattr(triton, f"{kind}_apply")
-        apply(work.batch, stats(work.batch, None), None, None)
-        expected = [f"{kind}_stats"] * 3 + ["sum_rows", f"{kind}_beta"] + [f"{kind}_apply"] * 3
+        optimizer._finish(
+            triton, work.batch, optimizer._begin(triton, work.batch, None, None), None, None
+        )
     else:
         launches.step(optimizer)
-        expected = [f"{kind}_step"] * 3
-    assert launches.names == expected
+    seam = ["sum_rows", "am_beta"] if rows else []
+    assert launches.names == ["am_prepare", *["am_begin"] * 3, *seam, *["am_finish"] * 3]
 
 
-def test_a_list_without_elements_is_launched_apart(launches):
+def test_a_list_without_elements_is_only_prepared(launches):
     params = make_params(2, (0, 3))
     launches.step(AMAdamW(params, backend="triton"))
-    assert launches.names == ["adamw_beta"]
+    assert launches.names == ["am_prepare"]
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -152,32 +150,6 @@ def test_nothing_is_uploaded_while_nothing_changes(launches, cls):
     for _ in range(3):
         assert launches.step(optimizer) == own_addresses(optimizer)
         assert launches.uploads == 0
-
-
-@pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_the_order_of_a_step_is_made_once_for_a_list_of_tensors(launches, monkeypatch, cls):
-    made = []
-    make_items = schedule.make_items
-    monkeypatch.setattr(schedule, "make_items", lambda *args: made.append(1) or make_items(*args))
-    params = make_params(3)
-    optimizer = cls(params, backend="triton", beta_scope="tensor")
-    for _ in range(3):
-        launches.step(optimizer)
-        set_grads(params)
-    assert len(made) == 1
-    params[0].grad = None
-    optimizer.step()
-    assert len(made) == 2
-
-
-def test_a_step_that_is_captured_before_its_order_was_made_is_launched_apart(launches, monkeypatch):
-    """Memory for it cannot be pinned then. Steps over rows have made the other tables."""
-    optimizer = AMAdamW(make_params(2), backend="triton")
-    (work,) = optimizer._collect()
-    triton.adamw_apply(work.batch, triton.adamw_stats(work.batch, None), None, None)
-    monkeypatch.setattr(tables, "is_capturing", lambda device: True)
-    launches.step(optimizer)
-    assert launches.names == ["adamw_stats", "adamw_beta", "adamw_apply"]
 
 
 def change_grads(optimizer, params):
@@ -283,7 +255,7 @@ def test_what_the_kernels_read_lives_until_they_are_launched(launches, monkeypat
         copies.append(weakref.ref(placed.lr))
         return placed
 
-    def launch(kernel, *args, **options):
+    def launch(*args, **options):
         assert copies[-1]() is not None
 
     monkeypatch.setattr(tables, "_place_lr", recorded)
@@ -302,9 +274,8 @@ def test_tables_of_a_captured_step_are_kept_and_a_new_layout_is_refused(launches
     captured = launches.addresses
     (cache,) = optimizer._caches.values()
     kept = list(cache["captured"])
-    kept_tables, plan = kept
+    (kept_tables,) = kept
     assert kept_tables.addresses is captured
-    assert plan is cache["plan"]
     # What it leads to is the user's to keep.
     gone = weakref.ref(params[1].grad)
     params.pop().grad = None
@@ -359,7 +330,7 @@ def test_what_a_graph_is_to_upload_is_not_there_for_an_eager_step(launches, monk
     assert launches.addresses is not captured
 
 
-def test_a_captured_apply_finds_what_its_stats_upload(launches, monkeypatch):
+def test_a_captured_finish_finds_what_its_begin_uploads(launches, monkeypatch):
     (param,) = make_params(1)
     optimizer = AMAdamW([param], backend="triton", gap="loss", beta_scope="global")
     optimizer.step(lambda: torch.tensor(1.0))
@@ -427,8 +398,20 @@ def test_rows_of_another_shape_are_refused(launches):
     hyper = SGDHyper(0.1, 0.9, 0.0, 0.1, False, False, False)
     batch = SGDBatch([torch.zeros(3)], [torch.zeros(3)], [torch.zeros(3)], *scalars, [hyper], [1])
     with pytest.raises(ValueError, match=r"rows has to be a float64 tensor of shape \[1, 2\]"):
-        triton.sgd_apply(batch, torch.zeros(1, 2), None, None)
+        triton.sgd_finish(batch, torch.zeros(1, 2), None, None)
     assert launches.names == []
+
+
+def test_check_raises_what_a_step_would(launches):
+    (param,) = make_params(1)
+    optimizer = AMAdamW([param], backend="triton")
+    (work,) = optimizer._collect()
+    triton.check(work.batch)
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="cannot be traced"):
+        triton.check(work.batch)
+    work.batch.exp_avgs[0] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"exp_avg of tensor 0 has shape \[3\]"):
+        triton.check(work.batch)
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch):
@@ -440,7 +423,7 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch):
 
 
 def test_the_kernels_are_one_module_under_one_name():
-    from adamem_fused.triton_kernels import adamw
+    from adamem_fused.triton_kernels import kernels
 
-    assert adamw.__name__ == "adamem_fused.triton_kernels.adamw"
-    assert triton._adamw().stats is adamw.adamw_stats
+    assert kernels.__name__ == "adamem_fused.triton_kernels.kernels"
+    assert triton._kernel("am_begin") is kernels.am_begin

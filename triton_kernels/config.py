@@ -1,31 +1,28 @@
-"""Block sizes, warps and stages by device: one table, not tuned in the user's run."""
+"""Block sizes and warps by device: one table, not tuned in the user's run."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import triton.language as tl
+
 
 class Config(NamedTuple):
-    chunk: int  # elements that a program walks over at a time
+    chunk: int  # elements that a program walks over
     block: int  # elements it holds at a time, half as many of float64; a divisor of chunk
     num_warps: int
-    num_stages: int
     partials: int  # partial sums that are added at a time
-    programs: int  # of the step kernel, on each multiprocessor
-    registers: int | None = None  # that a thread of these may take; None: the compiler's choice
+    programs: int  # on each multiprocessor; so many are launched of finish
+    registers: int | None = None  # that a thread may take; None: the compiler's choice
 
-    def step_options(self, float64: bool) -> dict[str, int]:
-        """How the step kernel is compiled and launched."""
-        # Left to choose, the compiler may put a register on the stack so that more programs would
-        # fit than there are. Arithmetic in float64 takes some 160, for 3 programs.
-        if self.registers is None or float64:
+    def block_of(self, arithmetic: tl.dtype) -> int:
+        return self.block // 2 if arithmetic == tl.float64 else self.block
+
+    def options(self, arithmetic: tl.dtype) -> dict[str, int]:
+        """How begin and finish are compiled."""
+        if self.registers is None or arithmetic == tl.float64:
             return {"num_warps": self.num_warps}
         return {"num_warps": self.num_warps, "maxnreg": self.registers}
-
-    def walk(self, float64: bool) -> dict[str, int]:
-        """The constants of the kernels that walk over chunks."""
-        block = self.block // 2 if float64 else self.block
-        return {"CHUNK": self.chunk, "BLOCK": block, "STAGES": self.num_stages}
 
 
 # Predicted from data sheets and from what the compiler reports, not measured yet: `python -m
@@ -34,40 +31,36 @@ class Config(NamedTuple):
 # A block of 8 elements a thread is one 16-byte access of bfloat16 and two of float32, to each of
 # g, d, v and x: 16 KB a program in float32. By Little's law an H100 (3.35 TB/s, some 0.7 us from
 # memory, 132 multiprocessors) wants 18 KB under way on each multiprocessor; 4 programs ask for 64.
-# Compiled for sm_90, AM-AdamW's step takes 116 to 125 registers a thread in float32 and with 16-bit
-# types, and 4 programs of 128 threads may take 128. Stages are for loads through shared memory; 1
-# is none, as the programs side by side hide the latency.
+# Compiled for sm_90, begin and finish take up to 122 registers a thread in float32 and with 16-bit
+# types, and 4 programs of 128 threads may take 128. AM-AdamW with the guess is 36 instructions an
+# element (30 of sums alone), a repair 21, an update 27: at 128 lanes a clock a sixth of the time
+# that the bytes take.
 #
-# In the step kernel the sums are ahead of the updates by a chunk for each program: 528 of 32 KB,
-# 17 of an H100's 50 MB of L2. That is about how long it takes a tensor's sums to be complete and
-# its beta to be there. The rest of L2 is for the tensor itself and for what is written: a tensor
-# up to 30 MB of g, d, v and x (a 1,400 x 1,400 matrix) is predicted to be read from memory once,
-# 28 bytes an element; one far beyond, twice, 44. With chunks of twice the size the sums would be
-# ahead by two thirds of L2. A chunk's set-up (an item, a tensor's line of the tables, scalars in
-# float64: some 2 us) lies beside the other programs' 5 us or so for a chunk.
+# Bytes an element in float32: 28 where the guess holds, and 24 more where it has missed; 44 where
+# none is made, as the sums come first; 28 for AM-SGD, or 32 with weight decay. A tensor of one
+# chunk is read from memory once in any case. Of the others finish finds in L2 (50 MB) what begin
+# came to last, as it walks backwards.
 #
-# The partial sums of 2^28 elements, 131,072, are added by one program, while all others wait: some
-# 70 us of the step's 3.5 ms. More of them at a time, or a loop that is unrolled, takes registers
-# that some of the step kernels do not have.
+# With 8,192 elements a chunk is 229 KB of traffic, some 36 us beside three others, and what it
+# takes beside its elements (its place, coefficients, sums over a block, the counter: some 3 us) is
+# hidden by these. The partial sums of 2^28 elements, 32,768, are added 1,024 at a time by one
+# program: some 25 us of the step's 2.5 ms. begin's last wave is some 1 % of it, and finish has
+# looked at 32,768 chunks that are done within 5 us. In all a step is predicted to reach 95 % of the
+# bandwidth of a copy, by its own bytes. Twice the chunk leaves a matrix of a million elements on
+# half of the multiprocessors; half of it doubles the partial sums.
 #
 # By (vendor, major compute capability); an unknown device takes its vendor's last line.
 CONFIGS: dict[tuple[str, int], Config] = {
-    ("cuda", 8): Config(
-        chunk=2048, block=1024, num_warps=4, num_stages=1, partials=512, programs=4, registers=128
-    ),
-    ("cuda", 9): Config(
-        chunk=2048, block=1024, num_warps=4, num_stages=1, partials=512, programs=4, registers=128
-    ),
-    ("cuda", 10): Config(
-        chunk=2048, block=1024, num_warps=4, num_stages=1, partials=512, programs=4, registers=128
-    ),
-    # A warp has 64 threads here, and takes some 210 of 512 registers. The sums of an MI300X's 304
-    # multiprocessors are ahead by 40 of the 256 MB of its last-level cache.
-    ("hip", 9): Config(chunk=4096, block=2048, num_warps=4, num_stages=1, partials=512, programs=2),
+    **{
+        ("cuda", major): Config(
+            chunk=8192, block=1024, num_warps=4, partials=1024, programs=4, registers=128
+        )
+        for major in (8, 9, 10)
+    },
+    # A warp has 64 threads here.
+    ("hip", 9): Config(chunk=8192, block=2048, num_warps=4, partials=1024, programs=2),
     # Triton's interpreter takes milliseconds a program, whatever its size, one after the other.
-    ("interpreter", 0): Config(
-        chunk=16384, block=16384, num_warps=1, num_stages=1, partials=512, programs=2
-    ),
+    ("interpreter", 0): Config(chunk=16384, block=16384, num_warps=1, partials=512, programs=2),
 }
 
 

@@ -42,8 +42,8 @@ class SGDHyper(NamedTuple):
     shared: tl.tensor  # the group's tensors have one beta, with those of other such groups
 
 
-class AdamWModel(NamedTuple):
-    """What gives the gradient, the new v and P."""
+class AdamWCoefficients(NamedTuple):
+    """What the element functions read: the first of the table of coefficients, in its order."""
 
     grad_factor: tl.tensor  # -1 for maximize, over grad_scale
     beta2: tl.tensor
@@ -51,21 +51,29 @@ class AdamWModel(NamedTuple):
     root_scale: tl.tensor  # bias_correction1 / sqrt(bias_correction2)
     eps: tl.tensor  # times bias_correction1
     memory_lambda: tl.tensor
+    weight_decay: tl.tensor
+    gap_grad: tl.tensor  # c_g - c_d and c_d, times (1 + mu eta) / eta
+    gap_memory: tl.tensor
+    lr: tl.tensor
+    decay: tl.tensor  # 1 - eta mu
+    cap_take: tl.tensor  # 1 - beta_max, rounded once
+    lambda_over_cap: tl.tensor
 
 
-class Gap(NamedTuple):
-    """c_g - c_d and c_d over eta, times the gap's factor; zeros at eta = 0.
+class SGDCoefficients(NamedTuple):
+    """What the element functions read: the first of the table of coefficients, in its order."""
 
-    The gap's c_g g - c_d d is (c_g - c_d) g - c_d e, which does not take the difference of two
-    products: d may be near g, and with the "anchored" plane c_g is c_d.
-    """
-
-    grad: tl.tensor
-    memory: tl.tensor
+    grad_factor: tl.tensor
+    memory_lambda: tl.tensor
+    weight_decay: tl.tensor
+    sums_decay: tl.tensor  # weight_decay, or 0 at the first step
+    gap_grad: tl.tensor  # c_g - c_d and c_d, times (1 + lambda) / eta
+    gap_memory: tl.tensor
+    lr: tl.tensor
 
 
 @triton.jit
-def grad_factor(maximize, grad_scale):
+def _grad_factor(maximize, grad_scale):
     factor = tl.where(maximize != 0, -1.0, 1.0).to(tl.float64)
     if grad_scale is not None:
         factor = factor / tl.load(grad_scale).to(tl.float64)
@@ -73,27 +81,68 @@ def grad_factor(maximize, grad_scale):
 
 
 @triton.jit
-def gap_factors(prev_lr, lr, scale, anchored, loss_gap, T: tl.constexpr):
-    # At eta = 0, or a scheduler's rounding below, the gap term is left out; the 1 keeps 0 / 0 away.
+def _gap_factors(prev_lr, lr, scale, anchored, loss_gap):
+    """c_g - c_d and c_d, times scale / eta; zeros at eta = 0, or a scheduler's rounding below.
+
+    So the gap's c_g g - c_d d is (c_g - c_d) g - c_d e, which does not take the difference of two
+    products: d may be near g, and with the "anchored" plane c_g is c_d.
+    """
+    # The 1 keeps 0 / 0 away.
     ratio = tl.where(lr <= 0, 0.0, scale * prev_lr / tl.where(lr <= 0, 1.0, lr))
     memory = tl.where(anchored != 0, ratio, 0.0)
-    return Gap(grad=(tl.where(loss_gap != 0, 0.0, ratio) - memory).to(T), memory=memory.to(T))
+    return tl.where(loss_gap != 0, 0.0, ratio) - memory, memory
 
 
 @triton.jit
-def adamw_model(h, step, beta_prod, grad_scale, T: tl.constexpr):
+def adamw_coefficients(h, step, beta_prod, prev_lr, grad_scale):
     """step: the number of steps before this one."""
+    scale = 1.0 + h.weight_decay * h.lr
+    gap_grad, gap_memory = _gap_factors(prev_lr, h.lr, scale, h.anchored, h.loss_gap)
     bias_correction1 = 1.0 - h.beta_max * beta_prod
     # beta2^t through its logarithm, which the host takes: Triton has no float64 power.
     bias_correction2 = 1.0 - tl.exp((step + 1.0) * h.log_beta2)
-    return AdamWModel(
-        grad_factor=grad_factor(h.maximize, grad_scale).to(T),
-        beta2=h.beta2.to(T),
-        one_minus_beta2=(1.0 - h.beta2).to(T),
-        root_scale=(bias_correction1 / tl.sqrt(bias_correction2)).to(T),
-        eps=(bias_correction1 * h.eps).to(T),
-        memory_lambda=h.memory_lambda.to(T),
+    return AdamWCoefficients(
+        grad_factor=_grad_factor(h.maximize, grad_scale),
+        beta2=h.beta2,
+        one_minus_beta2=1.0 - h.beta2,
+        root_scale=bias_correction1 / tl.sqrt(bias_correction2),
+        eps=bias_correction1 * h.eps,
+        memory_lambda=h.memory_lambda,
+        weight_decay=h.weight_decay,
+        gap_grad=gap_grad,
+        gap_memory=gap_memory,
+        lr=h.lr,
+        decay=1.0 - h.lr * h.weight_decay,
+        cap_take=1.0 - h.beta_max,
+        lambda_over_cap=h.memory_lambda / tl.where(h.beta_max > 0, h.beta_max, 1.0),
     )
+
+
+@triton.jit
+def sgd_coefficients(h, step, prev_lr, grad_scale):
+    scale = 1.0 + h.memory_lambda
+    gap_grad, gap_memory = _gap_factors(prev_lr, h.lr, scale, h.anchored, h.loss_gap)
+    return SGDCoefficients(
+        grad_factor=_grad_factor(h.maximize, grad_scale),
+        memory_lambda=h.memory_lambda,
+        weight_decay=h.weight_decay,
+        sums_decay=tl.where(step == 0, 0.0, h.weight_decay),
+        gap_grad=gap_grad,
+        gap_memory=gap_memory,
+        lr=h.lr,
+    )
+
+
+@triton.jit
+def adamw_guesses(h, step, exact):
+    """Whether the update is done with the cap for beta while the sums are taken.
+
+    It is repaired where beta turns out to be another: what has come of the "level" plane for most
+    tensors at most steps. The types have to hold what the arithmetic gives: exact. A step that may
+    be none is not begun, and a cap of 0 has nothing to repair, nor to guess from.
+    """
+    may_be_none = (step == 0) & (h.lr == 0)
+    return (exact != 0) & (h.anchored == 0) & (h.beta_max > 0) & (may_be_none == 0)
 
 
 @triton.jit
@@ -125,61 +174,91 @@ def sgd_first_den(lr, den):
     return tl.where((lr == 0) & (den != 0), tiny, 0.0)
 
 
-@triton.jit
-def _adamw_terms(g, v, c):
-    """The new v, P and M. g is weighted before it is squared: g^2 may overflow."""
-    v = c.beta2 * v + c.one_minus_beta2 * g * g
-    P = tl.sqrt(v) * c.root_scale + c.eps
-    M = 1.0 / (P * (1.0 + c.memory_lambda * P))
-    return v, P, M
+# The element functions, as in csrc/am_math.h, which says more. Multiply-adds are written out, so
+# that no compiler has a choice to make: all kernels give the same bits.
 
 
 @triton.jit
-def adamw_sums(x, g, d, v, c, gap, weight_decay):
-    """One element's part of num, the gap included, and of den.
+def adamw_root(g, v, c):
+    """The new v, and its square root. g is weighted before it is squared: g^2 may overflow."""
+    g = g * c.grad_factor
+    v = tl.fma(g * c.one_minus_beta2, g, v * c.beta2)
+    return v, tl.sqrt(v)
 
-    num = (c_g g - c_d d) (d / P + mu x) - e (g + lambda P d) M - mu x e, where
-    1 / P = M (1 + lambda P) and g + lambda P d = (1 + lambda P) d - e.
+
+@triton.jit
+def _denominators(root, c):
+    """P, 1 + lambda P, and M."""
+    P = tl.fma(root, c.root_scale, c.eps)
+    damping = tl.fma(P, c.memory_lambda, 1.0)
+    return P, damping, 1.0 / (P * damping)
+
+
+@triton.jit
+def adamw_sums(x, g, d, root, num, den, c, DECAY: tl.constexpr):
+    """num, the gap included, and den with an element's parts added.
+
+    With D = (1 + lambda P) d and u = c_g g - c_d d - e, num is M (D u + e^2) + mu x u.
     """
     g = g * c.grad_factor
-    _, P, M = _adamw_terms(g, v, c)
+    _, damping, M = _denominators(root, c)
     e = d - g
-    damped = d + c.memory_lambda * P * d
-    slope = gap.grad * g - gap.memory * e
-    num = damped * M * (slope - e) + e * M * e + (slope - e) * (weight_decay * x)
-    return num, e * M * e
+    u = tl.fma(g, c.gap_grad, e * (-1.0 - c.gap_memory))
+    e2 = e * e
+    num = tl.fma(tl.fma(d * damping, u, e2), M, num)
+    if DECAY:
+        num = tl.fma(x * c.weight_decay, u, num)
+    return num, tl.fma(e2, M, den)
 
 
 @triton.jit
-def adamw_update(x, g, d, v, c, beta, take, lr, decay):
-    """The new x, d and v. With n the new d before its division by 1 + lambda P: d / P = n M.
+def adamw_update(x, g, d, root, take, c):
+    """The new x and d. With n the new d before its division by 1 + lambda P: d / P = n M.
 
     take: 1 - beta, rounded once; beta may be near 1.
     """
     g = g * c.grad_factor
-    v, P, M = _adamw_terms(g, v, c)
-    n = take * g + (beta + c.memory_lambda * P) * d
-    return decay * x - lr * (n * M), n * (M * P), v
+    P, damping, M = _denominators(root, c)
+    step = tl.fma(d - g, -take, d * damping) * M
+    return tl.fma(step, -c.lr, x * c.decay), step * P
 
 
 @triton.jit
-def _decayed(x, g, factor, weight_decay):
-    # Not 0 times an x that may be infinite.
-    return g * factor + tl.where(weight_decay != 0, weight_decay * x, 0.0)
+def adamw_repair(x, g, d, root, miss, c):
+    """From the x and d of a step with the cap those of a step with beta.
+
+    r = (cap - beta) / (cap + lambda P)     d + r (g - d)     x - eta r (g - d) / P
+    root: of the new v. miss: (cap - beta) / cap.
+    """
+    g = g * c.grad_factor
+    P = tl.fma(root, c.root_scale, c.eps)
+    step = miss / (P * tl.fma(P, c.lambda_over_cap, 1.0)) * (g - d)
+    return tl.fma(step, -c.lr, x), tl.fma(step, P, d)
 
 
 @triton.jit
-def sgd_sums(x, g, d, factor, gap, weight_decay, memory_lambda):
-    """One element's part of num = (c_g g - c_d d) d - e (g + lambda d), and of den."""
-    g = _decayed(x, g, factor, weight_decay)
-    e = d - g
-    slope = gap.grad * g - gap.memory * e
-    return slope * d - e * (g + memory_lambda * d), e * e
+def sgd_sums(x, g, d, num, den, c, DECAY: tl.constexpr):
+    """num = (c_g g - c_d d) d - e (g + lambda d) and den with an element's parts added.
+
+    -e is g - (d - mu x): where mu x is larger than the gradient, g + mu x would lose the digits
+    that are left in the difference.
+    """
+    g = g * c.grad_factor
+    if DECAY:
+        # Not 0 times an x that may be infinite.
+        e = g - tl.where(c.sums_decay != 0, tl.fma(x, -c.sums_decay, d), d)
+        g = tl.where(c.sums_decay != 0, tl.fma(x, c.sums_decay, g), g)
+    else:
+        e = g - d
+    slope = tl.fma(g, c.gap_grad, e * c.gap_memory)
+    num = tl.fma(slope, d, num)
+    return tl.fma(e, tl.fma(d, c.memory_lambda, g), num), tl.fma(e, e, den)
 
 
 @triton.jit
-def sgd_update(x, g, d, factor, weight_decay, keep, take, lr):
+def sgd_update(x, g, d, keep, take, c):
     """The new x and d."""
-    g = _decayed(x, g, factor, weight_decay)
-    d = keep * d + take * g
-    return x - lr * d, d
+    g = g * c.grad_factor
+    g = tl.where(c.weight_decay != 0, tl.fma(x, c.weight_decay, g), g)
+    d = tl.fma(g, take, d * keep)
+    return tl.fma(d, -c.lr, x), d

@@ -11,9 +11,9 @@ The tables are laid out by adamem_fused/backends/tables.py, with one column a te
                                  device, times 2, plus 1 for float64; 0: it is in hypers
 
 A chunk is CHUNK elements of one tensor, or what is left of it: chunk_tensors [chunks] int32
-names its tensor. Sums of a chunk go to partials [2, chunks] float64, and what an update reads
-of its tensor's scalars is in coefficients [n, columns] float64. Offsets are 64 bits wide
-throughout.
+names its tensor. Sums of a chunk go to partials [2, chunks] float64, and arrived [n] int32 counts
+those of a tensor. What is worked out of a tensor's scalars is in coefficients [n, columns]
+float64. Offsets are 64 bits wide throughout.
 """
 
 import triton
@@ -35,9 +35,9 @@ SGD_HYPERS = tl.constexpr(len(SGDHyper._fields))
 # Arguments that change with the list of tensors: one compiled kernel for all their values, and for
 # tables wherever they begin.
 ANY_LIST = {
-    "do_not_specialize": ["n", "chunks", "first_chunk", "last_chunk", "count"],
+    "do_not_specialize": ["n", "chunks", "first_chunk", "last_chunk"],
     "do_not_specialize_on_alignment": [
-        *["addresses", "layout", "hypers", "lrs", "chunk_tensors", "items", "control"],
+        *["addresses", "layout", "hypers", "lrs", "chunk_tensors", "arrived"],
         *["partials", "totals", "rows", "coefficients", "grad_scale", "found_inf"],
     ],
 }
@@ -68,9 +68,11 @@ def store_elements(pointer, offsets, value, numel, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def load_coefficient(pointer, T: tl.constexpr):
-    # From L2: in the kernel that does a whole step, another program has just written it.
-    return tl.load(pointer, cache_modifier=".cg").to(T)
+def is_skipped(found_inf):
+    skipped = False
+    if found_inf is not None:
+        skipped = tl.load(found_inf) != 0
+    return skipped
 
 
 @triton.jit
@@ -146,6 +148,13 @@ def sgd_hyper(hypers, lrs, group):
     )
 
 
+@triton.jit
+def shared_of(hypers, group, ADAMW: tl.constexpr):
+    """Where the last column is."""
+    COLUMNS: tl.constexpr = ADAMW_HYPERS if ADAMW else SGD_HYPERS
+    return hypers + group * COLUMNS + COLUMNS - 1
+
+
 # ---- chunks ---------------------------------------------------------------------------
 
 
@@ -177,8 +186,8 @@ def is_aligned(a, b, c, d):
 
 
 @triton.jit
-def masked(value, offsets, numel, VECTOR: tl.constexpr):
-    """The value, and 0 beyond the end, where the formulas may have divided by 0."""
+def masked(value, old, offsets, numel, VECTOR: tl.constexpr):
+    """The value, and the old one beyond the end, where the formulas may have divided by 0."""
     if not VECTOR:
-        value = tl.where(offsets < numel, value, 0.0)
+        value = tl.where(offsets < numel, value, old)
     return value

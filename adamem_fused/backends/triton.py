@@ -1,11 +1,11 @@
 """The triton backend: the kernels of triton_kernels/, for tensors on a GPU.
 
-Where no tensor's beta waits for another's, a step is one launch, whatever the number of tensors,
-made to read most tensors from memory once (schedule.py; config.py has what was predicted of it).
-With rows, or a beta that tensors share, it is four: stats, the sums of rows or those that are
-shared, beta, apply. Both ways give the same bits. Each further combination of dtypes takes one
-more of step, of stats and of apply, and strided tensors take copies. Nothing is read back from
-the device, a step can be captured in a CUDA graph, and two runs give the same bits.
+A step is three launches, whatever the number of tensors: prepare, a program a tensor; begin, a
+program a chunk; finish, for what the guess has missed, and for tensors that do not guess. Each
+further combination of dtypes takes one more of begin and of finish. With rows, or a beta that
+tensors share, the sums of rows or those that are shared, and beta, come between begin and finish.
+Both ways give the same bits. No program waits for another. Strided tensors take copies. Nothing is
+read back from the device, a step can be captured in a CUDA graph, and two runs give the same bits.
 
 Not yet run on a GPU. It was tested under Triton's interpreter, which TRITON_INTERPRET=1 turns
 on and which takes tensors on the CPU, and compiled ahead of time for sm_80, sm_90, sm_100 and
@@ -18,7 +18,7 @@ import functools
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +26,10 @@ from torch import Tensor
 # torch.compiler.disable, but without importing torch._dynamo, which takes seconds, at once.
 from torch._compile import _disable_dynamo
 
-from adamem_fused.backends import ops, schedule
+from adamem_fused.backends import batch as batches
+from adamem_fused.backends import ops
 from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check_rows
-from adamem_fused.backends.batch import check as check
-from adamem_fused.backends.schedule import Plan
-from adamem_fused.backends.tables import Bucket, Layout, Opened, Tables, is_capturing, open_tables
+from adamem_fused.backends.tables import Opened, Tables, is_capturing, open_tables
 
 name = "triton"
 fused = True
@@ -56,52 +55,14 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-class _Kernels(NamedTuple):
-    """An optimizer's kernels. The sums of partial sums are the same for both."""
-
-    stats: Any
-    beta: Any
-    apply: Any
-    step: Any
-    sum_rows: Any
-    sum_shared: Any
-    hypers: int  # columns of the table
-    coefficients: int  # that beta leaves apply for each tensor
-
-
-# Imported late: triton takes its time, and is not there everywhere.
+# What is of triton is imported late: it takes its time, and is not there everywhere.
 
 
 @functools.cache
-def _adamw() -> _Kernels:
-    from adamem_fused.triton_kernels import adamw, sums, tables
+def _kernel(name: str) -> Any:
+    from adamem_fused.triton_kernels import kernels
 
-    return _Kernels(
-        stats=adamw.adamw_stats,
-        beta=adamw.adamw_beta,
-        apply=adamw.adamw_apply,
-        step=adamw.adamw_step,
-        sum_rows=sums.sum_rows,
-        sum_shared=sums.sum_shared,
-        hypers=tables.ADAMW_HYPERS.value,
-        coefficients=adamw.COEFFICIENTS.value,
-    )
-
-
-@functools.cache
-def _sgd() -> _Kernels:
-    from adamem_fused.triton_kernels import sgd, sums, tables
-
-    return _Kernels(
-        stats=sgd.sgd_stats,
-        beta=sgd.sgd_beta,
-        apply=sgd.sgd_apply,
-        step=sgd.sgd_step,
-        sum_rows=sums.sum_rows,
-        sum_shared=sums.sum_shared,
-        hypers=tables.SGD_HYPERS.value,
-        coefficients=sgd.COEFFICIENTS.value,
-    )
+    return getattr(kernels, name)
 
 
 @functools.cache
@@ -116,7 +77,7 @@ def _config(device: torch.device) -> Any:
 
 @functools.cache
 def _programs(device: torch.device) -> int:
-    """How many programs of the step kernel are to run at a time."""
+    """How many programs run at a time."""
     each: int = _config(device).programs
     if device.type == "cpu":
         return each
@@ -124,8 +85,8 @@ def _programs(device: torch.device) -> int:
 
 
 @functools.cache
-def _arithmetic(dtypes: tuple[torch.dtype, ...]) -> tuple[Any, ...]:
-    """Triton's names for a bucket's dtypes, and that of the arithmetic."""
+def _dtypes(dtypes: tuple[torch.dtype, ...]) -> dict[str, Any]:
+    """The constants of a bucket's dtypes, and that of the arithmetic."""
     import triton.language as tl
 
     names = {
@@ -134,12 +95,15 @@ def _arithmetic(dtypes: tuple[torch.dtype, ...]) -> tuple[Any, ...]:
         torch.bfloat16: tl.bfloat16,
         torch.float16: tl.float16,
     }
-    return (*(names[dtype] for dtype in dtypes), tl.float64 if _float64(dtypes) else tl.float32)
-
-
-def _float64(dtypes: tuple[torch.dtype, ...]) -> bool:
-    param, _, *memories = dtypes
-    return torch.float64 in (param, *memories)
+    param, grad, *memories = (names[dtype] for dtype in dtypes)
+    arithmetic = tl.float64 if tl.float64 in (param, *memories) else tl.float32
+    return {
+        "PARAM": param,
+        "GRAD": grad,
+        "MEMORY": memories[0],
+        "SQUARE": memories[-1],
+        "T": arithmetic,
+    }
 
 
 def _refuse(*args: Any, fn: Any, **kwargs: Any) -> bool:
@@ -151,20 +115,24 @@ def _refuse(*args: Any, fn: Any, **kwargs: Any) -> bool:
     )
 
 
-def _launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-    """Launches a kernel.
+def _launch(name: str, programs: int, arguments: dict[str, Any], **options: Any) -> None:
+    """Launches a kernel with those of the arguments that it takes.
 
     Raises:
         RuntimeError: in a CUDA graph's capture, where it would have to be compiled and loaded.
     """
-    if not is_capturing(args[0].device):
-        kernel[(programs,)](*args, **options)
-        return
     from triton import knobs
 
+    kernel = _kernel(name)
+    own = {key: arguments[key] for key in kernel.arg_names}
+    # Multiply-adds are written out: kernels that share formulas give the same bits.
+    options["enable_fp_fusion"] = False
+    if not is_capturing(arguments["partials"].device):
+        kernel[(programs,)](**own, **options)
+        return
     with knobs.runtime.scope():
         knobs.runtime.jit_cache_hook = _refuse
-        kernel[(programs,)](*args, **options)
+        kernel[(programs,)](**own, **options)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -172,205 +140,106 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
-def _open(batch: Batch, kernels: _Kernels, updated: bool, again: bool = False) -> Opened:
+def _refuse_tracing() -> None:
     if ops.is_traced():
         raise RuntimeError(
             "a step of the triton backend cannot be traced by make_fx, nor taken with fake "
             'tensors: pass backend="cuda" or backend="foreach"'
         )
-    return open_tables(
-        batch, _config(batch.params[0].device).chunk, kernels.coefficients, updated, again
-    )
 
 
-def _plan(batch: Batch, layout: Layout) -> Plan | None:
-    device = batch.params[0].device
-
-    def ahead(bucket: Bucket) -> int:
-        return _programs(device)
-
-    return schedule.find_plan(batch, layout, _config(device).chunk, ahead)
+def _open(batch: Batch, updated: bool, again: bool = False) -> Opened:
+    _refuse_tracing()
+    chunk, coefficients = _config(batch.params[0].device).chunk, _kernel("COEFFICIENTS").value
+    return open_tables(batch, chunk, coefficients, updated, again)
 
 
-def _decay(batch: Batch) -> bool:
-    """Whether the sums have to read the parameters."""
-    return any(h.weight_decay != 0 for h in batch.hypers)
-
-
-def _launch_step(
-    batch: Batch,
-    kernels: _Kernels,
-    tables: Tables,
-    plan: Plan,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    layout, device = tables.layout, batch.params[0].device
-    config = _config(device)
-    for bucket, items in zip(layout.buckets, plan.items, strict=True):
-        _launch(
-            kernels.step,
-            min(len(items), _programs(device)),
-            tables.addresses,
-            layout.table,
-            tables.hypers,
-            tables.lrs,
-            items,
-            plan.control,
-            layout.partials,
-            layout.coefficients,
-            grad_scale,
-            found_inf,
-            len(batch.params),
-            layout.chunks,
-            len(items),
-            *_arithmetic(bucket.dtypes),
-            DECAY=_decay(batch),
-            **config.walk(_float64(bucket.dtypes)),
-            PARTIALS=config.partials,
-            **config.step_options(_float64(bucket.dtypes)),
-        )
-
-
-def _launch_stats(
-    batch: Batch, kernels: _Kernels, tables: Tables, grad_scale: Tensor | None
-) -> None:
+def _arguments(
+    batch: Batch, tables: Tables, seam: bool, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> dict[str, Any]:
+    """What kernels take, by name; `_launch_buckets` has the rest."""
     layout, config = tables.layout, _config(batch.params[0].device)
-    for bucket in layout.buckets:
-        _launch(
-            kernels.stats,
-            bucket.chunks,
-            tables.addresses,
-            layout.table,
-            tables.hypers,
-            tables.lrs,
-            layout.chunk_tensors,
-            layout.partials,
-            grad_scale,
-            len(batch.params),
-            layout.chunks,
-            bucket.first_chunk,
-            *_arithmetic(bucket.dtypes),
-            DECAY=_decay(batch),
-            **config.walk(_float64(bucket.dtypes)),
-            num_warps=config.num_warps,
-        )
+    return {
+        "addresses": tables.addresses,
+        "layout": layout.table,
+        "hypers": tables.hypers,
+        "lrs": tables.lrs,
+        "chunk_tensors": layout.chunk_tensors,
+        "arrived": layout.arrived,
+        "partials": layout.partials,
+        "totals": layout.totals,
+        "coefficients": layout.coefficients,
+        "grad_scale": grad_scale,
+        "found_inf": found_inf,
+        "n": len(batch.params),
+        "chunks": layout.chunks,
+        "ADAMW": isinstance(batch, AdamWBatch),
+        "SEAM": seam,
+        # Whether the sums have to read the parameters.
+        "DECAY": any(h.weight_decay != 0 for h in batch.hypers),
+        "CHUNK": config.chunk,
+        "PARTIALS": config.partials,
+    }
 
 
-def _launch_shared(batch: Batch, kernels: _Kernels, tables: Tables) -> None:
-    layout, config = tables.layout, _config(batch.params[0].device)
-    _launch(
-        kernels.sum_shared,
-        1,
-        layout.table,
-        tables.hypers,
-        layout.chunk_tensors,
-        layout.partials,
-        layout.totals,
-        len(batch.params),
-        layout.chunks,
-        COLUMNS=kernels.hypers,
-        PARTIALS=config.partials,
-        num_warps=config.num_warps,
-    )
-
-
-def _launch_apply(
-    batch: Batch,
-    kernels: _Kernels,
-    tables: Tables,
-    rows: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+def _launch_buckets(
+    name: str, batch: Batch, tables: Tables, arguments: dict[str, Any], programs: int | None = None
 ) -> None:
-    layout, n = tables.layout, len(batch.params)
     config = _config(batch.params[0].device)
-    _launch(
-        kernels.beta,
-        n,
-        tables.addresses,
-        layout.table,
-        tables.hypers,
-        tables.lrs,
-        layout.partials,
-        layout.totals,
-        rows,
-        layout.coefficients,
-        grad_scale,
-        found_inf,
-        n,
-        layout.chunks,
-        CHUNK=config.chunk,
-        PARTIALS=config.partials,
-        num_warps=config.num_warps,
-    )
-    # Backwards, as the stats kernel's last chunks are the ones that L2 still holds: it spares
-    # the second read of as much as L2 holds.
-    for bucket in reversed(layout.buckets):
+    for bucket in tables.layout.buckets:
+        dtypes = _dtypes(bucket.dtypes)
+        own = {
+            "first_chunk": bucket.first_chunk,
+            "last_chunk": bucket.first_chunk + bucket.chunks - 1,
+            "BLOCK": config.block_of(dtypes["T"]),
+            **dtypes,
+        }
         _launch(
-            kernels.apply,
-            bucket.chunks,
-            tables.addresses,
-            layout.table,
-            layout.chunk_tensors,
-            layout.coefficients,
-            found_inf,
-            n,
-            bucket.first_chunk + bucket.chunks - 1,
-            *_arithmetic(bucket.dtypes),
-            **config.walk(_float64(bucket.dtypes)),
-            num_warps=config.num_warps,
+            name,
+            min(bucket.chunks, programs or bucket.chunks),
+            {**arguments, **own},
+            **config.options(dtypes["T"]),
         )
 
 
-def _stats(batch: Batch, kernels: _Kernels, grad_scale: Tensor | None) -> Tensor:
+def _launch_begin(batch: Batch, tables: Tables, arguments: dict[str, Any]) -> None:
+    _launch("am_prepare", len(batch.params), arguments, num_warps=1)
+    _launch_buckets("am_begin", batch, tables, arguments)
+
+
+def _begin(batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
     device, n = batch.params[0].device, len(batch.params)
     rows = torch.empty(n, 2, dtype=torch.float64, device=device)
-    config = _config(device)
     with _on(device):
         # Kept to the end of the launches: it owns the copies that they read.
-        opened = _open(batch, kernels, updated=False)
-        layout = opened.tables.layout
-        _launch_stats(batch, kernels, opened.tables, grad_scale)
-        _launch(
-            kernels.sum_rows,
-            n,
-            layout.table,
-            layout.partials,
-            rows,
-            n,
-            layout.chunks,
-            CHUNK=config.chunk,
-            PARTIALS=config.partials,
-            num_warps=config.num_warps,
-        )
+        opened = _open(batch, updated=False)
+        arguments = _arguments(batch, opened.tables, True, grad_scale, found_inf)
+        _launch_begin(batch, opened.tables, arguments)
+        _launch("sum_rows", n, {**arguments, "rows": rows}, num_warps=_config(device).num_warps)
+        if isinstance(batch, AdamWBatch):
+            opened.store(batch)  # of tensors that do not guess what they were
     return rows
 
 
-def _apply(
-    batch: Batch,
-    kernels: _Kernels,
-    rows: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+def _finish(
+    batch: Batch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    given = rows is not None
+    device, n = batch.params[0].device, len(batch.params)
     if rows is not None:
         check_rows(rows, batch.params)
         rows = rows.contiguous()
-    with _on(batch.params[0].device):
-        opened = _open(batch, kernels, updated=True, again=given)
-        tables = opened.tables
-        alone = rows is None and not any(batch.shared)
-        plan = _plan(batch, tables.layout) if alone else None
-        if plan is not None:
-            _launch_step(batch, kernels, tables, plan, grad_scale, found_inf)
-        else:
-            if rows is None:
-                _launch_stats(batch, kernels, tables, grad_scale)
-                if any(batch.shared):
-                    _launch_shared(batch, kernels, tables)
-            _launch_apply(batch, kernels, tables, rows, grad_scale, found_inf)
+    seam = rows is not None or any(batch.shared)
+    with _on(device):
+        opened = _open(batch, updated=True, again=rows is not None)
+        arguments = _arguments(batch, opened.tables, seam, grad_scale, found_inf) | {"rows": rows}
+        if rows is None:
+            _launch_begin(batch, opened.tables, arguments)
+        num_warps = _config(device).num_warps
+        if any(batch.shared) and rows is None:
+            _launch("sum_shared", 1, arguments, num_warps=num_warps)
+        if seam:
+            _launch("am_beta", n, arguments, num_warps=num_warps)
+        _launch_buckets("am_finish", batch, opened.tables, arguments, _programs(device))
         opened.store(batch)
 
 
@@ -378,28 +247,35 @@ def _apply(
 
 
 @_disable_dynamo
+def check(batch: Batch) -> None:
+    """Raises what a step of the batch would raise."""
+    _refuse_tracing()
+    batches.check(batch)
+
+
+@_disable_dynamo
 def adamw_begin(batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
-    """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
-    return _stats(batch, _adamw(), grad_scale)
+    """num and den of every tensor, [tensors, 2] float64; updates by the guess where one is made."""
+    return _begin(batch, grad_scale, found_inf)
 
 
 @_disable_dynamo
 def adamw_finish(
     batch: AdamWBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """Beta from the rows (their own, if None); updates parameters and state in place."""
-    _apply(batch, _adamw(), rows, grad_scale, found_inf)
+    """Beta from the rows, and the rest of the step; all of the step, if there are none."""
+    _finish(batch, rows, grad_scale, found_inf)
 
 
 @_disable_dynamo
 def sgd_begin(batch: SGDBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
     """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
-    return _stats(batch, _sgd(), grad_scale)
+    return _begin(batch, grad_scale, found_inf)
 
 
 @_disable_dynamo
 def sgd_finish(
     batch: SGDBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """Beta from the rows (their own, if None); updates parameters and state in place."""
-    _apply(batch, _sgd(), rows, grad_scale, found_inf)
+    """Beta from the rows, and the rest of the step; all of the step, if there are none."""
+    _finish(batch, rows, grad_scale, found_inf)

@@ -21,7 +21,7 @@ from bench.gpu_check.record import Results
 
 FOUND = 9  # the exit status where the tool has found something
 # Of this package's kernels, in their mangled names.
-KERNELS = {"cuda": ("am4cuda",), "triton": ("adamw_", "sgd_", "sum_")}
+KERNELS = {"cuda": ("am4cuda",), "triton": ("am_", "sum_")}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

@@ -32,11 +32,12 @@ TRITON_SIZES: tuple[dict[str, int], ...] = (
     {"programs": 6, "registers": 80},
     {"num_warps": 8, "programs": 2},
     {"chunk": 4096},
-    {"chunk": 4096, "block": 2048, "num_warps": 8, "programs": 2},
+    {"chunk": 16384},
+    {"block": 2048, "num_warps": 8, "programs": 2},
     {"block": 512},
     {"block": 2048, "programs": 2, "registers": 255},
     {"programs": 8, "registers": 64},
-    {"chunk": 1024},
+    {"partials": 512},
     {"num_warps": 2, "programs": 8},
 )
 
