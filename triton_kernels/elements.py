@@ -84,7 +84,7 @@ def _grad_factor(maximize, grad_scale):
 def _gap_factors(prev_lr, lr, scale, anchored, loss_gap):
     """c_g - c_d and c_d, times scale / eta; zeros at eta = 0, or a scheduler's rounding below.
 
-    So the gap's c_g g - c_d d is (c_g - c_d) g - c_d e, which does not take the difference of two
+    So the gap's c_g g - c_d d is (c_g - c_d) g + c_d e, which does not take the difference of two
     products: d may be near g, and with the "anchored" plane c_g is c_d.
     """
     # The 1 keeps 0 / 0 away.
@@ -198,17 +198,17 @@ def _denominators(root, c):
 def adamw_sums(x, g, d, root, num, den, c, DECAY: tl.constexpr):
     """num, the gap included, and den with an element's parts added.
 
-    With D = (1 + lambda P) d and u = c_g g - c_d d - e, num is M (D u + e^2) + mu x u.
+    With D = (1 + lambda P) d, e = g - d and u = c_g g - c_d d + e, num is u (M D + mu x) + e^2 M.
     """
     g = g * c.grad_factor
     _, damping, M = _denominators(root, c)
-    e = d - g
-    u = tl.fma(g, c.gap_grad, e * (-1.0 - c.gap_memory))
-    e2 = e * e
-    num = tl.fma(tl.fma(d * damping, u, e2), M, num)
+    e = g - d
+    u = tl.fma(g, c.gap_grad, e * (1.0 + c.gap_memory))
+    e2 = e * M * e
+    slope = d * damping * M
     if DECAY:
-        num = tl.fma(x * c.weight_decay, u, num)
-    return num, tl.fma(e2, M, den)
+        slope = tl.fma(x, c.weight_decay, slope)
+    return tl.fma(u, slope, num + e2), den + e2
 
 
 @triton.jit
@@ -219,7 +219,7 @@ def adamw_update(x, g, d, root, take, c):
     """
     g = g * c.grad_factor
     P, damping, M = _denominators(root, c)
-    step = tl.fma(d - g, -take, d * damping) * M
+    step = tl.fma(g - d, take, d * damping) * M
     return tl.fma(step, -c.lr, x * c.decay), step * P
 
 
@@ -238,9 +238,9 @@ def adamw_repair(x, g, d, root, miss, c):
 
 @triton.jit
 def sgd_sums(x, g, d, num, den, c, DECAY: tl.constexpr):
-    """num = (c_g g - c_d d) d - e (g + lambda d) and den with an element's parts added.
+    """num = (c_g g - c_d d) d + e (g + lambda d) and den with an element's parts added.
 
-    -e is g - (d - mu x): where mu x is larger than the gradient, g + mu x would lose the digits
+    e is g - (d - mu x): where mu x is larger than the gradient, g + mu x would lose the digits
     that are left in the difference.
     """
     g = g * c.grad_factor

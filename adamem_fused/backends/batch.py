@@ -35,7 +35,7 @@ class AdamWHyper(NamedTuple):
     weight_decay: float
     memory_lambda: float
     anchored: bool  # kappa = 1
-    loss_gap: bool  # the gap's difference of losses is added to rows between stats and apply
+    loss_gap: bool  # the gap's difference of losses is added to rows between the halves
     maximize: bool
 
 
