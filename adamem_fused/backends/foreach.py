@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch._utils import _flatten_dense_tensors
 
 from adamem_fused.backends.batch import (
     AdamWBatch,
@@ -57,7 +57,7 @@ def _most_elements(device: torch.device) -> int:
     """
     if torch.compiler.is_compiling():
         return sys.maxsize
-    return 2**16 if device.type == "cpu" else 2**21
+    return 2**18 if device.type == "cpu" else 2**21
 
 
 # Of each list of a batch's tensors (parameters, gradients, memories) what is worked on at once.
@@ -107,8 +107,8 @@ def _hyper(batch: Batch, group: int) -> Any:
 def _chunks(params: list[Tensor], indices: list[int]) -> list[list[int]]:
     """The indices by chunk, large tensors first."""
     chunks: list[list[int]] = []
-    most = _most_elements(params[0].device) // 4  # for all of a chunk is copied
-    room = 0
+    most = _most_elements(params[0].device) // 16  # for small ones are copied
+    room = -1  # so that an empty tensor, too, begins a chunk
     for i in indices:
         numel = params[i].numel()
         if numel > most:
@@ -159,7 +159,8 @@ def _flat(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
 def _store(flats: list[Tensor], places: list[list[Tensor]]) -> None:
     for flat, tensors in zip(flats, places, strict=True):
         if not _is_in_place(tensors, flat.dtype):
-            torch._foreach_copy_(tensors, _unflatten_dense_tensors(flat, tensors))
+            values = map(Tensor.view_as, flat.split(_sizes(tensors)), tensors)
+            torch._foreach_copy_(tensors, list(values))
 
 
 def _sums(products: list[Tensor], piece: _Piece) -> Tensor:
@@ -167,19 +168,19 @@ def _sums(products: list[Tensor], piece: _Piece) -> Tensor:
     if len(piece[0]) == 1:
         sums = torch.stack([product.sum() for product in products])[None]
     else:
-        by_tensor = torch.stack(products).split(_sizes(piece), 1)
+        by_tensor = torch.stack(products).split(_sizes(piece[0]), 1)
         sums = torch.stack([own.sum(1) for own in by_tensor])
     return sums.to(_bookkeeping_dtype(sums.device))
 
 
 def _scale(flat: Tensor, piece: _Piece, factors: Tensor) -> Tensor:
     """Multiplies each tensor's elements by its own factor, in place."""
-    torch._foreach_mul_(flat.split(_sizes(piece)), factors.to(flat.dtype).unbind())
+    torch._foreach_mul_(flat.split(_sizes(piece[0])), factors.to(flat.dtype).unbind())
     return flat
 
 
-def _sizes(piece: _Piece) -> list[int]:
-    return [tensor.numel() for tensor in piece[0]]
+def _sizes(tensors: list[Tensor]) -> list[int]:
+    return [tensor.numel() for tensor in tensors]
 
 
 # ---- scalars ------------------------------------------------------------------------
@@ -451,7 +452,7 @@ class _SGD(NamedTuple):
         is_zero = _is_zero(self.h.lr, rows.device)
         if is_zero is not None:
             has_gradient = _sums([(d - own_g).square_()], piece)[:, 0] != 0
-            first[:, 1] = (is_zero & has_gradient) * _FIRST_DEN[rows.dtype]
+            first[:, 1] = (is_zero & has_gradient).to(rows.dtype) * _FIRST_DEN[rows.dtype]
         return torch.where(self.is_first[:, None], first, rows)
 
     def begin(self, piece: _Piece) -> Tensor:
