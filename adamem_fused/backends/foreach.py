@@ -57,7 +57,7 @@ def _most_elements(device: torch.device) -> int:
     """
     if torch.compiler.is_compiling():
         return sys.maxsize
-    return 2**18 if device.type == "cpu" else 2**21
+    return 2**17 if device.type == "cpu" else 2**21
 
 
 # Of each list of a batch's tensors (parameters, gradients, memories) what is worked on at once.
@@ -107,7 +107,7 @@ def _hyper(batch: Batch, group: int) -> Any:
 def _chunks(params: list[Tensor], indices: list[int]) -> list[list[int]]:
     """The indices by chunk, large tensors first."""
     chunks: list[list[int]] = []
-    most = _most_elements(params[0].device) // 16  # for small ones are copied
+    most = _most_elements(params[0].device) // 8  # for small ones are copied
     room = -1  # so that an empty tensor, too, begins a chunk
     for i in indices:
         numel = params[i].numel()
@@ -163,19 +163,25 @@ def _store(flats: list[Tensor], places: list[list[Tensor]]) -> None:
             torch._foreach_copy_(tensors, list(values))
 
 
-def _sums(products: list[Tensor], piece: _Piece) -> Tensor:
-    """The products' sums over each tensor: [tensors, products]."""
+def _sums(pairs: list[tuple[Tensor, Tensor]], piece: _Piece) -> Tensor:
+    """The sums of the pairs' products over each tensor: [tensors, pairs]."""
     if len(piece[0]) == 1:
-        sums = torch.stack([product.sum() for product in products])[None]
+        sums = torch.stack([torch.dot(*pair) for pair in pairs])[None]
     else:
-        by_tensor = torch.stack(products).split(_sizes(piece[0]), 1)
+        by_tensor = torch.stack([a * b for a, b in pairs]).split(_sizes(piece[0]), 1)
         sums = torch.stack([own.sum(1) for own in by_tensor])
     return sums.to(_bookkeeping_dtype(sums.device))
 
 
-def _scale(flat: Tensor, piece: _Piece, factors: Tensor) -> Tensor:
+def _scale(flat: Tensor, factors: Tensor, piece: _Piece) -> Tensor:
     """Multiplies each tensor's elements by its own factor, in place."""
     torch._foreach_mul_(flat.split(_sizes(piece[0])), factors.to(flat.dtype).unbind())
+    return flat
+
+
+def _shift(flat: Tensor, terms: Tensor, piece: _Piece) -> Tensor:
+    """Adds to each tensor's elements its own term, in place."""
+    torch._foreach_add_(flat.split(_sizes(piece[0])), terms.to(flat.dtype).unbind())
     return flat
 
 
@@ -217,9 +223,12 @@ def _idle(lr: Lr, is_first: Tensor, rows: Tensor) -> Tensor | None:
     return None if is_zero is None else is_first & is_zero & (rows[:, 1] == 0)
 
 
-def _has_gradient_in_slope(h: AdamWHyper | SGDHyper) -> bool:
-    """Whether the gap's slope c_g g - c_d d is no multiple of e alone."""
-    return h.anchored == h.loss_gap
+def _pairs(
+    h: AdamWHyper | SGDHyper, q: Tensor, g: Tensor, e: Tensor, eM: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """What `_rows` takes the sums of products of."""
+    # Without g where the gap's slope c_g g - c_d d is none, or a multiple of e.
+    return [(q, e), (e, eM), *([(q, g)] if h.anchored == h.loss_gap else [])]
 
 
 def _rows(sums: Tensor, ratio: Tensor, weight: float, h: AdamWHyper | SGDHyper) -> Tensor:
@@ -321,16 +330,6 @@ def _finish(batch: Batch, rows: Tensor | None, kind: Any) -> None:
 # ---- AM-AdamW ---------------------------------------------------------------------
 
 
-class _AdamWTerms(NamedTuple):
-    x: Tensor
-    g: Tensor
-    d: Tensor
-    v: Tensor  # the new one
-    P: Tensor
-    e: Tensor
-    eM: Tensor
-
-
 class _AdamW(NamedTuple):
     """A chunk's step: its hyperparameters, and vectors with an element for each tensor."""
 
@@ -338,43 +337,41 @@ class _AdamW(NamedTuple):
     dtype: torch.dtype
     is_first: Tensor
     ratio: Tensor  # (1 + mu eta) prev_lr / eta
-    root_scale: Tensor  # 1 / sqrt(bias_correction2)
-    bias_correction1: Tensor
+    root_scale: Tensor  # bias_correction1 / sqrt(bias_correction2)
+    eps: Tensor  # times bias_correction1
 
     @classmethod
     def columns(cls, h: AdamWHyper, step: Tensor, beta_prod: Tensor, prev_lr: Tensor) -> _Columns:
+        # The bias corrections without the difference of two numbers that are near 1.
+        bias_correction1 = (1 - beta_prod) * h.beta_max + (1 - h.beta_max)
         log_beta2 = math.log(h.beta2) if h.beta2 > 0 else -math.inf
+        bias_correction2 = -torch.expm1((step + 1) * log_beta2)
         return (
             step == 0,
             _over_lr(h.lr, prev_lr) * (1 + h.weight_decay * _lr(h, step)),
-            # These without the difference of two numbers that are near 1.
-            (-torch.expm1((step + 1) * log_beta2)).rsqrt(),
-            (1 - beta_prod) * h.beta_max + (1 - h.beta_max),
+            bias_correction1 / bias_correction2.sqrt(),
+            bias_correction1 * h.eps,
         )
 
-    def terms(self, piece: _Piece, in_place: bool) -> _AdamWTerms:
+    def terms(self, piece: _Piece, in_place: bool) -> list[Tensor]:
+        """x, g, d, the new v, P, e and e M. In place: v takes the place of the old one."""
         x, g, d, v = (_flat(tensors, self.dtype) for tensors in piece)
         g = -g if self.h.maximize else g
         v = v.mul_(self.h.beta2) if in_place else v * self.h.beta2
         v.addcmul_(g, g, value=1 - self.h.beta2)
         # P = bias_correction1 (sqrt(v / bias_correction2) + eps)
-        P = _scale(v.sqrt(), piece, self.root_scale).add_(self.h.eps)
-        _scale(P, piece, self.bias_correction1)
-        # M = 1 / (P (1 + lambda P))
-        M = torch.addcmul(P, P, P, value=self.h.memory_lambda).reciprocal_()
+        P = _shift(_scale(v.sqrt(), self.root_scale, piece), self.eps, piece)
         e = d - g
-        return _AdamWTerms(x, g, d, v, P, e, M.mul_(e))
+        # M = 1 / (P (1 + lambda P))
+        return [x, g, d, v, P, e, e / torch.addcmul(P, P, P, value=self.h.memory_lambda)]
 
-    def rows(self, piece: _Piece, terms: _AdamWTerms) -> Tensor:
+    def rows(self, piece: _Piece, terms: list[Tensor]) -> Tensor:
         """num = <ratio (c_g g - c_d d) - e, d / P + mu x> + den    den = <e, e M>"""
         x, g, d, _, P, e, eM = terms
         q = d / P
         if self.h.weight_decay != 0:
             q.add_(x, alpha=self.h.weight_decay)
-        products = [q * e, e * eM]
-        if _has_gradient_in_slope(self.h):
-            products.append(q.mul_(g))
-        return _rows(_sums(products, piece), self.ratio, 1.0, self.h)
+        return _rows(_sums(_pairs(self.h, q, g, e, eM), piece), self.ratio, 1.0, self.h)
 
     def begin(self, piece: _Piece) -> Tensor:
         return self.rows(piece, self.terms(piece, in_place=False))
@@ -387,7 +384,7 @@ class _AdamW(NamedTuple):
         rows = self.rows(piece, terms) if rows is None else rows
         x, _, d, v, P, _, eM = terms
         # d = ((1 - beta) g + (beta + lambda P) d) / (1 + lambda P) = d - (1 - beta) e M P
-        d.addcmul_(_scale(eM, piece, 1 - self.beta(rows)), P, value=-1)
+        d.addcmul_(_scale(eM, 1 - self.beta(rows), piece), P, value=-1)
         # x = (1 - eta mu) x - eta d / P
         if self.h.weight_decay != 0:
             x.mul_(1 - self.h.weight_decay * _lr(self.h, x))
@@ -411,13 +408,6 @@ def adamw_finish(
 # ---- AM-SGD -----------------------------------------------------------------------
 
 
-class _SGDTerms(NamedTuple):
-    x: Tensor
-    own_g: Tensor  # without weight decay
-    g: Tensor
-    d: Tensor
-
-
 class _SGD(NamedTuple):
     """A chunk's step: its hyperparameters, and vectors with an element for each tensor."""
 
@@ -430,28 +420,29 @@ class _SGD(NamedTuple):
     def columns(cls, h: SGDHyper, step: Tensor, prev_lr: Tensor) -> _Columns:
         return step == 0, _over_lr(h.lr, prev_lr) * (1 + h.memory_lambda)
 
-    def terms(self, piece: _Piece) -> _SGDTerms:
-        x, g, d = (_flat(tensors, self.dtype) for tensors in piece)
-        own_g = -g if self.h.maximize else g
-        g = own_g.add(x, alpha=self.h.weight_decay) if self.h.weight_decay != 0 else own_g
-        return _SGDTerms(x, own_g, g, d)
+    def terms(self, piece: _Piece) -> list[Tensor]:
+        """x, g without and with the weight decay, and d."""
+        x, own_g, d = (_flat(tensors, self.dtype) for tensors in piece)
+        own_g = -own_g if self.h.maximize else own_g
+        mu = self.h.weight_decay
+        # Not 0 times an x that may be infinite.
+        return [x, own_g, own_g.add(x, alpha=mu) if mu != 0 else own_g, d]
 
-    def rows(self, piece: _Piece, terms: _SGDTerms) -> Tensor:
+    def rows(self, piece: _Piece, terms: list[Tensor]) -> Tensor:
         """num = <ratio (c_g g - c_d d) - (1 + lambda) e, d> + den    den = <e, e>"""
         x, own_g, g, d = terms
         mu = self.h.weight_decay
-        # Where mu x is larger than the gradient, d - g would lose digits: g is rounded.
+        # Where mu x is larger than the gradient, g has lost digits that are left in d - g.
         e = d.sub(x, alpha=mu).sub_(own_g) if mu != 0 else d - g
-        products = [d * e, e * e]
-        if _has_gradient_in_slope(self.h):
-            products.append(d * g)
-        rows = _rows(_sums(products, piece), self.ratio, 1 + self.h.memory_lambda, self.h)
+        sums = _sums(_pairs(self.h, d, g, e, e), piece)
+        rows = _rows(sums, self.ratio, 1 + self.h.memory_lambda, self.h)
         # A first step has no memory: d = g, and both sums are 0. Where the step may be idle, den
         # tells whether there is a gradient, by a number that adds nothing to any other.
         first = torch.zeros_like(rows)
         is_zero = _is_zero(self.h.lr, rows.device)
         if is_zero is not None:
-            has_gradient = _sums([(d - own_g).square_()], piece)[:, 0] != 0
+            own_e = d - own_g
+            has_gradient = _sums([(own_e, own_e)], piece)[:, 0] != 0
             first[:, 1] = (is_zero & has_gradient).to(rows.dtype) * _FIRST_DEN[rows.dtype]
         return torch.where(self.is_first[:, None], first, rows)
 
@@ -472,7 +463,7 @@ class _SGD(NamedTuple):
         idle = _idle(self.h.lr, self.is_first, rows)
         if idle is not None:
             keep, take = torch.where(idle, 1.0, keep), torch.where(idle, 0.0, take)
-        _scale(d, piece, keep).add_(_scale(g.clone(), piece, take))
+        _scale(d, keep, piece).add_(_scale(g.clone(), take, piece))
         _step_x(x, d, self.h.lr)
         _store([x, d], [piece[0], piece[2]])
         return rows
