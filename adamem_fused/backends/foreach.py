@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
 
 from adamem_fused.backends.batch import (
     AdamWBatch,
@@ -24,8 +23,10 @@ from adamem_fused.backends.batch import (
     Lr,
     SGDBatch,
     SGDHyper,
-    check,
     group_slices,
+)
+from adamem_fused.backends.batch import (
+    check as check,
 )
 
 name = "foreach"
@@ -47,7 +48,7 @@ def _bookkeeping_dtype(device: torch.device) -> torch.dtype:
 _FIRST_DEN = {torch.float64: 1e-300, torch.float32: 1e-37}
 
 
-# ---- what is worked on together -----------------------------------------------------
+# ---- what is worked on at once -------------------------------------------------------
 
 
 def _most_elements(device: torch.device) -> int:
@@ -60,7 +61,7 @@ def _most_elements(device: torch.device) -> int:
     return 2**17 if device.type == "cpu" else 2**21
 
 
-# Of each list of a batch's tensors (parameters, gradients, memories) what is worked on at once.
+# Small tensors, or a slice of one: from each of a batch's lists (parameters, gradients, memories).
 _Piece = list[list[Tensor]]
 
 
@@ -69,15 +70,7 @@ class _Part(NamedTuple):
 
     h: Any  # the group's hyperparameters
     dtype: torch.dtype
-    chunks: list[list[int]]  # indices in the batch: small tensors, or one that is not
-
-    @property
-    def indices(self) -> list[int]:
-        return [i for chunk in self.chunks for i in chunk]
-
-    def split(self, columns: Tensor) -> Sequence[Tensor]:
-        """What has a row for each tensor, by chunk."""
-        return columns.split([len(chunk) for chunk in self.chunks])
+    chunks: list[list[int]]  # indices in the batch: of small tensors, or of one that is not
 
 
 def _parts(batch: Batch) -> Iterator[_Part]:
@@ -122,20 +115,6 @@ def _chunks(params: list[Tensor], indices: list[int]) -> list[list[int]]:
     return chunks
 
 
-def _pick(tensors: Sequence[Tensor], indices: list[int]) -> list[Tensor]:
-    return [tensors[i] for i in indices]
-
-
-def _slices(tensor: Tensor) -> Sequence[Tensor]:
-    """Views of a tensor, along one dimension."""
-    count = -(-tensor.numel() // _most_elements(tensor.device))
-    if count <= 1:
-        return [tensor]
-    dims = range(tensor.dim())
-    dim = next((k for k in dims if tensor.shape[k] >= count), max(dims, key=tensor.shape.__getitem__))
-    return tensor.split(-(-tensor.shape[dim] // count), dim)
-
-
 def _pieces(batch: Batch, chunk: list[int]) -> list[_Piece]:
     """All of the chunk's tensors, or the slices of the only one."""
     lists = [_pick(ts, chunk) for ts in (batch.params, batch.grads, *batch.memories.values())]
@@ -143,6 +122,19 @@ def _pieces(batch: Batch, chunk: list[int]) -> list[_Piece]:
         return [lists]
     slices = zip(*(_slices(tensor) for (tensor,) in lists), strict=True)
     return [[[tensor] for tensor in piece] for piece in slices]
+
+
+def _slices(tensor: Tensor) -> Sequence[Tensor]:
+    """Views along the first dimension that is long enough, or else the longest."""
+    count = -(-tensor.numel() // _most_elements(tensor.device))
+    if count <= 1:
+        return [tensor]
+    dim = max(range(tensor.dim()), key=lambda k: min(tensor.shape[k], count))
+    return tensor.tensor_split(min(tensor.shape[dim], count), dim)
+
+
+def _pick(tensors: Sequence[Tensor], indices: list[int]) -> list[Tensor]:
+    return [tensors[i] for i in indices]
 
 
 def _is_in_place(tensors: list[Tensor], dtype: torch.dtype) -> bool:
@@ -153,14 +145,17 @@ def _flat(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     """The tensors' elements as one vector: a view where `_is_in_place`, else a copy."""
     if len(tensors) == 1:
         return tensors[0].contiguous().view(-1).to(dtype)
-    return _flatten_dense_tensors(tensors).to(dtype)
+    return torch.cat([tensor.reshape(-1) for tensor in tensors]).to(dtype)
 
 
-def _store(flats: list[Tensor], places: list[list[Tensor]]) -> None:
-    for flat, tensors in zip(flats, places, strict=True):
-        if not _is_in_place(tensors, flat.dtype):
-            values = map(Tensor.view_as, flat.split(_sizes(tensors)), tensors)
-            torch._foreach_copy_(tensors, list(values))
+def _store(tensors: list[Tensor], flat: Tensor) -> None:
+    if not _is_in_place(tensors, flat.dtype):
+        values = map(Tensor.view_as, _by_tensor(flat, tensors), tensors)
+        torch._foreach_copy_(tensors, list(values))
+
+
+def _by_tensor(flat: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    return flat.split_with_sizes([tensor.numel() for tensor in tensors], -1)
 
 
 def _sums(pairs: list[tuple[Tensor, Tensor]], piece: _Piece) -> Tensor:
@@ -168,25 +163,15 @@ def _sums(pairs: list[tuple[Tensor, Tensor]], piece: _Piece) -> Tensor:
     if len(piece[0]) == 1:
         sums = torch.stack([torch.dot(*pair) for pair in pairs])[None]
     else:
-        by_tensor = torch.stack([a * b for a, b in pairs]).split(_sizes(piece[0]), 1)
-        sums = torch.stack([own.sum(1) for own in by_tensor])
+        products = torch.stack([a * b for a, b in pairs])
+        sums = torch.stack([own.sum(1) for own in _by_tensor(products, piece[0])])
     return sums.to(_bookkeeping_dtype(sums.device))
 
 
 def _scale(flat: Tensor, factors: Tensor, piece: _Piece) -> Tensor:
     """Multiplies each tensor's elements by its own factor, in place."""
-    torch._foreach_mul_(flat.split(_sizes(piece[0])), factors.to(flat.dtype).unbind())
+    torch._foreach_mul_(_by_tensor(flat, piece[0]), factors.to(flat.dtype).unbind())
     return flat
-
-
-def _shift(flat: Tensor, terms: Tensor, piece: _Piece) -> Tensor:
-    """Adds to each tensor's elements its own term, in place."""
-    torch._foreach_add_(flat.split(_sizes(piece[0])), terms.to(flat.dtype).unbind())
-    return flat
-
-
-def _sizes(tensors: list[Tensor]) -> list[int]:
-    return [tensor.numel() for tensor in tensors]
 
 
 # ---- scalars ------------------------------------------------------------------------
@@ -261,8 +246,8 @@ def _step_x(x: Tensor, step: Tensor, lr: Lr) -> None:
 
 
 def _scalars(batch: Batch, part: _Part) -> list[list[Tensor]]:
-    """The scalar state of a part's tensors: steps, maybe beta_prods, prev_lrs, betas."""
-    indices = part.indices
+    """The scalar state in the order of the chunks: steps, maybe beta_prods, prev_lrs, betas."""
+    indices = [i for chunk in part.chunks for i in chunk]
     return [_pick(tensors, indices) for tensors in batch.lists()[2 + len(batch.memories) :]]
 
 
@@ -271,17 +256,24 @@ def _columns(scalars: list[list[Tensor]]) -> list[Tensor]:
     return [torch.stack(tensors).to(dtype) for tensors in scalars]
 
 
-def _chunk_steps(kind: Any, part: _Part, columns: list[Tensor]) -> Iterator[_AdamW | _SGD]:
-    vectors = map(part.split, kind.columns(part.h, *columns))
-    for own in zip(*vectors, strict=True):
+def _steps(kind: Any, part: _Part, columns: Sequence[Tensor]) -> Iterator[_AdamW | _SGD]:
+    """Each chunk's."""
+    sizes = [len(chunk) for chunk in part.chunks]
+    vectors = kind.columns(part.h, *columns[:-1])
+    for own in zip(*(vector.split_with_sizes(sizes) for vector in vectors), strict=True):
         yield kind(part.h, part.dtype, *own)
 
 
 def _begin_chunk(step: _AdamW | _SGD, pieces: list[_Piece]) -> Tensor:
-    first, *others = pieces
-    rows = step.begin(first)
-    for piece in others:
-        rows += step.begin(piece)
+    rows = [step.rows(piece, step.terms(piece, in_place=False)) for piece in pieces]
+    return torch.stack(rows).sum(0)
+
+
+def _finish_piece(step: _AdamW | _SGD, piece: _Piece, rows: Tensor | None) -> Tensor:
+    """The rows that it has used: those given, or its own."""
+    terms = step.terms(piece, in_place=True)
+    rows = step.rows(piece, terms) if rows is None else rows
+    step.update(piece, terms, rows)
     return rows
 
 
@@ -289,8 +281,7 @@ def _begin(batch: Batch, kind: Any) -> Tensor:
     check(batch)
     rows: dict[int, Tensor] = {}
     for part in _parts(batch):
-        *columns, _ = _columns(_scalars(batch, part))
-        steps = _chunk_steps(kind, part, columns)
+        steps = _steps(kind, part, _columns(_scalars(batch, part)))
         for step, chunk in zip(steps, part.chunks, strict=True):
             own = _begin_chunk(step, _pieces(batch, chunk))
             rows.update(zip(chunk, own.unbind(), strict=True))
@@ -301,28 +292,26 @@ def _begin(batch: Batch, kind: Any) -> Tensor:
 def _finish(batch: Batch, rows: Tensor | None, kind: Any) -> None:
     if rows is None:
         check(batch)
-    by_tensor = None if rows is None else rows.unbind()
+    given = None if rows is None else rows.unbind()
     for part in _parts(batch):
         scalars = _scalars(batch, part)
-        *columns, old_beta = _columns(scalars)
-        betas, idles = [], []
-        steps = _chunk_steps(kind, part, columns)
+        columns = _columns(scalars)
+        betas, used = [], []
+        steps = _steps(kind, part, columns)
         for step, chunk in zip(steps, part.chunks, strict=True):
             pieces = _pieces(batch, chunk)
-            own = None if by_tensor is None else torch.stack(_pick(by_tensor, chunk))
+            own = None if given is None else torch.stack(_pick(given, chunk))
             if own is None and len(pieces) > 1:
                 own = _begin_chunk(step, pieces)
-            for piece in pieces:
-                own = step.finish(piece, own)
+            own, *_ = [_finish_piece(step, piece, own) for piece in pieces]
             betas.append(step.beta(own))
-            idles.append(_idle(part.h.lr, step.is_first, own))
-        t, *beta_prod, prev_lr = columns
-        beta = torch.cat(betas)
-        lr = torch.zeros_like(prev_lr) + _lr(part.h, prev_lr)
+            used.append(own)
+        t, *beta_prod, prev_lr, _ = columns
+        beta, lr = torch.cat(betas), torch.zeros_like(prev_lr) + _lr(part.h, prev_lr)
         new = [t + 1, *(prod * beta for prod in beta_prod), lr, beta]
-        if idles[0] is not None:
-            old = (*columns, old_beta)
-            new = [torch.where(torch.cat(idles), *both) for both in zip(old, new, strict=True)]
+        idle = _idle(part.h.lr, t == 0, torch.cat(used))
+        if idle is not None:
+            new = [torch.where(idle, *both) for both in zip(columns, new, strict=True)]
         for tensors, column in zip(scalars, new, strict=True):
             torch._foreach_copy_(tensors, column.unbind())
 
@@ -360,7 +349,8 @@ class _AdamW(NamedTuple):
         v = v.mul_(self.h.beta2) if in_place else v * self.h.beta2
         v.addcmul_(g, g, value=1 - self.h.beta2)
         # P = bias_correction1 (sqrt(v / bias_correction2) + eps)
-        P = _shift(_scale(v.sqrt(), self.root_scale, piece), self.eps, piece)
+        P = _scale(v.sqrt(), self.root_scale, piece)
+        torch._foreach_add_(_by_tensor(P, piece[0]), self.eps.to(P.dtype).unbind())
         e = d - g
         # M = 1 / (P (1 + lambda P))
         return [x, g, d, v, P, e, e / torch.addcmul(P, P, P, value=self.h.memory_lambda)]
@@ -373,15 +363,10 @@ class _AdamW(NamedTuple):
             q.add_(x, alpha=self.h.weight_decay)
         return _rows(_sums(_pairs(self.h, q, g, e, eM), piece), self.ratio, 1.0, self.h)
 
-    def begin(self, piece: _Piece) -> Tensor:
-        return self.rows(piece, self.terms(piece, in_place=False))
-
     def beta(self, rows: Tensor) -> Tensor:
         return torch.where(self.is_first, self.h.beta_max, _clip_beta(rows, self.h.beta_max))
 
-    def finish(self, piece: _Piece, rows: Tensor | None) -> Tensor:
-        terms = self.terms(piece, in_place=True)
-        rows = self.rows(piece, terms) if rows is None else rows
+    def update(self, piece: _Piece, terms: list[Tensor], rows: Tensor) -> None:
         x, _, d, v, P, _, eM = terms
         # d = ((1 - beta) g + (beta + lambda P) d) / (1 + lambda P) = d - (1 - beta) e M P
         d.addcmul_(_scale(eM, 1 - self.beta(rows), piece), P, value=-1)
@@ -389,8 +374,8 @@ class _AdamW(NamedTuple):
         if self.h.weight_decay != 0:
             x.mul_(1 - self.h.weight_decay * _lr(self.h, x))
         _step_x(x, d / P, self.h.lr)
-        _store([x, d, v], [piece[0], *piece[2:]])
-        return rows
+        for tensors, flat in zip((piece[0], *piece[2:]), (x, d, v), strict=True):
+            _store(tensors, flat)
 
 
 def adamw_begin(batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
@@ -420,7 +405,7 @@ class _SGD(NamedTuple):
     def columns(cls, h: SGDHyper, step: Tensor, prev_lr: Tensor) -> _Columns:
         return step == 0, _over_lr(h.lr, prev_lr) * (1 + h.memory_lambda)
 
-    def terms(self, piece: _Piece) -> list[Tensor]:
+    def terms(self, piece: _Piece, in_place: bool) -> list[Tensor]:
         """x, g without and with the weight decay, and d."""
         x, own_g, d = (_flat(tensors, self.dtype) for tensors in piece)
         own_g = -own_g if self.h.maximize else own_g
@@ -446,15 +431,10 @@ class _SGD(NamedTuple):
             first[:, 1] = (is_zero & has_gradient).to(rows.dtype) * _FIRST_DEN[rows.dtype]
         return torch.where(self.is_first[:, None], first, rows)
 
-    def begin(self, piece: _Piece) -> Tensor:
-        return self.rows(piece, self.terms(piece))
-
     def beta(self, rows: Tensor) -> Tensor:
         return torch.where(self.is_first, 0.0, _clip_beta(rows, self.h.beta_max))
 
-    def finish(self, piece: _Piece, rows: Tensor | None) -> Tensor:
-        terms = self.terms(piece)
-        rows = self.rows(piece, terms) if rows is None else rows
+    def update(self, piece: _Piece, terms: list[Tensor], rows: Tensor) -> None:
         x, _, g, d = terms
         # d = ((beta + lambda) d + (1 - beta) g) / (1 + lambda), and g at the first step
         beta, damping = self.beta(rows), 1 + self.h.memory_lambda
@@ -465,8 +445,8 @@ class _SGD(NamedTuple):
             keep, take = torch.where(idle, 1.0, keep), torch.where(idle, 0.0, take)
         _scale(d, keep, piece).add_(_scale(g.clone(), take, piece))
         _step_x(x, d, self.h.lr)
-        _store([x, d], [piece[0], piece[2]])
-        return rows
+        _store(piece[0], x)
+        _store(piece[2], d)
 
 
 def sgd_begin(batch: SGDBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
