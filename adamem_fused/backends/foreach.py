@@ -25,9 +25,7 @@ from adamem_fused.backends.batch import (
     SGDHyper,
     group_slices,
 )
-from adamem_fused.backends.batch import (
-    check as check,
-)
+from adamem_fused.backends.batch import check as check
 
 name = "foreach"
 fused = False
@@ -59,6 +57,11 @@ def _most_elements(device: torch.device) -> int:
     if torch.compiler.is_compiling():
         return sys.maxsize
     return 2**17 if device.type == "cpu" else 2**21
+
+
+def _most_small(device: torch.device) -> int:
+    """Elements of tensors that are worked on together, for which they are copied."""
+    return _most_elements(device) // 8
 
 
 # Small tensors, or a slice of one: from each of a batch's lists (parameters, gradients, memories).
@@ -100,7 +103,7 @@ def _hyper(batch: Batch, group: int) -> Any:
 def _chunks(params: list[Tensor], indices: list[int]) -> list[list[int]]:
     """The indices by chunk, large tensors first."""
     chunks: list[list[int]] = []
-    most = _most_elements(params[0].device) // 8  # for small ones are copied
+    most = _most_small(params[0].device)
     room = -1  # so that an empty tensor, too, begins a chunk
     for i in indices:
         numel = params[i].numel()
@@ -160,7 +163,7 @@ def _by_tensor(flat: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
 
 def _sums(pairs: list[tuple[Tensor, Tensor]], piece: _Piece) -> Tensor:
     """The sums of the pairs' products over each tensor: [tensors, pairs]."""
-    if len(piece[0]) == 1:
+    if piece[0][0].numel() > _most_small(pairs[0][0].device):
         sums = torch.stack([torch.dot(*pair) for pair in pairs])[None]
     else:
         products = torch.stack([a * b for a, b in pairs])
