@@ -87,7 +87,7 @@ def test_an_idle_step_without_float64_changes_nothing(monkeypatch, cls):
 @planes
 @scopes
 def test_slices_and_tensors_together_give_the_step(monkeypatch, cls, plane, scope):
-    """Tensors of more than 5 elements by themselves, and of more than 80 in slices."""
+    """Tensors of more than 10 elements by themselves, and of more than 80 in slices."""
     monkeypatch.setattr(foreach, "_most_elements", lambda device: 80)
     shapes = [(), (1, 1, 300), (2,), (0, 3), (3, 7, 11), (81,), (5,), (1,), (40, 3), (80,)]
     groups = [Group(shapes, dtype, {"weight_decay": 0.1}) for dtype in (torch.float32, torch.half)]

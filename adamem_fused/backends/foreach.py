@@ -1,9 +1,13 @@
 """The foreach backend: torch's own operations, for tensors on any device.
 
 Pure Python, nothing to compile. Reads nothing back from the device, and needs no float64 on it.
-Each operation is a pass over its operands, some 20 a step, so small tensors are worked on
-together, as one, and large ones in slices: temporaries stay few, and on a CPU in its cache.
-A large tensor's slices are read twice, for the sums and for the update; all others once.
+
+A step of AM-AdamW is some 20 operations, each a pass over its operands. Small tensors are worked
+on together, as one vector, and large ones in slices, so that on a CPU the operands stay in its
+cache: memory is read once for the sums and the update, and twice (44 bytes a float32 parameter)
+for tensors of several slices and where betas are shared. Temporaries are of a slice's size.
+On two cores a step takes 1.5 to 2.5 times as long as torch.optim.AdamW(foreach=True)'s, one of
+AM-SGD as long; on other devices it is not measured.
 """
 
 from __future__ import annotations
@@ -260,7 +264,7 @@ def _columns(scalars: list[list[Tensor]]) -> list[Tensor]:
 
 
 def _steps(kind: Any, part: _Part, columns: Sequence[Tensor]) -> Iterator[_AdamW | _SGD]:
-    """Each chunk's."""
+    """A step for each chunk, of the kind `_AdamW` or `_SGD`."""
     sizes = [len(chunk) for chunk in part.chunks]
     vectors = kind.columns(part.h, *columns[:-1])
     for own in zip(*(vector.split_with_sizes(sizes) for vector in vectors), strict=True):
@@ -268,12 +272,13 @@ def _steps(kind: Any, part: _Part, columns: Sequence[Tensor]) -> Iterator[_AdamW
 
 
 def _begin_chunk(step: _AdamW | _SGD, pieces: list[_Piece]) -> Tensor:
+    """num and den of its tensors. Writes nothing."""
     rows = [step.rows(piece, step.terms(piece, in_place=False)) for piece in pieces]
     return torch.stack(rows).sum(0)
 
 
 def _finish_piece(step: _AdamW | _SGD, piece: _Piece, rows: Tensor | None) -> Tensor:
-    """The rows that it has used: those given, or its own."""
+    """Updates the piece with the rows, its own where none are given, and returns them."""
     terms = step.terms(piece, in_place=True)
     rows = step.rows(piece, terms) if rows is None else rows
     step.update(piece, terms, rows)
@@ -346,7 +351,7 @@ class _AdamW(NamedTuple):
         )
 
     def terms(self, piece: _Piece, in_place: bool) -> list[Tensor]:
-        """x, g, d, the new v, P, e and e M. In place: v takes the place of the old one."""
+        """x, g, d, the new v, P, e and e M. in_place: v may replace the old one."""
         x, g, d, v = (_flat(tensors, self.dtype) for tensors in piece)
         g = -g if self.h.maximize else g
         v = v.mul_(self.h.beta2) if in_place else v * self.h.beta2
