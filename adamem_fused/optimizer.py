@@ -107,7 +107,7 @@ def share_sums(works: list[Work], rows: list[Tensor]) -> None:
     for work_rows, place, lr, steps in places:
         shared_rows = total.to(work_rows.device)
         if isinstance(lr, Tensor) or lr == 0:
-            first = torch.stack([step.double() for step in steps]) == 0
+            first = torch.stack([step == 0 for step in steps])
             shared_rows = torch.where(first[:, None], work_rows[place], shared_rows)
         work_rows[place] = shared_rows
 
