@@ -16,7 +16,14 @@ from torch.optim import Optimizer
 
 from adamem_fused import backends, checkpoints, flattened, sharding
 from adamem_fused.backends import Backend, ops
-from adamem_fused.backends.batch import FLOATING, GRADS, Batch, Lr, group_slices
+from adamem_fused.backends.batch import (
+    FLOATING,
+    GRADS,
+    Batch,
+    Lr,
+    bookkeeping_dtype,
+    group_slices,
+)
 from adamem_fused.options import ROUNDING, plain
 from adamem_fused.state import COMPLEX
 
@@ -24,7 +31,7 @@ ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tup
 
 
 def loss_value(loss: Any) -> Tensor:
-    """A closure's loss as a 0-dim float64 tensor, on its device or the CPU, for gap="loss"."""
+    """A closure's loss as a 0-dim tensor, on its device or the CPU, for gap="loss"."""
     if loss is None:
         raise RuntimeError(
             'gap="loss" needs the loss: call step(closure), with a closure that returns it'
@@ -32,7 +39,7 @@ def loss_value(loss: Any) -> Tensor:
     if not isinstance(loss, (Real, Tensor)) or (isinstance(loss, Tensor) and loss.numel() != 1):
         raise ValueError(f'gap="loss" needs a loss of one number, and the closure gave {loss!r}')
     if isinstance(loss, Tensor):
-        return loss.detach().double().reshape(())
+        return loss.detach().to(bookkeeping_dtype(loss.device)).reshape(())
     return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
 
 
@@ -102,10 +109,9 @@ def share_sums(works: list[Work], rows: list[Tensor]) -> None:
     ]
     if not places:
         return
-    device = places[0][0].device
-    total = torch.cat([r[place].to(device) for r, place, _, _ in places]).sum(0)
+    total = torch.cat([r[place].to(places[0][0]) for r, place, _, _ in places]).sum(0)
     for work_rows, place, lr, steps in places:
-        shared_rows = total.to(work_rows.device)
+        shared_rows = total.to(work_rows)
         if isinstance(lr, Tensor) or lr == 0:
             first = torch.stack([step == 0 for step in steps])
             shared_rows = torch.where(first[:, None], work_rows[place], shared_rows)
@@ -520,20 +526,18 @@ class AdaptiveMemoryOptimizer(Optimizer):
         if prev_loss is None or total == 0:
             return
         # Where either loss is infinite or not a number: as on a first step.
-        difference = prev_loss.to(loss.device) - loss
+        difference = prev_loss.to(loss) - loss
         difference = torch.where(difference.isfinite(), difference, 0.0)
         for work, work_rows in zip(works, rows, strict=True):
-            here = difference.to(work_rows.device)
+            here = difference.to(work_rows.dtype).to(work_rows.device)
             for hyper, place in zip(work.batch.hypers, group_slices(work.batch), strict=True):
                 if hyper.loss_gap:
                     numels = work.numels(place)
-                    share = torch.tensor(numels, dtype=torch.float64, device=work_rows.device)
+                    share = torch.tensor(numels, dtype=work_rows.dtype, device=work_rows.device)
                     sign = -1.0 if hyper.maximize else 1.0
                     if isinstance(hyper.lr, Tensor):
-                        hyper = hyper._replace(lr=hyper.lr.double())
+                        hyper = hyper._replace(lr=hyper.lr.to(work_rows))
                     factor = self._loss_factor(hyper) * (sign / total)
-                    if isinstance(factor, Tensor):
-                        factor = factor.to(work_rows.device)
                     work_rows[place, 0] += share * factor * here
 
     def _keep_loss(self, loss: Tensor, found_inf: Tensor | None) -> None:

@@ -6,17 +6,20 @@ from cases import (
     OPTIMIZERS,
     Group,
     assert_lockstep,
+    assert_step_agrees,
     make_optimizer,
     parameters,
     random_tensor,
     set_gradients,
+    snapshot,
 )
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from adamem_fused import AMSGD
-from adamem_fused.backends import foreach
+from adamem_fused import optimizer as step_module
+from adamem_fused.backends import batch, foreach
 
 both = pytest.mark.parametrize("cls", OPTIMIZERS)
 planes = pytest.mark.parametrize("plane", ["level", "anchored"])
@@ -41,9 +44,14 @@ class WithoutFloat64(TorchDispatchMode):
         return result
 
 
+def no_float64(monkeypatch):
+    for module in (foreach, step_module):
+        monkeypatch.setattr(module, "bookkeeping_dtype", lambda device: torch.float32)
+
+
 @pytest.mark.parametrize("device", ["mps", "xpu"])
 def test_where_there_may_be_no_float64_scalars_are_float32(device):
-    assert foreach._bookkeeping_dtype(torch.device(device)) == torch.float32
+    assert batch.bookkeeping_dtype(torch.device(device)) == torch.float32
 
 
 @both
@@ -51,7 +59,7 @@ def test_where_there_may_be_no_float64_scalars_are_float32(device):
 @scopes
 @pytest.mark.parametrize("lr", [0.01, 0.0, torch.tensor(0.01), torch.tensor(0.0)])
 def test_steps_without_float64_agree_with_the_reference(monkeypatch, cls, plane, scope, lr):
-    monkeypatch.setattr(foreach, "_bookkeeping_dtype", lambda device: torch.float32)
+    no_float64(monkeypatch)
     groups = [
         Group([(3,), (4, 50), ()], options={"weight_decay": 0.1}),
         Group([(70_000,), (0,)], options={"maximize": True}),
@@ -70,14 +78,30 @@ def test_steps_without_float64_agree_with_the_reference(monkeypatch, cls, plane,
 
 
 @both
+def test_a_difference_of_losses_without_float64(monkeypatch, cls):
+    no_float64(monkeypatch)
+    reference, ours = pair(cls, [Group([(300,), (4, 50)])], beta_scope="global", gap="loss")
+    for step in range(6):
+        set_gradients(reference, ours, step=step)
+        loss = torch.tensor(50.0 * 0.9**step)
+        before = snapshot(reference)
+        reference.step(lambda loss=loss: loss)
+        with WithoutFloat64():
+            ours.step(lambda loss=loss: loss)
+    losses = [twin.state[parameters(twin)[0]].pop("prev_loss") for twin in (reference, ours)]
+    assert losses == [loss, loss]
+    assert_step_agrees(ours, reference, before)
+
+
+@both
 def test_an_idle_step_without_float64_changes_nothing(monkeypatch, cls):
-    monkeypatch.setattr(foreach, "_bookkeeping_dtype", lambda device: torch.float32)
-    optimizer = make_optimizer(cls, [Group([(3,), (4,)])], "foreach", lr=torch.tensor(0.0))
-    idle, moving = parameters(optimizer)
+    no_float64(monkeypatch)
+    idling = make_optimizer(cls, [Group([(3,), (4,)])], "foreach", lr=torch.tensor(0.0))
+    idle, moving = parameters(idling)
     idle.grad, moving.grad = torch.zeros(3), torch.full((4,), 1e-3)
     with WithoutFloat64():
-        optimizer.step()
-    assert [optimizer.state[param]["step"].item() for param in (idle, moving)] == [0, 1]
+        idling.step()
+    assert [idling.state[param]["step"].item() for param in (idle, moving)] == [0, 1]
 
 
 # ---- slices and small tensors ------------------------------------------------------

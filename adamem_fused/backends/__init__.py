@@ -100,8 +100,8 @@ def choose(options: dict[str, Any], device: torch.device) -> Backend:
     Raises:
         RuntimeError: one was asked for, by name or by fused=True, and is not there.
 
-    Warns once for a type of device where none was asked for and foreach, which is many times
-    slower, is all that there is.
+    Warns once for a type of device where none was asked for and foreach, which is slower, is all
+    that there is.
     """
     if options["backend"] is not None:
         backend = BACKENDS[options["backend"]]
@@ -159,7 +159,7 @@ def _warn_of_foreach(device: torch.device) -> None:
         return
     reasons = "; ".join(f"{b.name}: {b.unavailable(device)}" for b in _MADE_FOR[device.type])
     warn_user(
-        f"The foreach backend, which is many times slower, takes the tensors on {device}: no fused "
+        f"The foreach backend, which is slower, takes the tensors on {device}: no fused "
         f"backend is available ({reasons}). With foreach=True it does so without this warning."
     )
     _warned.add(device.type)

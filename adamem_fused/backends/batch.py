@@ -25,6 +25,11 @@ GRADS = 1
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def bookkeeping_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of rows and losses: float64 where every device of the type has it, else float32."""
+    return torch.float64 if device.type in ("cpu", "cuda", "meta") else torch.float32
+
+
 class AdamWHyper(NamedTuple):
     """Hyperparameters of one parameter group of AM-AdamW."""
 

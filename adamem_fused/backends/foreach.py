@@ -27,6 +27,7 @@ from adamem_fused.backends.batch import (
     Lr,
     SGDBatch,
     SGDHyper,
+    bookkeeping_dtype,
     group_slices,
 )
 from adamem_fused.backends.batch import check as check
@@ -39,11 +40,6 @@ shares_sums = False
 def unavailable(device: torch.device) -> str | None:
     """None: this backend works everywhere."""
     return None
-
-
-def _bookkeeping_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of rows and scalars: float64 where every device of the type has it."""
-    return torch.float64 if device.type in ("cpu", "cuda", "meta") else torch.float32
 
 
 # AM-SGD's den at a first step with a gradient, by dtype: a number that adds nothing to any other.
@@ -101,7 +97,7 @@ def _hyper(batch: Batch, group: int) -> Any:
     if isinstance(h.lr, Tensor) or not torch.compiler.is_compiling():
         return h
     device = batch.params[0].device
-    return h._replace(lr=torch.full((), h.lr, dtype=_bookkeeping_dtype(device), device=device))
+    return h._replace(lr=torch.full((), h.lr, dtype=bookkeeping_dtype(device), device=device))
 
 
 def _chunks(params: list[Tensor], indices: list[int]) -> list[list[int]]:
@@ -172,7 +168,7 @@ def _sums(pairs: list[tuple[Tensor, Tensor]], piece: _Piece) -> Tensor:
     else:
         products = torch.stack([a * b for a, b in pairs])
         sums = torch.stack([own.sum(1) for own in _by_tensor(products, piece[0])])
-    return sums.to(_bookkeeping_dtype(sums.device))
+    return sums.to(bookkeeping_dtype(sums.device))
 
 
 def _scale(flat: Tensor, factors: Tensor, piece: _Piece) -> Tensor:
@@ -259,7 +255,7 @@ def _scalars(batch: Batch, part: _Part) -> list[list[Tensor]]:
 
 
 def _columns(scalars: list[list[Tensor]]) -> list[Tensor]:
-    dtype = _bookkeeping_dtype(scalars[0][0].device)
+    dtype = bookkeeping_dtype(scalars[0][0].device)
     return [torch.stack(tensors).to(dtype) for tensors in scalars]
 
 

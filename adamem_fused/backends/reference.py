@@ -23,9 +23,9 @@ from adamem_fused.backends.batch import (
     AdamWHyper,
     SGDBatch,
     SGDHyper,
-    check,
     group_slices,
 )
+from adamem_fused.backends.batch import check as check
 
 name = "reference"
 fused = False
