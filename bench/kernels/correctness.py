@@ -91,32 +91,36 @@ def compare(
 
 
 class FirstStep:
-    """Some elements of each tensor that is timed, before its first step."""
+    """Some elements of each tensor that is timed, before its first step: it has gradients."""
 
-    def __init__(self, start: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    def __init__(self, side: Side) -> None:
+        self.side = side
         generator = torch.Generator().manual_seed(0)
         self.places = []
-        for tensor in start:
+        for tensor in side.params:
             last = tensor.numel() - 1
             inside = torch.randint(last + 1, (ELEMENTS - 2,), generator=generator)
             places = torch.cat([torch.tensor([0, last]), inside])
             self.places.append(places.to(tensor.device))
-        self.start = self._pick(start)
-        self.grads = self._pick(grads)
+        self.start = self._pick(side.params)
+        self.grads = self._pick(self._given())
+
+    def _given(self) -> list[Tensor]:
+        return [param.grad for param in self.side.params if param.grad is not None]
 
     def _pick(self, tensors: Sequence[Tensor]) -> Tensor:
         picked = [t.detach().flatten()[p] for t, p in zip(tensors, self.places, strict=True)]
         return torch.cat(picked)
 
-    def check(self, contestant: Contestant, side: Side, grads: Sequence[Tensor]) -> None:
-        """After `side` took its first step with these gradients.
+    def check(self, contestant: Contestant) -> None:
+        """After the first step.
 
         Raises:
             WrongResult: a parameter is not what the reference has.
             RuntimeError: the step wrote to the gradients, which the others need too.
         """
-        if not torch.equal(self._pick(grads), self.grads):
+        if not torch.equal(self._pick(self._given()), self.grads):
             raise RuntimeError("its step writes to the gradients")
         expected = Reference(contestant, [self.start])
         expected.step([self.grads])
-        compare(contestant, expected, [self._pick(side.params)], "first step")
+        compare(contestant, expected, [self._pick(self.side.params)], "first step")
