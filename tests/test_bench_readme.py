@@ -29,12 +29,20 @@ def test_a_text_without_one_section_is_an_error(text):
         replace_section(text, "new")
 
 
+STEPS = {
+    "AMAdamW cpu": 0.003,
+    "AMAdamW cpu, 20% missed": 0.0024,
+    "AMAdamW cpu, anchored": 0.0036,
+    "AdamW fused": 0.002,
+}
+
+
 @pytest.fixture
 def results(tmp_path):
     """A folder of results like the repository's, with made-up numbers."""
     rows = [
         Row("8-llc", 10**6, 1, "float32", "warm", contestant, "adamw", step=[[seconds]] * 2)
-        for contestant, seconds in (("AMAdamW cpu", 0.003), ("AdamW fused", 0.002))
+        for contestant, seconds in STEPS.items()
     ]
     failed = Row("8-llc", 10**6, 1, "float32", "warm", "a peer", "adamw", reason="ValueError: no")
     report = Report(
@@ -52,14 +60,17 @@ def results(tmp_path):
 def test_numbers_targets_and_reasons_are_in_the_section(results):
     text = performance(results)
     assert "### A CPU" in text and "2 threads, torch 2.13.0, 2026-11-24" in text
-    assert "1.50 (1.50 to 1.50)" in text
-    (line,) = [line for line in text.splitlines() if "AMAdamW cpu / AdamW fused" in line]
-    assert [cell.strip() for cell in line.split("|")][3:7] == [
-        "1.50",
-        "1.50 to 1.50",
-        "1.60",
-        "met",
+    targets, header, line = [
+        [cell.strip() for cell in line.split("|")][1:-1]
+        for line in text.splitlines()
+        if "AMAdamW cpu / AdamW fused" in line or "| parameters" in line
+    ][:3]
+    assert targets[3:] == ["nothing missed", "20% missed", "all missed", "anchored"]
+    assert header == ["8-llc", "float32", "AMAdamW cpu / AdamW fused"] + [
+        *("1.50 of 1.00, not met", "1.20 of 1.20", "-", "1.80 of 1.90")
     ]
+    assert line[7:] == ["AMAdamW cpu", "AMAdamW cpu, 20% missed", "AMAdamW cpu, anchored"]
+    assert "| 1.50 (1.50 to 1.50) | 1.20 (1.20 to 1.20)       | 1.80 (1.80 to 1.80)" in text
     assert "- a peer: ValueError: no. On 8-llc (float32)" in text
     assert "- another peer: not installed" in text
     assert ".png" not in text  # none is there
