@@ -118,9 +118,10 @@ def device_section(report: Report, folder: Path, root: Path) -> str:
     if trained.exists():
         result = json.loads(trained.read_text())
         parts += [
-            f"A training step of a GPT of {result['parameters'] / 1e6:.1f} M parameters in "
-            f"{result['tensors']} tensors on {result['tokens']:,} tokens "
-            f"([train.json]({link}/train.json)):\n",
+            "Whole trainings of two byte-level GPTs on Python's source, the optimizers in turns "
+            "from step to step: times are means, the ratio is that of the time in all of an "
+            "optimizer's steps (in brackets, quartiles of tenths of the training; of what was "
+            f"aimed at) ([train.json]({link}/train.json)):\n",
             _table(train.table_cells(result), train.HEADERS),
         ]
     submitted = folder / "host.json"

@@ -41,8 +41,8 @@ def check_steps(contestant: Contestant, dtype: torch.dtype, device: torch.device
     expected = Reference(contestant, start)
     low_precision = dtype.itemsize < 4
     # State in a low precision drifts from a float64 one after a first step.
-    steps = 1 if contestant.quantized or (low_precision and not contestant.adaptive) else len(gradient_sets)
-    for step in range(steps):
+    first_alone = contestant.quantized or (low_precision and not contestant.adaptive)
+    for step in range(1 if first_alone else len(gradient_sets)):
         side.next_gradients()
         side.step()
         expected.step(gradient_sets[step])

@@ -164,7 +164,8 @@ def draw_ratios(report: Report) -> Figure | None:
         rows = _measured(report, dtype)
         names = [name for name in _core(rows) if name.startswith("AM")]
         lists = list(dict.fromkeys(row.parameters for row in rows))
-        for k, name in enumerate(names):
+        offsets = {name: 0.12 * (k - (len(names) - 1) / 2) for k, name in enumerate(names)}
+        for name in names:
             found = [
                 (i, row, ratio)
                 for i, label in enumerate(lists)
@@ -173,7 +174,7 @@ def draw_ratios(report: Report) -> Figure | None:
             ]
             for point, (i, row, ratio) in enumerate(found):
                 axes.errorbar(
-                    i + 0.12 * (k - (len(names) - 1) / 2),
+                    i + offsets[name],
                     ratio.median,
                     [[ratio.median - ratio.low], [ratio.high - ratio.median]],
                     fmt="o",
@@ -185,10 +186,8 @@ def draw_ratios(report: Report) -> Figure | None:
         for target in TARGETS:
             drawn = target.name in lists and target.contestant in names
             if dtype == target.dtype and drawn and target.against == ADAMW_BASELINE:
-                i = lists.index(target.name) + 0.12 * (
-                    names.index(target.contestant) - (len(names) - 1) / 2
-                )
-                axes.plot([i - 0.06, i + 0.06], [target.at_most] * 2, "tab:red")
+                place = lists.index(target.name) + offsets[target.contestant]
+                axes.plot([place - 0.06, place + 0.06], [target.at_most] * 2, "tab:red")
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

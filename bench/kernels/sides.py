@@ -128,7 +128,7 @@ def _in_fifths(tensors: Sequence[Tensor]) -> list[Tensor]:
     parts: list[Tensor] = []
     for tensor in tensors:
         fifth = tensor.numel() // 5
-        parts += tensor.flatten().split(max(fifth // 64 * 64 or fifth, 1))
+        parts += torch.split(tensor.flatten(), max(fifth // 64 * 64 or fifth, 1))
     return parts
 
 
