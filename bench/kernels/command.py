@@ -49,7 +49,13 @@ CACHES = ("warm", "cold")
 DESCRIPTION = """\
 Times a step of AMAdamW and AMSGD, on every backend that is there, against torch's AdamW and
 SGD, their compiled steps, and the optimizers of other packages that are installed. Checks each
-against its reference first. Prints tables, and writes kernels.json and pictures."""
+against its reference first. Prints tables, and writes kernels.json and pictures.
+
+AMAdamW updates with its cap for beta and repairs the tensors whose beta is another, so that what a
+step costs depends on the gradients. On the fused backends it takes part with nothing missed, with
+20% of the elements (whole tensors where there are such, else each tensor cut into fifths), with all
+of them, and with memory_plane="anchored", which does not guess. The shares are looked up in beta
+before and after each sample; another one stops the benchmark."""
 
 
 def describe_lists() -> str:
