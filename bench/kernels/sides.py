@@ -74,8 +74,9 @@ class Side:
                 start, turned = _in_fifths(start), _in_fifths(turned)
                 gradient_sets = [_in_fifths(gradients) for gradients in gradient_sets]
                 missing, _ = _missing(start, self._missed)
-            first, second = gradient_sets
-            second = [turned[i] if i in set(missing) else g for i, g in enumerate(second)]
+            first, second = map(list, gradient_sets)
+            for place in missing:
+                second[place] = turned[place]
             gradient_sets = [first, second]
         self.params = [torch.nn.Parameter(tensor.clone()) for tensor in start]
         self._missing = [self.params[i] for i in missing]
