@@ -26,6 +26,7 @@ from tqdm import tqdm
 from adamem_fused import AMAdamW
 from adamem_fused.backends import cpu
 from bench.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SEED, output_folder
+from bench.betas import share_at_cap
 from bench.demo_model import GPT, tensor_label
 from bench.demo_report import Comparison, Run, format_table, plot, write_json
 from bench.demo_text import HELD_OUT_FILES, TRAINING_FILES, read_text, standard_library
@@ -175,6 +176,8 @@ def train(name: str, config: Config, training: bytes, held_out: bytes) -> Run:
             betas = last_betas(optimizer, params)
             run.train_losses.append(value)
             run.betas.append(betas)
+            if isinstance(optimizer, AMAdamW):
+                run.at_cap.append(share_at_cap(optimizer))
 
             smoothed = value if step == 1 else SMOOTHING * smoothed + (1 - SMOOTHING) * value
             bar.set_postfix_str(

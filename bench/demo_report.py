@@ -35,6 +35,7 @@ class Run:
         held_out_losses: those losses, in nats a byte.
         train_losses: each step's training loss, in nats a byte.
         betas: each step's beta1 of each tensor.
+        at_cap: each step's share of the parameters whose beta was at its cap, of AMAdamW.
         optimizer_ms: each optimizer.step() alone, in milliseconds.
         diverged_at: the step at which a loss was not finite, where the run then ended.
         seconds: the run's wall time, evaluations included.
@@ -46,6 +47,7 @@ class Run:
     held_out_losses: list[float] = field(default_factory=list)
     train_losses: list[float] = field(default_factory=list)
     betas: list[list[float]] = field(default_factory=list)
+    at_cap: list[float] = field(default_factory=list)
     optimizer_ms: list[float] = field(default_factory=list)
     diverged_at: int | None = None
     seconds: float = 0.0
@@ -64,6 +66,11 @@ class Run:
     def mean_beta(self) -> float | None:
         """Beta, averaged over tensors and steps."""
         return statistics.fmean(self.mean_betas) if self.betas else None
+
+    @property
+    def mean_at_cap(self) -> float | None:
+        """Share of the parameters at the cap, averaged over the steps; None of a fixed beta."""
+        return statistics.fmean(self.at_cap) if self.at_cap else None
 
     @property
     def optimizer_ms_quartiles(self) -> list[float] | None:
@@ -111,6 +118,13 @@ class Comparison:
         """The baseline's final held-out loss, in nats a byte; None if it has none."""
         return self.baseline_run.final_loss if self.baseline_run else None
 
+    def optimizer_ratio(self, run: Run) -> float | None:
+        """Time of all optimizer steps over the baseline's; None if either diverged."""
+        base = self.baseline_run.optimizer_ms if self.baseline_run else []
+        if not base or len(run.optimizer_ms) != len(base):
+            return None
+        return sum(run.optimizer_ms) / sum(base)
+
 
 def steps_to_reach(run: Run, target: float | None) -> int | None:
     """The first step at which a held-out loss of at most `target` was measured, or None."""
@@ -144,22 +158,25 @@ def format_table(comparison: Comparison) -> str:
 
 def _runs_table(comparison: Comparison) -> str:
     return tabulate(
-        [_row(run, comparison.target) for run in comparison.runs],
+        [_row(run, comparison) for run in comparison.runs],
         headers=[
             "",
             "held-out loss\n(nats a byte)",
             f"steps to {comparison.baseline}'s\nfinal loss",
             "\nmean beta",
+            "\nat the cap",
             "optimizer.step() alone\nms, median (quartiles)",
+            f"all of them, to\n{comparison.baseline}'s",
             "whole run\nseconds",
         ],
-        colalign=["left"] + ["right"] * 5,
+        colalign=["left"] + ["right"] * 7,
         disable_numparse=True,
     )
 
 
-def _row(run: Run, target: float | None) -> list[str]:
-    loss, reached, beta = run.final_loss, steps_to_reach(run, target), run.mean_beta
+def _row(run: Run, comparison: Comparison) -> list[str]:
+    loss, reached = run.final_loss, steps_to_reach(run, comparison.target)
+    beta, at_cap, ratio = run.mean_beta, run.mean_at_cap, comparison.optimizer_ratio(run)
     times = "-"
     if run.optimizer_ms_quartiles is not None:
         low, median, high = run.optimizer_ms_quartiles
@@ -169,7 +186,9 @@ def _row(run: Run, target: float | None) -> list[str]:
         f"diverged at step {run.diverged_at}" if loss is None else f"{loss:.4f}",
         "not reached" if reached is None else str(reached),
         "-" if beta is None else f"{beta:.3f}",
+        "-" if at_cap is None else f"{at_cap:.0%}",
         times,
+        "-" if ratio is None else f"{ratio:.2f}",
         f"{run.seconds:.0f}",
     ]
 
@@ -191,23 +210,25 @@ def write_json(comparison: Comparison, path: Path) -> None:
             )
         },
         "baseline": comparison.baseline,
-        "contestants": {run.name: _numbers(run, comparison.target) for run in comparison.runs},
+        "contestants": {run.name: _numbers(run, comparison) for run in comparison.runs},
         "unfinished": comparison.unfinished,
         "seconds": comparison.seconds,
     }
     path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
-def _numbers(run: Run, target: float | None) -> dict[str, Any]:
+def _numbers(run: Run, comparison: Comparison) -> dict[str, Any]:
     return {
         "final_held_out_loss": run.final_loss,
-        "steps_to_baseline_loss": steps_to_reach(run, target),
+        "steps_to_baseline_loss": steps_to_reach(run, comparison.target),
         "diverged_at": run.diverged_at,
         "eval_steps": run.eval_steps,
         "held_out_losses": run.held_out_losses,
         "mean_train_losses_between": run.train_curve,
         "mean_beta": run.mean_beta,
         "mean_beta_by_tensor": dict(zip(run.tensors, run.mean_betas, strict=False)),
+        "mean_at_cap": run.mean_at_cap,
+        "optimizer_time_to_baseline": comparison.optimizer_ratio(run),
         "optimizer_ms_quartiles": run.optimizer_ms_quartiles,
         "seconds": run.seconds,
     }

@@ -1,7 +1,7 @@
 """The kernels one by one, with pytest-benchmark: pytest bench --benchmark-only.
 
-A group is one kernel on one parameter list in one dtype, the backends side by side: the sums
-(begin), the update from sums that are there (finish), and both in one call (step), beside
+A group is one kernel on one parameter list in one dtype, the backends side by side: what comes
+before the sums are there (begin), what is left then (finish), and both in one call (step), beside
 torch's fused optimizer. Runs on the GPU where there is one; not yet run on one.
 """
 

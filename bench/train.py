@@ -1,4 +1,4 @@
-"""python -m bench train: what the optimizer is of a training step, in a small GPT.
+"""python -m bench train: the optimizer's time over whole trainings of two small GPTs.
 
 Not yet run on a GPU.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,30 +21,48 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 from adamem_fused import AMAdamW
+from bench import demo
 from bench.arguments import COUNT, SEED, output_folder
-from bench.demo_model import GPT, VOCABULARY
+from bench.betas import share_at_cap
+from bench.demo_text import TRAINING_FILES, read_text, standard_library
 from bench.environment import environment, folder_name
 from bench.kernels.devices import find_device
+from bench.kernels.results import Spread
 
+BASELINE = "AdamW fused"
 CONTESTANTS: dict[str, Callable[..., Optimizer]] = {
-    "AdamW fused": partial(torch.optim.AdamW, lr=1e-3, fused=True),
-    "AMAdamW fused": partial(AMAdamW, lr=1e-3, fused=True),
+    BASELINE: partial(torch.optim.AdamW, fused=True),
+    "AMAdamW fused": partial(AMAdamW, fused=True),
 }
-QUICK = {"width": 32, "layers": 2, "batch_size": 2, "steps": 2, "rounds": 2}
-WARM_UP_STEPS = 2
+AT_MOST = 1.05  # of the baseline's time, over a whole training
+PARTS = 10  # of a training, whose means are kept
+
+# Steps, threads and seed come from the command line.
+DEMO = demo.Config(
+    steps=1, batch_size=32, lr=3e-3, weight_decay=0.1, seed=0, threads=1, eval_every=1,
+    eval_windows=1,
+)  # fmt: skip
+MODELS = {
+    "the demo's": DEMO,
+    "2 M": replace(DEMO, batch_size=8, lr=1e-3, context=128, width=192, layers=4),
+}
+QUICK = {"steps": 3}
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `python -m bench`."""
     parser = commands.add_parser(
         "train",
-        help="tokens a second and the optimizer's share, in training a small GPT",
-        description="Trains a small byte-level GPT on random bytes with torch's fused AdamW and "
-        "with AMAdamW, in turns, and writes train.json: tokens a second, and the share of a "
-        "training step that is the optimizer's.",
+        help="the optimizer's time over a training, against torch's fused AdamW's",
+        description="Trains two small byte-level GPTs, the demo's and one of 2 M parameters, on "
+        "Python's own source with torch's fused AdamW and with AMAdamW, which take turns from step "
+        "to step, and writes train.json: tokens a second, the optimizer's share of a training "
+        "step, its time over the whole training to AdamW's, and the share of the parameters whose "
+        "beta was at its cap.",
     )
     has_gpu = torch.cuda.is_available()
     parser.add_argument(
@@ -52,22 +72,12 @@ def add_parser(commands: Any) -> None:
         help="where (%(default)s)",
     )
     for name, default, text in (
-        ("--width", 256, "of the model"),
-        ("--layers", 4, "of the model"),
-        ("--batch-size", 8, "windows a step"),
-        ("--context", 128, "bytes of a window"),
-        ("--steps", 8, "training steps of a round"),
-        ("--rounds", 9, "rounds; in each, the two take turns"),
+        ("--steps", 600, "training steps"),
         ("--threads", torch.get_num_threads(), "threads of torch"),
     ):
         parser.add_argument(name, type=COUNT, default=default, help=f"{text} (%(default)s)")
     parser.add_argument("--seed", type=SEED, default=0, help="of weights and data (%(default)s)")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="a look in seconds, with other defaults: "
-        + ", ".join(f"{key.replace('_', '-')} {value}" for key, value in QUICK.items()),
-    )
+    parser.add_argument("--quick", action="store_true", help="a look in seconds, of 3 steps")
     parser.add_argument("--out", type=output_folder, help="folder (bench/results/DEVICE)")
     parser.set_defaults(run=run, parser=parser, quick_defaults=QUICK)
 
@@ -77,19 +87,23 @@ def _nothing() -> None:
 
 
 class Training:
-    """A model, its optimizer, and the times of its steps."""
+    """A model, its optimizer, and what was measured of each of its steps."""
 
-    def __init__(self, make: Callable[..., Optimizer], args: argparse.Namespace) -> None:
-        self.model = GPT(args.context, args.width, heads=4, layers=args.layers)
-        self.model.init_weights(torch.Generator().manual_seed(args.seed))
-        self.model.to(args.device)
-        self.optimizer = make(self.model.parameters())
+    def __init__(
+        self, make: Callable[..., Optimizer], config: demo.Config, device: torch.device
+    ) -> None:
+        self.model = demo.new_model(config).to(device)
+        groups = demo.param_groups(self.model, config.weight_decay)
+        self.optimizer = make(groups, lr=config.lr)
+        self.scheduler = CosineAnnealingLR(self.optimizer, T_max=config.steps)
         self.synchronize: Callable[[], None] = (
-            torch.cuda.synchronize if args.device == "cuda" else _nothing
+            torch.cuda.synchronize if device.type == "cuda" else _nothing
         )
+        self.step_seconds: list[float] = []
+        self.optimizer_seconds: list[float] = []
+        self.at_cap: list[float] = []
 
-    def step(self, batch: Tensor) -> tuple[float, float]:
-        """Seconds of a training step, and of its optimizer's."""
+    def step(self, batch: Tensor) -> None:
         self.synchronize()
         start = time.perf_counter()
         self.optimizer.zero_grad()
@@ -99,13 +113,44 @@ class Training:
         self.optimizer.step()
         self.synchronize()
         end = time.perf_counter()
-        return end - start, end - before
+        self.step_seconds.append(end - start)
+        self.optimizer_seconds.append(end - before)
+        self.scheduler.step()
+        if isinstance(self.optimizer, AMAdamW):
+            self.at_cap.append(share_at_cap(self.optimizer))
 
-    def round(self, batches: list[Tensor]) -> tuple[float, float]:
-        """Medians of some steps."""
-        times = [self.step(batch) for batch in batches]
-        whole, optimizer = zip(*times, strict=True)
-        return statistics.median(whole), statistics.median(optimizer)
+    def measured(self) -> dict[str, list[float]]:
+        return {
+            "step_seconds": means(self.step_seconds),
+            "optimizer_seconds": means(self.optimizer_seconds),
+            "at_cap": means(self.at_cap),
+        }
+
+
+def means(values: Sequence[float]) -> list[float]:
+    """Of at most PARTS parts of nearly equal length, in order."""
+    count = min(PARTS, len(values))
+    bounds = [i * len(values) // count for i in range(count + 1)] if values else []
+    return [statistics.fmean(values[a:b]) for a, b in itertools.pairwise(bounds)]
+
+
+def train(config: demo.Config, content: bytes, device: torch.device) -> dict[str, Any]:
+    """A whole training of each contestant, in turns from step to step."""
+    trainings = {name: Training(make, config, device) for name, make in CONTESTANTS.items()}
+    order = list(trainings.values())
+    batches = demo.training_batches(content, config)
+    for batch in tqdm(batches, total=config.steps, unit="step"):
+        for training in order:
+            training.step(batch.to(device))
+        order.reverse()
+    params = list(order[0].model.parameters())
+    return {
+        "parameters": sum(param.numel() for param in params),
+        "tensors": len(params),
+        "tokens": config.batch_size * config.context,
+        "config": asdict(config),
+        "contestants": {name: training.measured() for name, training in trainings.items()},
+    }
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,39 +158,18 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     device = find_device(args.device)
     folder = args.out or output_folder(f"bench/results/{folder_name(device.name)}")
-    generator = torch.Generator().manual_seed(args.seed)
-    shape = (args.batch_size, args.context + 1)
-    batches = [
-        torch.randint(VOCABULARY, shape, generator=generator).to(device.device)
-        for _ in range(args.steps)
-    ]
-    trainings = {name: Training(make, args) for name, make in CONTESTANTS.items()}
-    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in trainings}
-    for training in trainings.values():
-        training.round(batches[:WARM_UP_STEPS])
-    for number in tqdm(range(args.rounds), unit="round"):
-        order = list(trainings) if number % 2 == 0 else list(trainings)[::-1]
-        for name in order:
-            rounds[name].append(trainings[name].round(batches))
-
-    model = next(iter(trainings.values())).model
-    settings = {
-        name: value
-        for name, value in vars(args).items()
-        if name not in ("run", "parser", "quick_defaults", "out")
-    }
+    content = read_text(TRAINING_FILES, standard_library()).content
+    given = {"steps": args.steps, "threads": args.threads, "seed": args.seed}
     result = {
-        "settings": settings,
         "environment": {
             **environment(),
             "device": device.name,
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         },
-        "parameters": sum(param.numel() for param in model.parameters()),
-        "tensors": len(list(model.parameters())),
-        "tokens": args.batch_size * args.context,
-        "step_seconds": {name: [whole for whole, _ in r] for name, r in rounds.items()},
-        "optimizer_seconds": {name: [own for _, own in r] for name, r in rounds.items()},
+        "models": {
+            name: train(replace(config, **given), content, device.device)
+            for name, config in MODELS.items()
+        },
     }
     print(tabulate(table_cells(result), headers=HEADERS, disable_numparse=True))
     write_json(result, folder / "train.json")
@@ -153,26 +177,44 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-HEADERS = ["optimizer", "tokens a second", "ms a training step", "ms of the optimizer", "share"]
+HEADERS = [
+    *("GPT", "parameters", "steps", "optimizer", "tokens a second", "ms a training step"),
+    *("ms of the optimizer", "share", "at the cap", f"to {BASELINE}'s"),
+]
 
 
 def table_cells(result: dict[str, Any]) -> list[list[str]]:
-    """A row for each contestant, its figures medians over rounds."""
+    """A row for each model and contestant, its figures means over the training."""
     cells = []
-    for name, steps in result["step_seconds"].items():
-        own = result["optimizer_seconds"][name]
-        step = statistics.median(steps)
-        share = statistics.median(a / b for a, b in zip(own, steps, strict=True))
-        cells.append(
-            [
-                name,
-                f"{result['tokens'] / step:,.0f}",
-                f"{1e3 * step:.2f}",
-                f"{1e3 * statistics.median(own):.2f}",
-                f"{share:.1%}",
-            ]
-        )
+    for model, found in result["models"].items():
+        base = found["contestants"][BASELINE]["optimizer_seconds"]
+        for name, measured in found["contestants"].items():
+            own = measured["optimizer_seconds"]
+            step, optimizer = statistics.fmean(measured["step_seconds"]), statistics.fmean(own)
+            cells.append(
+                [
+                    model,
+                    f"{found['parameters'] / 1e6:.2f} M",
+                    f"{found['config']['steps']:,}",
+                    name,
+                    f"{found['tokens'] / step:,.0f}",
+                    f"{1e3 * step:.2f}",
+                    f"{1e3 * optimizer:.3f}",
+                    f"{optimizer / step:.1%}",
+                    f"{statistics.fmean(measured['at_cap']):.0%}" if measured["at_cap"] else "-",
+                    "-" if name == BASELINE else format_ratio(own, base),
+                ]
+            )
     return cells
+
+
+def format_ratio(own: Sequence[float], base: Sequence[float]) -> str:
+    """Of the times over the whole training; in brackets the quartiles of its parts'."""
+    ratio = sum(own) / sum(base)
+    parts = Spread.of([[a / b for a, b in zip(own, base, strict=True)]])
+    assert parts is not None
+    met = "" if ratio <= AT_MOST else ", not met"
+    return f"{ratio:.2f} ({parts.low:.2f} to {parts.high:.2f}) of {AT_MOST:.2f}{met}"
 
 
 def write_json(result: dict[str, Any], path: Path) -> None:

@@ -7,9 +7,11 @@ import struct
 import pytest
 import torch
 
+from adamem_fused import AMAdamW
 from adamem_fused.backends import ops
 from bench import demo
 from bench.arguments import output_folder
+from bench.betas import share_at_cap
 from bench.demo_report import Comparison, Run, format_table, steps_to_reach
 from bench.demo_text import HELD_OUT_FILES, TRAINING_FILES, Text, read_text, standard_library
 from bench.environment import cache_sizes, environment
@@ -78,6 +80,24 @@ def test_beta_of_adamw_is_fixed_and_that_of_am_adamw_is_not(demo_run):
         assert len(betas) == 22
         assert all(0 <= beta <= demo.BETA_CAP + 1e-6 for beta in betas.values())
         assert len(set(betas.values())) > 1
+
+
+@needs_extension
+def test_the_share_at_the_cap_and_the_optimizers_time_are_told(demo_run):
+    contestants = demo_run[2]["contestants"]
+    assert contestants["AdamW"]["mean_at_cap"] is None
+    assert contestants["AdamW"]["optimizer_time_to_baseline"] == 1.0
+    for name in ("AMAdamW level", "AMAdamW anchored"):
+        assert 1 / 6 <= contestants[name]["mean_at_cap"] <= 1  # that of the first step is 1
+        assert contestants[name]["optimizer_time_to_baseline"] > 0
+
+
+def test_elements_at_the_cap_are_counted():
+    params = [torch.zeros(n, requires_grad=True) for n in (30, 60, 10, 5)]
+    optimizer = AMAdamW([{"params": params[:2]}, {"params": params[2:], "betas": (0.5, 0.99)}])
+    for param, beta in zip(params, (0.89, 0.8899, 0.5), strict=False):
+        optimizer.state[param]["beta"] = torch.tensor(beta)
+    assert share_at_cap(optimizer) == pytest.approx(0.4)  # and one has not had a gradient yet
 
 
 @needs_extension
@@ -197,17 +217,24 @@ def test_run_averages_betas_and_training_losses():
     assert run.mean_beta == pytest.approx(0.35)
     assert run.final_loss == 3.0
     assert made_up("x", [5.0, 3.0], diverged_at=11).final_loss is None
+    assert made_up("x", [5.0], at_cap=[1.0, 0.5]).mean_at_cap == 0.75
 
 
 def test_table_compares_with_the_baseline():
     text = Text((), b"")
     config = {"steps": 20, "batch_size": 1, "context": 8, "lr": 0.1, "weight_decay": 0.0}
     config |= {"seed": 0, "threads": 1, "eval_every": 10}
-    runs = [made_up("AdamW", [5.0, 3.0, 2.0]), made_up("AMAdamW level", [5.0, 1.9, 1.0])]
+    runs = [
+        made_up("AdamW", [5.0, 3.0, 2.0], optimizer_ms=[1.0, 2.0, 3.0]),
+        made_up("AMAdamW level", [5.0, 1.9, 1.0], optimizer_ms=[2.0, 2.0, 3.5], at_cap=[0.8]),
+        made_up("AMAdamW anchored", [5.0], optimizer_ms=[2.0], diverged_at=2),
+    ]
     table = format_table(Comparison(config, [1, 2], "AdamW", 0.89, text, text, runs))
     rows = {line.split("  ")[0]: line.split() for line in table.splitlines()}
     assert rows["AdamW"][1:3] == ["2.0000", "20"]
     assert rows["AMAdamW level"][2:4] == ["1.0000", "10"]
+    assert rows["AMAdamW level"][5] == "80%" and rows["AMAdamW level"][-2] == "1.25"
+    assert rows["AdamW"][-2] == "1.00" and rows["AMAdamW anchored"][-2] == "-"
 
 
 # ---- command line --------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,15 +20,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamem_fused.backends import ops
 from bench import __main__ as commands
+from bench import gpu_cases
 from bench.environment import cpu_clocks, folder_name
-from bench.kernels import command, contestants, parameter_lists
-from bench.kernels.contestants import ADAMW_BASELINE, Contestant, find_contestants, known_defect
+from bench.kernels import command, contestants, parameter_lists, sides
+from bench.kernels.contestants import (
+    ADAMW_BASELINE,
+    VARIANTS,
+    Contestant,
+    find_contestants,
+    is_ours_fused,
+    known_defect,
+)
 from bench.kernels.correctness import FirstStep, WrongResult, check_steps
 from bench.kernels.devices import Cpu, Sample, streams
 from bench.kernels.parameter_lists import MODELS, ParameterList, fit, model_list
 from bench.kernels.plots import write_plots
-from bench.kernels.results import Report, Row, Spread
-from bench.kernels.sides import Side, random_tensors
+from bench.kernels.results import TARGETS, Report, Row, Spread
+from bench.kernels.sides import Side, WrongShare, random_tensors
 from bench.kernels.suite import Plan, Suite, make_cells
 from bench.kernels.tables import format_report, target_cells
 from bench.kernels.traffic import bytes_to_move
@@ -35,6 +44,7 @@ from bench.kernels.traffic import bytes_to_move
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 SHAPES = ((40, 5), (7,))
+MODEL = ((300, 40), *((40, 40), (40,), (40,), (160, 40), (40, 160)) * 4, (300, 40))
 
 needs_extension = pytest.mark.skipif(ops.unavailable is not None, reason=str(ops.unavailable))
 
@@ -160,12 +170,19 @@ def test_a_users_model_gives_its_trainable_parameters(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "dtype", "in_cache", "state", "expected"),
     [
-        ("AMAdamW cpu", torch.float32, False, 8, 44),
-        ("AMAdamW cpu", torch.float32, True, 8, 28),
-        ("AMAdamW foreach", torch.float32, False, 8, 44),
+        ("AMAdamW cpu", torch.float32, False, 8, 28),
+        ("AMAdamW cpu, 20% missed", torch.float32, False, 8, 32.8),
+        ("AMAdamW cpu, all missed", torch.float32, False, 8, 52),
+        ("AMAdamW cpu, all missed", torch.float32, True, 8, 28),
+        ("AMAdamW cpu, anchored", torch.float32, False, 8, 44),
+        ("AMAdamW cpu, anchored", torch.float32, True, 8, 28),
+        ("AMAdamW foreach", torch.float32, False, 8, 28),
         ("AMAdamW cpu", torch.bfloat16, False, 8, 34),
+        ("AMAdamW cpu, all missed", torch.bfloat16, False, 8, 34),
         ("AMAdamW cpu", torch.bfloat16, True, 8, 22),
-        ("AMAdamW cpu", torch.float64, False, 16, 88),
+        ("AMAdamW cpu", torch.float64, False, 16, 56),
+        ("AMAdamW cpu, all missed", torch.float64, False, 16, 104),
+        ("AMAdamW cpu, anchored", torch.float64, False, 16, 88),
         ("AdamW fused", torch.float32, False, 8, 28),
         ("AdamW fused", torch.bfloat16, False, 4, 14),
         ("AMSGD cpu", torch.float32, False, 4, 28),
@@ -229,16 +246,16 @@ def test_a_parameter_that_is_not_a_number_is_wrong():
 
 def test_an_element_that_is_not_updated_is_found_on_the_tensors_that_are_timed():
     start, grads = (random_tensors(((50_001,), (3,)), torch.float32, CPU, s) for s in (0, 1))
-    first_step = FirstStep(start, grads)
     for defect, wrong in ((nothing, False), (last_element_forgotten, True)):
         side = Side(planted(defect), start, [grads])
         side.next_gradients()
+        first_step = FirstStep(side)
         side.step()
         if wrong:
             with pytest.raises(WrongResult, match="first step"):
-                first_step.check(planted(defect), side, grads)
+                first_step.check(planted(defect))
         else:
-            first_step.check(planted(defect), side, grads)
+            first_step.check(planted(defect))
 
 
 def run_command(tmp_path, *options):
@@ -306,6 +323,7 @@ def new_plan(*extra, **options):
         "caches": ["warm"],
         "contestants": [by_name()[ADAMW_BASELINE], *extra],
         "whole_suite": True,
+        "memory": 2**30,
         "passes": 2,
         "rounds": 3,
         "seconds": 12.5,
@@ -335,6 +353,23 @@ def test_sides_take_turns_in_an_order_made_from_the_seed():
     assert len(set(rounds)) == 2
     assert turns(0) == told
     assert turns(1) != told
+
+
+def test_sides_that_do_not_fit_in_memory_together_come_one_by_one():
+    alive, most = [], []
+
+    class Counted(Wrapper):
+        def __init__(self, params):
+            super().__init__(params, nothing)
+            alive.append(weakref.ref(self))
+            most.append(sum(optimizer() is not None for optimizer in alive))
+
+    extra = [replace(planted(nothing, name=f"number {i}"), make=Counted) for i in range(3)]
+    for memory, expected in ((2**30, 3), (1, 1)):
+        alive.clear(), most.clear()
+        suite, _ = run_suite(new_plan(*extra, memory=memory))
+        assert max(most) == expected
+        assert all(len(rounds) == 3 for row in suite.rows for rounds in row.step)
 
 
 def test_every_pass_builds_everything_anew():
@@ -448,6 +483,69 @@ def test_compiling_for_many_tensors_is_not_tried():
 def test_slow_contestants_take_part_in_fewer_rounds():
     suite, _ = run_suite(new_plan(planted(nothing), seconds=1e-9, passes=1))
     assert {len(row.step[0]) for row in suite.rows} == {1}
+
+
+# ---- guesses that are missed ----------------------------------------------------------
+
+
+def steps_of(name, shapes, steps, dtype=torch.float32, **changes):
+    """A side after so many steps, with gradients as in the suite."""
+    start, first, second = (random_tensors(shapes, dtype, CPU, seed) for seed in range(3))
+    contestant = replace(by_name()[name], **changes)
+    side = Side(contestant, start, [first, second], [-gradient for gradient in first])
+    for _ in range(steps):
+        side.next_gradients()
+        side.step()
+    return side
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shapes", [((20_000,),), ((64,),) * 500, MODEL], ids=["1", "500", "model"])
+@pytest.mark.parametrize(
+    ("variant", "share"), [("", 0.0), (", 20% missed", 0.2), (", all missed", 1.0)]
+)
+def test_the_share_that_is_missed_is_what_the_name_says(variant, share, shapes, dtype):
+    side = steps_of(f"AMAdamW cpu{variant}", shapes, 2, dtype)
+    for _ in range(50):
+        assert side.missed() == pytest.approx(share, abs=0.02)
+        side.next_gradients()
+        side.step()
+    assert all(param.isfinite().all() and param.abs().max() < 10 for param in side.params)
+    # Only where it cannot be had from whole tensors are they cut.
+    assert (len(side.params) > len(shapes)) is (share == 0.2 and len(shapes) == 1)
+    assert sum(param.numel() for param in side.params) == sum(map(math.prod, shapes))
+
+
+@needs_extension
+def test_another_share_is_an_error():
+    side = steps_of("AMAdamW cpu", ((1000,),), 2, missed=1.0)
+    assert side.missed() == 1.0
+    side._missing.clear()  # and from here on nothing keeps beta down
+    with pytest.raises(WrongShare, match=r"^0.0% of the elements had a beta below its cap"):
+        for _ in range(30):
+            side.next_gradients()
+            side.step()
+            side.missed()
+    assert steps_of("AMAdamW cpu, anchored", ((1000,),), 2).missed() is None
+
+
+@needs_extension
+def test_another_share_stops_the_benchmark(monkeypatch):
+    monkeypatch.setattr(sides, "FALL", 1.0)  # its learning rate falls no more
+    with pytest.raises(WrongResult, match=r"all missed, first: 0.0% of the elements"):
+        lists = [ParameterList("first", ((1000,),), "")]
+        run_suite(new_plan(by_name()["AMAdamW cpu, all missed"], lists=lists, seconds=99))
+
+
+@needs_extension
+def test_the_share_is_in_the_rows(capsys):
+    names = [f"AMAdamW cpu{variant}" for variant in VARIANTS]
+    lists = [ParameterList("first", ((1000,),) * 10, "")]
+    suite, _ = run_suite(new_plan(*(by_name()[name] for name in names), lists=lists))
+    assert [row.missed for row in suite.rows] == [None, 0.0, pytest.approx(0.2), 1.0, None]
+    table = format_report(Report({}, {}, {}, suite.rows))
+    assert re.search(r"AMAdamW cpu, 20% missed .* 20% ", table)
 
 
 # ---- what is measured of a step -------------------------------------------------------
@@ -589,12 +687,21 @@ def test_of_floor_is_the_time_of_a_copy_over_the_time_taken():
     assert row.of_floor == 1.0
 
 
-@pytest.mark.parametrize(("seconds", "verdict"), [(1.6, "met"), (1.61, "not met")])
-def test_a_target_stands_beside_its_figure(seconds, verdict):
-    rows = [new_row("AdamW fused", [[1.0]] * 2), new_row("AMAdamW cpu", [[seconds]] * 2)]
+def test_a_target_stands_beside_its_figure():
+    seconds = {"AdamW fused": 1.0, "AMAdamW cpu": 1.0, "AMAdamW cpu, 20% missed": 1.21}
+    rows = [new_row(name, [[step] * 3] * 2) for name, step in seconds.items()]
     (cells,) = target_cells(Report({}, {}, {}, rows))
-    assert cells[0] == "8-llc"
-    assert cells[4:] == ["1.60", verdict]
+    assert cells[:3] == ["8-llc", "float32", "AMAdamW cpu / AdamW fused"]
+    assert cells[3:] == ["1.00 of 1.00", "1.21 of 1.20, not met", "-", "-"]
+
+
+def test_every_target_is_of_a_contestant_and_a_list():
+    lists = parameter_lists.parameter_lists(2**20, 2**25)
+    for target in TARGETS:
+        assert target.name in lists or target.name in gpu_cases.TARGETS
+        assert is_ours_fused(target.contestant) or target.contestant == "AMAdamW foreach"
+    cpu = [t for t in TARGETS if t.contestant.startswith("AMAdamW cpu")]
+    assert {t.contestant.removeprefix("AMAdamW cpu") for t in cpu} == set(VARIANTS)
 
 
 # ---- the command ----------------------------------------------------------------------

@@ -29,12 +29,20 @@ def test_a_text_without_one_section_is_an_error(text):
         replace_section(text, "new")
 
 
+STEPS = {
+    "AMAdamW cpu": 0.003,
+    "AMAdamW cpu, 20% missed": 0.0024,
+    "AMAdamW cpu, anchored": 0.0036,
+    "AdamW fused": 0.002,
+}
+
+
 @pytest.fixture
 def results(tmp_path):
     """A folder of results like the repository's, with made-up numbers."""
     rows = [
         Row("8-llc", 10**6, 1, "float32", "warm", contestant, "adamw", step=[[seconds]] * 2)
-        for contestant, seconds in (("AMAdamW cpu", 0.003), ("AdamW fused", 0.002))
+        for contestant, seconds in STEPS.items()
     ]
     failed = Row("8-llc", 10**6, 1, "float32", "warm", "a peer", "adamw", reason="ValueError: no")
     report = Report(
@@ -52,14 +60,16 @@ def results(tmp_path):
 def test_numbers_targets_and_reasons_are_in_the_section(results):
     text = performance(results)
     assert "### A CPU" in text and "2 threads, torch 2.13.0, 2026-11-24" in text
-    assert "1.50 (1.50 to 1.50)" in text
-    (line,) = [line for line in text.splitlines() if "AMAdamW cpu / AdamW fused" in line]
-    assert [cell.strip() for cell in line.split("|")][3:7] == [
-        "1.50",
-        "1.50 to 1.50",
-        "1.60",
-        "met",
-    ]
+    targets, row, ratios = [
+        [cell.strip() for cell in line.split("|")][1:-1]
+        for line in text.splitlines()
+        if "AMAdamW cpu / AdamW fused" in line or "| parameters" in line
+    ][:3]
+    assert targets[3:] == ["nothing missed", "20% missed", "all missed", "anchored"]
+    assert row[:3] == ["8-llc", "float32", "AMAdamW cpu / AdamW fused"]
+    assert row[3:] == ["1.50 of 1.00, not met", "1.20 of 1.20", "-", "1.80 of 1.90"]
+    assert ratios[7:] == ["AMAdamW cpu", "AMAdamW cpu, 20% missed", "AMAdamW cpu, anchored"]
+    assert "| 1.50 (1.50 to 1.50) | 1.20 (1.20 to 1.20)       | 1.80 (1.80 to 1.80)" in text
     assert "- a peer: ValueError: no. On 8-llc (float32)" in text
     assert "- another peer: not installed" in text
     assert ".png" not in text  # none is there
@@ -83,22 +93,42 @@ def test_the_command_writes_the_section(results, monkeypatch):
 
 
 @needs_extension
-def test_training_writes_tokens_a_second_and_the_optimizers_share(tmp_path, capsys):
+def test_training_writes_the_optimizers_time_and_the_share_at_the_cap(tmp_path, capsys):
     assert commands.main(["train", "--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "train.json").read_text())
-    assert result["settings"]["width"] == 32
-    assert result["tokens"] == 2 * 128
-    for name in ("AdamW fused", "AMAdamW fused"):
-        steps, own = result["step_seconds"][name], result["optimizer_seconds"][name]
-        assert len(steps) == len(own) == 2
-        assert all(0 < b < a for a, b in zip(steps, own, strict=True))
-        assert name in capsys.readouterr().out or name != "AdamW fused"
+    assert [round(m["parameters"] / 1e6, 1) for m in result["models"].values()] == [0.4, 1.9]
+    for found in result["models"].values():
+        assert found["tokens"] == found["config"]["batch_size"] * found["config"]["context"]
+        for name, measured in found["contestants"].items():
+            steps, own = measured["step_seconds"], measured["optimizer_seconds"]
+            assert len(steps) == len(own) == 3
+            assert all(0 < b < a for a, b in zip(steps, own, strict=True))
+            assert len(measured["at_cap"]) == (3 if name == "AMAdamW fused" else 0)
+            assert measured["at_cap"][:1] in ([], [1.0])  # the first step's beta is the cap
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.count("AMAdamW fused") for line in lines].count(1) == 2
 
 
-def test_share_is_of_the_whole_step():
-    result = {
-        "tokens": 100,
-        "step_seconds": {"AdamW fused": [0.1, 0.2, 0.4]},
-        "optimizer_seconds": {"AdamW fused": [0.01, 0.02, 0.04]},
+@pytest.mark.parametrize(
+    ("own", "ratio"),
+    [(0.021, "1.05 (1.05 to 1.05) of 1.05"), (0.022, "1.10 (1.10 to 1.10) of 1.05, not met")],
+)
+def test_a_training_is_told_in_means(own, ratio):
+    def measured(seconds, at_cap):
+        return {"step_seconds": [0.2, 0.4], "optimizer_seconds": seconds, "at_cap": at_cap}
+
+    contestants = {
+        "AdamW fused": measured([0.02, 0.04], []),
+        "AMAdamW fused": measured([own, 2 * own], [0.8, 0.9]),
     }
-    assert train.table_cells(result) == [["AdamW fused", "500", "200.00", "20.00", "10.0%"]]
+    model = {"parameters": 2e6, "tokens": 30, "config": {"steps": 600}, "contestants": contestants}
+    rows = train.table_cells({"models": {"a GPT": model}})
+    assert rows[0][:5] == ["a GPT", "2.00 M", "600", "AdamW fused", "100"]
+    assert rows[0][5:] == ["300.00", "30.000", "10.0%", "-", "-"]
+    assert rows[1][-2:] == ["85%", ratio]
+
+
+def test_means_are_of_parts_in_order():
+    assert train.means(range(25)) == [0.5, 3.0, 5.5, 8.0, 10.5, 13.0, 15.5, 18.0, 20.5, 23.0]
+    assert train.means([1.0, 3.0]) == [1.0, 3.0]
+    assert train.means([]) == []

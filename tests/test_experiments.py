@@ -51,7 +51,7 @@ def short(name, steps=3, **changes):
 
 def numbers(run):
     """What a run measured, without the times."""
-    return (run.cell, run.loss, run.diverged_at, run.curve, run.beta, run.betas)
+    return (run.cell, run.loss, run.diverged_at, run.curve, run.beta, run.at_cap, run.betas)
 
 
 # ---- grid -----------------------------------------------------------------------------
@@ -235,6 +235,22 @@ def test_report_has_every_contestant_and_every_claim(finished):
         assert f"**{claim}**" in report
     for name in CONTESTANTS:
         assert report.count(f"| {name} ") >= 3  # ranking, and a table for each task
+
+
+def test_share_at_the_cap_is_kept_of_am_adamw_and_shown_where_it_is_there(finished, tmp_path):
+    runs = list(Results(finished))
+    for run in runs:
+        assert (run.at_cap is not None) is run.cell.contestant.startswith("AM-AdamW")
+        assert run.at_cap is None or 0 < run.at_cap <= 1  # that of the first step is 1
+    assert "| at cap" in (finished / REPORT).read_text().replace("   ", " ")
+
+    older = Results(tmp_path)  # as before it was kept
+    older.open_for(small_grid())
+    for run in runs:
+        older.add(replace(run, at_cap=None))
+    assert "at_cap" not in older.rows.read_text()
+    write_report(older)
+    assert "at cap" not in (tmp_path / REPORT).read_text()
 
 
 def test_diverging_contestant_is_a_row(tmp_path):

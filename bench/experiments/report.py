@@ -74,6 +74,9 @@ Loss at the best learning rate: mean, and standard deviation over the seeds. An 
 learning rate is at an edge of the grid. Diverged: runs whose loss was not finite, of all learning
 rates. Beta: mean over steps and tensors at the best learning rate, without warm-up.
 """
+AT_CAP = """
+At cap: the share of the parameters whose beta was at its cap, mean over those steps.
+"""
 
 
 def write_report(results: Results) -> None:
@@ -85,6 +88,7 @@ def write_report(results: Results) -> None:
 
 
 def report(table: Table, pictures: dict[str, str]) -> str:
+    with_at_cap = any(run.at_cap is not None for run in table.runs.values())
     sections = [
         "# Training experiments",
         "Made by `python -m bench.experiments report` from runs.jsonl and settings.json in this "
@@ -105,8 +109,8 @@ def report(table: Table, pictures: dict[str, str]) -> str:
         "## By learning rate",
         *(f"![{title}]({name})" for name, title in pictures.items() if name.startswith("loss")),
         "## Every task",
-        TASKS.strip(),
-        *(_task_table(table, task) for task in table.tasks),
+        TASKS.strip() + (" " + AT_CAP.strip() if with_at_cap else ""),
+        *(_task_table(table, task, with_at_cap) for task in table.tasks),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -337,19 +341,25 @@ def _all_runs(table: Table, task: str, name: str) -> list[Run]:
     ]
 
 
-def _task_table(table: Table, task: str) -> str:
+def _task_table(table: Table, task: str, with_at_cap: bool) -> str:
     rows = []
     for name in table.families:
         cells = [_loss_cell(table, task, name, warmup) for warmup in (False, True)]
         diverged = sum(run.diverged_at is not None for run in _all_runs(table, task, name))
-        betas = [run.beta for run in table.best_runs(task, name, False)]
-        known = [beta for beta in betas if beta is not None]
+        best = table.best_runs(task, name, False)
+        betas = [_mean([run.beta for run in best])]
+        betas += [_mean([run.at_cap for run in best])] if with_at_cap else []
         order = float(table.best_log_loss(task, name, False).mean())
-        beta = f"{statistics.fmean(known):.2f}" if known else "-"
-        rows.append((order, [name, *cells[0], *cells[1], diverged, beta]))
+        rows.append((order, [name, *cells[0], *cells[1], diverged, *betas]))
     headers = ["", "no warm-up", "lr", "warm-up", "lr", "diverged", "beta"]
+    headers += ["at cap"] if with_at_cap else []
     ordered = [row for _, row in sorted(rows, key=lambda r: r[0])]
     return f"### {task}\n\n" + _markdown(ordered, headers)
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.fmean(known):.2f}" if known else "-"
 
 
 def _loss_cell(table: Table, task: str, name: str, warmup: bool) -> list[str]:

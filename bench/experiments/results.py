@@ -33,6 +33,8 @@ class Run:
         curve: mean training loss of each tenth of the steps that were taken; empty where it was
             not kept.
         beta: mean over steps and tensors; None where it is fixed.
+        at_cap: share of the parameters whose beta was at its cap, mean over steps; None where it
+            was not kept.
         betas: mean of each tensor in each tenth of the steps; empty where it was not kept.
         tensors: labels of the tensors in `betas`.
         optimizer_us: CPU time of optimizer.step(), the median, in microseconds.
@@ -45,6 +47,7 @@ class Run:
     untrained_loss: float
     curve: list[float]
     beta: float | None
+    at_cap: float | None = None
     betas: list[list[float]] = field(default_factory=list)
     tensors: list[str] = field(default_factory=list)
     optimizer_us: float = 0.0
@@ -63,7 +66,7 @@ def _rounded(value: Any, digits: int) -> Any:
 def to_json(run: Run) -> str:
     row = asdict(run)
     row = row.pop("cell") | row
-    short = {"curve", "betas", "beta", "optimizer_us", "step_us"}
+    short = {"curve", "betas", "beta", "at_cap", "optimizer_us", "step_us"}
     row = {k: _rounded(v, CURVE_DIGITS if k in short else DIGITS) for k, v in row.items()}
     return json.dumps(
         {k: v for k, v in row.items() if v not in (None, [])},

@@ -17,6 +17,7 @@ from schedulefree import AdamWScheduleFree
 from torch.optim import Optimizer
 
 from adamem_fused import AMSGD, AMAdamW
+from bench.betas import share_at_cap
 from bench.demo_model import tensor_label
 from bench.experiments.contestants import Contestant, param_groups
 from bench.experiments.grid import Cell, Grid
@@ -59,6 +60,7 @@ def train(task: Task, contestant: Contestant, cell: Cell) -> Run:
 
     losses: list[float] = []
     betas: list[list[float]] = []
+    at_cap: list[float] = []
     optimizer_seconds: list[float] = []
     diverged_at: int | None = None
     start = time.thread_time()
@@ -78,6 +80,8 @@ def train(task: Task, contestant: Contestant, cell: Cell) -> Run:
         optimizer_seconds.append(time.thread_time() - step_start)
         if isinstance(optimizer, (AMAdamW, AMSGD)):
             betas.append(torch.stack([optimizer.state[p]["beta"] for p in params]).tolist())
+        if isinstance(optimizer, AMAdamW):
+            at_cap.append(share_at_cap(optimizer))
     seconds = time.thread_time() - start
 
     _set_training(optimizer, False)
@@ -93,6 +97,7 @@ def train(task: Task, contestant: Contestant, cell: Cell) -> Run:
         untrained_loss=problem.untrained_loss,
         curve=[statistics.fmean(part) for part in parts(losses)] if detailed else [],
         beta=statistics.fmean(map(statistics.fmean, betas)) if betas else None,
+        at_cap=statistics.fmean(at_cap) if at_cap else None,
         betas=_means_by_tensor(betas) if tracked else [],
         tensors=[tensor_label(name) for name, _ in model.named_parameters()] if tracked else [],
         optimizer_us=1e6 * statistics.median(optimizer_seconds) if optimizer_seconds else 0.0,

@@ -135,7 +135,7 @@ def run(results: Results, backends: Sequence[str], seconds: float) -> None:
     lists = gpu_cases.cases(gpu.free_bytes())
     for case in (lists[name] for name in LISTS):
         bytes_predicted = gpu_cases.predicted_bytes(
-            "AMAdamW", case.shapes, torch.float32, gpu.l2_bytes()
+            "AMAdamW", case.shapes, torch.float32, gpu.l2_bytes(), missed=0.0
         )
         for side in (*backends, "torch"):
             found = summarize(next(steps, []), case.numel)

@@ -25,7 +25,7 @@ from bench.kernels.devices import Device, find_device
 from bench.kernels.parameter_lists import fit, model_list, parameter_lists
 from bench.kernels.plots import write_plots
 from bench.kernels.results import Report
-from bench.kernels.suite import Plan, Suite
+from bench.kernels.suite import Plan, Suite, cell_bytes
 from bench.kernels.tables import format_report
 
 BUSY = 0.3  # other processes' load a core, from which on results suffer
@@ -49,7 +49,13 @@ CACHES = ("warm", "cold")
 DESCRIPTION = """\
 Times a step of AMAdamW and AMSGD, on every backend that is there, against torch's AdamW and
 SGD, their compiled steps, and the optimizers of other packages that are installed. Checks each
-against its reference first. Prints tables, and writes kernels.json and pictures."""
+against its reference first. Prints tables, and writes kernels.json and pictures.
+
+AMAdamW updates with its cap for beta and repairs the tensors whose beta is another, so that what a
+step costs depends on the gradients. On the fused backends it takes part with nothing missed, with
+20% of the elements (whole tensors where there are such, else each tensor cut into fifths), with all
+of them, and with memory_plane="anchored", which does not guess. The shares are looked up in beta
+before and after each sample; another one stops the benchmark."""
 
 
 def describe_lists() -> str:
@@ -248,14 +254,14 @@ def make_plan(
         asked = [parameters for parameters in asked if parameters.name in args.lists]
     dtypes = [getattr(torch, name) for name in args.dtype]
     whole_suite = not args.lists and not args.model
+    memory = int(MEMORY_SHARE * device.free_bytes())
     lists = []
     left_out = {}
     for parameters in asked:
+        # A model is scaled down until all fit at once; a tensor of a given size is not.
         everyone = parameters.everyone or not whole_suite
-        sides = sum(everyone or c.core for c in contestants)
-        # Parameter and two moments of each, the first parameters and two gradient sets.
-        element = max(max(dtype.itemsize for dtype in dtypes), 4)
-        in_memory = int(MEMORY_SHARE * device.free_bytes()) // ((3 * sides + 3) * element)
+        sides = sum(everyone or c.core for c in contestants) if parameters.scalable else 1
+        in_memory = memory // max(cell_bytes(1, dtype, sides) for dtype in dtypes)
         fitting = fit(parameters, min(args.max_parameters, in_memory))
         if fitting is None:
             left_out[parameters.name] = (
@@ -270,6 +276,7 @@ def make_plan(
         caches=args.cache,
         contestants=contestants,
         whole_suite=whole_suite,
+        memory=memory,
         passes=args.passes,
         rounds=args.rounds,
         seconds=args.seconds,

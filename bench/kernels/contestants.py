@@ -23,7 +23,15 @@ LR = 2.0**-6
 ADAMW_OPTIONS: dict[str, Any] = {"lr": LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 SGD_OPTIONS: dict[str, Any] = {"lr": LR, "momentum": 0.9}
 
+FUSED = [name for name, backend in BACKENDS.items() if backend.fused]
 ADAMW_BASELINE, SGD_BASELINE = "AdamW fused", "SGD fused"
+# Of AM-AdamW on the fused backends: what a step costs depends on the share of wrong guesses.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {"missed": 0.0},
+    ", 20% missed": {"missed": 0.2},
+    ", all missed": {"missed": 1.0},
+    ", anchored": {"anchored": True},
+}
 # Inductor takes seconds a tensor on the CPU and less on a GPU.
 COMPILED_TENSORS = {"cpu": 8, "cuda": 400}
 
@@ -39,6 +47,9 @@ class Contestant:
         reference: what its steps are checked against, in float64.
         core: takes part on every list of the suite, see `ParameterList.everyone`.
         adaptive: an Adaptive Memory optimizer: the update waits for sums over the tensor.
+        anchored: AM-AdamW with memory_plane="anchored", which cannot guess its beta.
+        missed: of the elements, the share whose beta is kept below its cap (`Side`), so that it
+            is guessed wrong; None where nobody looks.
         compiled: its step goes through torch.compile.
         compiles_itself: it compiles its step on its own, for all tensors at once.
         quantized: its state is rounded to few bits, so that only a first step can be checked.
@@ -51,10 +62,18 @@ class Contestant:
     reference: MakeOptimizer
     core: bool = False
     adaptive: bool = False
+    anchored: bool = False
+    missed: float | None = None
     compiled: bool = False
     compiles_itself: bool = False
     quantized: bool = False
     tolerance: float = 1e-3
+
+
+def is_ours_fused(name: str) -> bool:
+    """Whether a contestant is this package's, on a fused backend."""
+    ours, _, backend = name.partition(",")[0].partition(" ")
+    return ours in ("AMAdamW", "AMSGD") and backend in FUSED
 
 
 @dataclass(frozen=True)
@@ -199,13 +218,16 @@ def _reference_sgd(params: Sequence[Tensor]) -> Optimizer:
     return torch.optim.SGD(params, **SGD_OPTIONS, foreach=False, fused=False)
 
 
-def _ours(optimizer: str, backend: str, **options: Any) -> Contestant:
+def _ours(optimizer: str, backend: str, variant: str = "", **options: Any) -> Contestant:
     cls = {"adamw": AMAdamW, "sgd": AMSGD}[optimizer]
+    make = partial(cls, lr=LR)
+    if options.get("anchored"):
+        make = partial(make, memory_plane="anchored")
     return Contestant(
-        name=f"{cls.__name__} {'compiled' if options.get('compiled') else backend}",
+        name=f"{cls.__name__} {'compiled' if options.get('compiled') else backend}{variant}",
         optimizer=optimizer,
-        make=partial(cls, lr=LR, backend=backend),
-        reference=partial(cls, lr=LR, backend="reference"),
+        make=partial(make, backend=backend),
+        reference=partial(make, backend="reference"),
         adaptive=True,
         core=BACKENDS[backend].fused,
         **options,
@@ -238,8 +260,12 @@ def find_contestants(device: torch.device) -> tuple[list[Contestant], dict[str, 
     missing: dict[str, str] = {}
     for backend in BACKENDS.values():
         reason = backend.unavailable(device)
+        if reason is None and backend.fused:
+            found += [_ours("adamw", backend.name, v, **o) for v, o in VARIANTS.items()]
+        elif reason is None:
+            found.append(_ours("adamw", backend.name))
         if reason is None:
-            found += [_ours("adamw", backend.name), _ours("sgd", backend.name)]
+            found.append(_ours("sgd", backend.name))
         else:
             missing |= dict.fromkeys((f"AMAdamW {backend.name}", f"AMSGD {backend.name}"), reason)
     # The formulas in Python, through Inductor. The reference backend itself reads scalars

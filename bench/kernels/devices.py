@@ -271,6 +271,7 @@ class Cuda:
             torch.cuda.synchronize()
             step_times.append(time.perf_counter() - start)
         for replay in islice(cycle(side.replays), steps):
+            side.next_gradients()  # for what changes beside them
             kernel_times.append(self._events_seconds(replay, cold))
         return Sample(
             statistics.median(step_times),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 Shape = tuple[int, ...]
@@ -61,6 +61,18 @@ def fit(parameters: ParameterList, limit: int) -> ParameterList | None:
         if not parameters.scalable or divisor > largest:
             return None
     return replace(parameters, shapes=shapes, divisor=divisor)
+
+
+def some_of(sizes: Sequence[int], share: float) -> list[int]:
+    """Places of tensors with about that share of the elements, from all over a list."""
+    chosen = []
+    seen = taken = 0
+    for place, size in enumerate(sizes):
+        seen += size
+        if taken + size / 2 <= share * seen:
+            chosen.append(place)
+            taken += size
+    return chosen
 
 
 # ---- models ---------------------------------------------------------------------------

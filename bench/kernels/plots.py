@@ -8,11 +8,14 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.kernels.contestants import ADAMW_BASELINE
+from bench.kernels.contestants import ADAMW_BASELINE, is_ours_fused
 from bench.kernels.results import TARGETS, Report, Row, baseline
 
 COLORS = {
     "AMAdamW": "tab:blue",
+    "AMAdamW, 20% missed": "tab:cyan",
+    "AMAdamW, all missed": "tab:purple",
+    "AMAdamW, anchored": "tab:orange",
     "AMSGD": "tab:green",
     "AdamW fused": "black",
     "SGD fused": "tab:gray",
@@ -45,10 +48,10 @@ def _measured(report: Report, dtype: str = "float32", cache: str = "warm") -> li
 
 
 def _color(contestant: str) -> str | None:
-    if contestant in COLORS:
-        return COLORS[contestant]
-    first, _, backend = contestant.partition(" ")
-    return COLORS.get(first) if backend in ("cpu", "triton", "cuda") else None
+    name, comma, variant = contestant.partition(",")
+    if is_ours_fused(contestant):
+        name = name.split()[0]
+    return COLORS.get(name + comma + variant)
 
 
 def _core(rows: list[Row]) -> list[str]:
@@ -161,7 +164,8 @@ def draw_ratios(report: Report) -> Figure | None:
         rows = _measured(report, dtype)
         names = [name for name in _core(rows) if name.startswith("AM")]
         lists = list(dict.fromkeys(row.parameters for row in rows))
-        for k, name in enumerate(names):
+        offsets = {name: 0.12 * (k - (len(names) - 1) / 2) for k, name in enumerate(names)}
+        for name in names:
             found = [
                 (i, row, ratio)
                 for i, label in enumerate(lists)
@@ -170,7 +174,7 @@ def draw_ratios(report: Report) -> Figure | None:
             ]
             for point, (i, row, ratio) in enumerate(found):
                 axes.errorbar(
-                    i + 0.2 * (k - (len(names) - 1) / 2),
+                    i + offsets[name],
                     ratio.median,
                     [[ratio.median - ratio.low], [ratio.high - ratio.median]],
                     fmt="o",
@@ -181,9 +185,9 @@ def draw_ratios(report: Report) -> Figure | None:
         axes.set_xlim(-0.5, len(lists) - 0.5)
         for target in TARGETS:
             drawn = target.name in lists and target.contestant in names
-            if dtype == "float32" and drawn and target.against == ADAMW_BASELINE:
-                i = lists.index(target.name)
-                axes.plot([i - 0.3, i + 0.3], [target.at_most] * 2, "tab:red")
+            if dtype == target.dtype and drawn and target.against == ADAMW_BASELINE:
+                place = lists.index(target.name) + offsets[target.contestant]
+                axes.plot([place - 0.06, place + 0.06], [target.at_most] * 2, "tab:red")
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -220,7 +224,7 @@ def draw_contestants(report: Report) -> Figure | None:
             [median - 1 for median, _ in found],
             left=1,
             # Whatever the backend: the optimizers of this package stand out.
-            color=[_color(name) or COLORS.get(name.split()[0], "tab:orange") for _, name in found],
+            color=[_color(name) or COLORS.get(name.split()[0], "tab:gray") for _, name in found],
         )
         for y, (median, _) in enumerate(found):
             axes.text(max(median, 1), y, f" {median:.2f}", va="center", fontsize=7)

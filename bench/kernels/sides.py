@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from bench.betas import share_at_cap
 from bench.kernels.contestants import Contestant
-from bench.kernels.parameter_lists import Shape
+from bench.kernels.parameter_lists import Shape, some_of
 
+TOLERANCE = 0.03  # of a share of the elements
+FALL = 1.3  # of the learning rate, from the step before
 POOL = 2**20 + 3  # random numbers that large tensors repeat; odd, so that rows differ
 
 
@@ -37,11 +40,23 @@ def random_tensors(
     return tensors
 
 
+class WrongShare(Exception):
+    """Of a contestant's guesses another share was missed than its name says."""
+
+
 class Side:
     """A contestant, its parameters and the gradients that it takes in turns.
 
     With one and the same gradient at every step the memory would become equal to it, and
-    the work would not be that of training. The gradients are shared with the other sides.
+    the work would not be that of training. Random gradients that alternate keep beta at its cap.
+    It stays below, near 0.5, on gradients that turn around from step to step while the learning
+    rate falls: that of the step before is raised in the state, so that it may fall for ever, and
+    nothing but that scalar is touched. `contestant.missed` of the elements get these. Where no
+    tensors of a list have that share of its elements, each tensor is cut into fifths.
+
+    Args:
+        start, gradient_sets: shared with the other sides.
+        turned: the first set with the signs turned around.
     """
 
     def __init__(
@@ -49,8 +64,22 @@ class Side:
         contestant: Contestant,
         start: Sequence[Tensor],
         gradient_sets: Sequence[Sequence[Tensor]],
+        turned: Sequence[Tensor] = (),
     ) -> None:
+        self._missed = contestant.missed
+        missing: list[int] = []
+        if self._missed:
+            missing, off = _missing(start, self._missed)
+            if off > TOLERANCE:
+                start, turned = _in_fifths(start), _in_fifths(turned)
+                gradient_sets = [_in_fifths(gradients) for gradients in gradient_sets]
+                missing, _ = _missing(start, self._missed)
+            first, second = map(list, gradient_sets)
+            for place in missing:
+                second[place] = turned[place]
+            gradient_sets = [first, second]
         self.params = [torch.nn.Parameter(tensor.clone()) for tensor in start]
+        self._missing = [self.params[i] for i in missing]
         self.optimizer = contestant.make(self.params)
         step: Any = self.optimizer.step
         self.step = torch.compile(step) if contestant.compiled else step
@@ -61,6 +90,21 @@ class Side:
         """Gives the parameters the next set of gradients."""
         for param, grad in zip(self.params, next(self._gradient_sets), strict=True):
             param.grad = grad
+        if self._missing and self.optimizer.state:
+            torch._foreach_mul_([self.optimizer.state[p]["prev_lr"] for p in self._missing], FALL)
+
+    def missed(self) -> float | None:
+        """Of the elements, those whose last beta was below its cap; None where nobody looks.
+
+        Raises:
+            WrongShare: they are not as many as they are to be.
+        """
+        if self._missed is None:
+            return None
+        found = 1.0 - share_at_cap(self.optimizer)
+        if abs(found - self._missed) > TOLERANCE:
+            raise WrongShare(f"{found:.1%} of the elements had a beta below its cap")
+        return found
 
     def state_bytes(self) -> int:
         """Bytes of the optimizer's state, the tensors inside of other objects included."""
@@ -71,6 +115,22 @@ class Side:
         for param in self.params:
             sizes.pop(param.untyped_storage().data_ptr(), None)
         return sum(sizes.values())
+
+
+def _missing(tensors: Sequence[Tensor], share: float) -> tuple[list[int], float]:
+    """Places of tensors with about that share of the elements, and by how much it is another."""
+    sizes = [tensor.numel() for tensor in tensors]
+    chosen = some_of(sizes, share)
+    return chosen, abs(sum(sizes[i] for i in chosen) / sum(sizes) - share)
+
+
+def _in_fifths(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each in five parts, of whole cache lines where it is large, and what is left over."""
+    parts: list[Tensor] = []
+    for tensor in tensors:
+        fifth = tensor.numel() // 5
+        parts += torch.split(tensor.flatten(), max(fifth // 64 * 64 or fifth, 1))
+    return parts
 
 
 def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ from bench.kernels.correctness import FirstStep, WrongResult, check_steps
 from bench.kernels.devices import Device
 from bench.kernels.parameter_lists import WORKING_BYTES, ParameterList
 from bench.kernels.results import Row
-from bench.kernels.sides import Side, random_tensors
+from bench.kernels.sides import Side, WrongShare, random_tensors
 from bench.kernels.traffic import bytes_to_move
 
 GRADIENT_SETS = 2
@@ -35,6 +35,7 @@ class Plan:
         caches: of "warm" and "cold"; cold only where the caches could hold the data.
         contestants: all that are there.
         whole_suite: each list keeps to its own choice of contestants and dtypes.
+        memory: bytes for the sides of a cell; more of them than fit are measured one by one.
         passes: times that everything is built and measured.
         rounds: samples of a contestant in a pass, at most.
         seconds: of a contestant, list and pass, about.
@@ -46,6 +47,7 @@ class Plan:
     caches: Sequence[str]
     contestants: Sequence[Contestant]
     whole_suite: bool
+    memory: int
     passes: int
     rounds: int
     seconds: float
@@ -60,6 +62,16 @@ class Cell:
     dtype: torch.dtype
     caches: tuple[str, ...]
     contestants: tuple[Contestant, ...]
+
+    @property
+    def bytes(self) -> int:
+        """With all sides at once."""
+        return cell_bytes(self.parameters.numel, self.dtype, len(self.contestants))
+
+
+def cell_bytes(numel: int, dtype: torch.dtype, sides: int) -> int:
+    """Parameter and two moments of each side, what they start from, three sets of gradients."""
+    return (3 * sides + 4) * max(dtype.itemsize, 4) * numel
 
 
 @dataclass
@@ -181,8 +193,6 @@ class Suite:
             for index in generator.sample(range(len(self.cells)), len(self.cells)):
                 label = f"pass {number}/{self.plan.passes}, {self.cells[index].parameters.name}"
                 self._measure_cell(self.cells[index], self._entries[index], generator, label)
-                for entry in self._entries[index]:
-                    entry.side = None
                 gc.collect()
 
     def _measure_cell(
@@ -193,37 +203,46 @@ class Suite:
         gradient_sets = [
             random_tensors(shapes, dtype, device, seed) for seed in range(1, GRADIENT_SETS + 1)
         ]
+        turned = [-g for g in gradient_sets[0]] if any(c.missed for c in cell.contestants) else []
         if any(c.compiled and self._left_out(cell, c) is None for c in cell.contestants):
             torch.compiler.reset()  # it compiles only so many versions of a step
-        first_step = FirstStep(start, gradient_sets[0])
-        order = list(entries)
-        generator.shuffle(order)
-        for entry in order:
-            self.progress(f"{label}, {entry.contestant.name}", 1)
-            reason = self._left_out(cell, entry.contestant)
-            if reason is not None:
-                entry.fail(reason)
-            elif all(row.reason is None for row in entry.rows.values()):
-                self._attempt(entry, self._start, cell, start, gradient_sets, first_step)
         for cache in cell.caches:
-            cold = cache == "cold"
             # As many bytes as torch's fused AdamW works on.
             held = 4 * dtype.itemsize * cell.parameters.numel
             held = min(held, max(LARGEST_COPY, 8 * self.device.last_level))
-            bandwidth = self.device.bandwidth(held, cold)
-            for entry in order:
+            bandwidth = self.device.bandwidth(held, cache == "cold")
+            for entry in entries:
                 row = entry.rows[cache]
                 # The fastest of all passes.
                 row.copy_bandwidth = max(row.copy_bandwidth or 0.0, bandwidth)
                 for samples in (row.step, row.host, row.kernel):
                     samples.append([])
-            for number in range(self.plan.rounds):
-                generator.shuffle(order)
-                for entry in order:
-                    if entry.side is not None and number < entry.rounds:
-                        self.progress(f"{label}, {cache}, {entry.contestant.name}", 0)
-                        self._attempt(entry, self._sample, cache)
-            self.progress(label, len(order))
+        order = list(entries)
+        generator.shuffle(order)
+        together = cell.bytes <= self.plan.memory
+        for group in [order] if together else [[entry] for entry in order]:
+            for entry in group:
+                self.progress(f"{label}, {entry.contestant.name}", 1)
+                reason = self._left_out(cell, entry.contestant)
+                if reason is not None:
+                    entry.fail(reason)
+                elif all(row.reason is None for row in entry.rows.values()):
+                    self._attempt(entry, self._start, cell, start, gradient_sets, turned)
+            for cache in cell.caches:
+                self._take_turns(group, cache, generator, label)
+            for entry in group:
+                entry.side = None
+
+    def _take_turns(
+        self, entries: list[Entry], cache: str, generator: random.Random, label: str
+    ) -> None:
+        for number in range(self.plan.rounds):
+            generator.shuffle(entries)
+            for entry in entries:
+                if entry.side is not None and number < entry.rounds:
+                    self.progress(f"{label}, {cache}, {entry.contestant.name}", 0)
+                    self._attempt(entry, self._sample, cache)
+        self.progress(label, len(entries))
 
     def _left_out(self, cell: Cell, contestant: Contestant) -> str | None:
         limit = COMPILED_TENSORS[self.device.device.type]
@@ -238,6 +257,9 @@ class Suite:
             work(entry, *args)
         except WrongResult:
             raise
+        except WrongShare as error:
+            row = next(iter(entry.rows.values()))
+            raise WrongResult(f"{entry.contestant.name}, {row.parameters}: {error}") from error
         except Exception as error:
             entry.fail(first_line(error))
             gc.collect()
@@ -248,22 +270,24 @@ class Suite:
         cell: Cell,
         start: Sequence[Tensor],
         gradient_sets: Sequence[Sequence[Tensor]],
-        first_step: FirstStep,
+        turned: Sequence[Tensor],
     ) -> None:
         """Makes the side, checks its first step, and finds out what a step takes."""
         contestant = entry.contestant
-        side = Side(contestant, start, gradient_sets)
+        side = Side(contestant, start, gradient_sets, turned)
         side.next_gradients()
+        first_step = FirstStep(side)
         side.step()
-        first_step.check(contestant, side, gradient_sets[0])
+        first_step.check(contestant)
         if contestant.compiled:
             self.device.measure(side, 1, cold=False)  # a second step compiles again
         seconds = self.device.measure(side, 1, cold=False).step
+        side.missed()
         self.device.prepare(side)
         entry.side = side
         entry.rounds = min(max(int(self.plan.seconds / (2 * seconds)), 1), self.plan.rounds)
         steps = int(self.plan.seconds / (entry.rounds * seconds)) - 1
-        entry.steps = min(max(steps, 1), MAX_STEPS)
+        entry.steps = min(max(steps, 3 if seconds < 1 else 1), MAX_STEPS)
         if all(row.state_bytes is None for row in entry.rows.values()):
             self._look_at(entry, side, cell)
 
@@ -272,7 +296,7 @@ class Suite:
         state = side.state_bytes()
         to_move = bytes_to_move(
             entry.contestant,
-            cell.parameters.shapes,
+            [param.shape for param in side.params],
             cell.dtype,
             state,
             self.device.last_level,
@@ -300,6 +324,7 @@ class Suite:
                 # What the other sides left in the caches is not this one's.
                 self.device.measure(side, 1, cold=False)
             sample = self.device.measure(side, entry.steps, cold=False)
+        row.missed = side.missed()
         row.step[-1].append(sample.step)
         row.host[-1].append(sample.host)
         if sample.kernel is not None:

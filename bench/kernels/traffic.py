@@ -1,9 +1,11 @@
 """The floor of a step: the bytes that its algorithm has to move, and how fast bytes move here.
 
 One pass reads parameter, gradient and state and writes parameter and state. An Adaptive
-Memory optimizer waits for its sums and then reads gradient and memory again (and with weight
-decay the parameter too), unless what it waits for stays in cache between the two: the table
-of docs/algorithm.md. In bytes a float32 parameter: AdamW 28, AM-AdamW 28 to 44, AM-SGD 20 to 28.
+Memory optimizer waits for its sums and then reads gradient and memory again (and AM-AdamW, with
+weight decay, the parameter too), unless what it waits for stays in cache between the two. AM-AdamW
+guesses its beta and does not wait, unless it is "anchored" or the parameters are of 16 bits: where
+the guess was wrong, a second pass reads all four and writes parameter and memory. In bytes a
+float32 parameter: AdamW 28, AM-AdamW 28 and up to 24 more, anchored 28 to 44, AM-SGD 20 to 28.
 """
 
 from __future__ import annotations
@@ -43,4 +45,7 @@ def bytes_to_move(
         in_sums, together = 2 * element + 2 * memory, sizes
     else:
         in_sums, together = element + memory, [numel]
-    return one_pass + in_sums * sum(n for n in together if n * in_sums > last_level)
+    second = float(in_sums)
+    if contestant.optimizer == "adamw" and not contestant.anchored and element >= 4:
+        second = 3 * (element + memory) * (contestant.missed or 0.0)
+    return one_pass + round(second * sum(n for n in together if n * in_sums > last_level))

@@ -74,7 +74,7 @@ def stand_in(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(gpu, "profiled", nullcontext)
 
     # A program takes the interpreter some 50 ms: few tensors, steps and cases.
-    lists = {"2^28": ((300,),), "gpt2-small": ((5, 4), (30,)), "5000x1000": ((7,), (7,))}
+    lists = {"2^28": ((300,),), "gpt2-small": ((5, 4), (30,)), "5000x1000": ((14,), (2,))}
     patch.setattr(
         gpu_cases,
         "cases",
