@@ -114,7 +114,7 @@ def share_sums(works: list[Work], rows: list[Tensor]) -> None:
         shared_rows = total.to(work_rows)
         if isinstance(lr, Tensor) or lr == 0:
             first = torch.stack([step == 0 for step in steps])
-            shared_rows = torch.where(first[:, None], work_rows[place], shared_rows)
+            shared_rows = torch.where(first.unsqueeze(1), work_rows[place], shared_rows)
         work_rows[place] = shared_rows
 
 

@@ -200,7 +200,7 @@ AM_INLINE void adamw_sums(V g, V d, V root, V x, const AdamWCoefficients<T>& c, 
   const V damping = fma(p, V(c.memory_lambda), V(T(1)));
   const V m = V(T(1)) / (p * damping);
   const V e = g - d;
-  const V u = fma(g, V(c.gap_grad), e * V(T(1) + c.gap_memory));
+  const V u = fma(g, V(c.gap_grad), fma(e, V(c.gap_memory), e));
   const V e2 = e * m * e;
   const V slope = d * damping * m;
   num = fma(u, Decay ? fma(x, V(c.weight_decay), slope) : slope, num + e2);

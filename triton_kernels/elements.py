@@ -203,7 +203,7 @@ def adamw_sums(x, g, d, root, num, den, c, DECAY: tl.constexpr):
     g = g * c.grad_factor
     _, damping, M = _denominators(root, c)
     e = g - d
-    u = tl.fma(g, c.gap_grad, e * (1.0 + c.gap_memory))
+    u = tl.fma(g, c.gap_grad, tl.fma(e, c.gap_memory, e))
     e2 = e * M * e
     slope = d * damping * M
     if DECAY:

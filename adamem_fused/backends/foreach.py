@@ -164,7 +164,7 @@ def _by_tensor(flat: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
 def _sums(pairs: list[tuple[Tensor, Tensor]], piece: _Piece) -> Tensor:
     """The sums of the pairs' products over each tensor: [tensors, pairs]."""
     if piece[0][0].numel() > _most_small(pairs[0][0].device):
-        sums = torch.stack([torch.dot(*pair) for pair in pairs])[None]
+        sums = torch.stack([torch.dot(*pair) for pair in pairs]).unsqueeze(0)
     else:
         products = torch.stack([a * b for a, b in pairs])
         sums = torch.stack([own.sum(1) for own in _by_tensor(products, piece[0])])
@@ -208,7 +208,7 @@ def _idle(lr: Lr, is_first: Tensor, rows: Tensor) -> Tensor | None:
     None where no step can be, as the lr is not 0.
     """
     is_zero = _is_zero(lr, rows.device)
-    return None if is_zero is None else is_first & is_zero & (rows[:, 1] == 0)
+    return None if is_zero is None else is_first & is_zero & (rows.select(1, 1) == 0)
 
 
 def _pairs(
@@ -431,9 +431,10 @@ class _SGD(NamedTuple):
         is_zero = _is_zero(self.h.lr, rows.device)
         if is_zero is not None:
             own_e = d - own_g
-            has_gradient = _sums([(own_e, own_e)], piece)[:, 0] != 0
-            first[:, 1] = (is_zero & has_gradient).to(rows.dtype) * _FIRST_DEN[rows.dtype]
-        return torch.where(self.is_first[:, None], first, rows)
+            has_gradient = _sums([(own_e, own_e)], piece).select(1, 0) != 0
+            first_den = (is_zero & has_gradient).to(rows.dtype) * _FIRST_DEN[rows.dtype]
+            first = torch.stack([torch.zeros_like(first_den), first_den], 1)
+        return torch.where(self.is_first.unsqueeze(1), first, rows)
 
     def beta(self, rows: Tensor) -> Tensor:
         return torch.where(self.is_first, 0.0, _clip_beta(rows, self.h.beta_max))
