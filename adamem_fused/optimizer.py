@@ -30,14 +30,10 @@ from adamem_fused.state import COMPLEX
 ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
 
 
-def loss_value(loss: Any) -> Tensor:
-    """A closure's loss as a 0-dim tensor, on its device or the CPU, for gap="loss"."""
-    if loss is None:
-        raise RuntimeError(
-            'gap="loss" needs the loss: call step(closure), with a closure that returns it'
-        )
+def loss_value(loss: Any, giver: str) -> Tensor:
+    """A loss as a 0-dim tensor, on its device or the CPU, for gap="loss"."""
     if not isinstance(loss, (Real, Tensor)) or (isinstance(loss, Tensor) and loss.numel() != 1):
-        raise ValueError(f'gap="loss" needs a loss of one number, and the closure gave {loss!r}')
+        raise ValueError(f'gap="loss" needs a loss of one number, and {giver} {loss!r}')
     if isinstance(loss, Tensor):
         return loss.detach().to(bookkeeping_dtype(loss.device)).reshape(())
     return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
@@ -84,6 +80,13 @@ class Work:
     def numels(self, place: slice) -> list[int]:
         """Elements of the whole tensors, complex ones as pairs of reals."""
         return [param.numel() * (1 + param.is_complex()) for param in self.params[place]]
+
+    def shares(self, place: slice, rows: Tensor) -> Tensor:
+        """The `numels` like the rows, copied to a GPU once: that waits for it."""
+        numels, known = self.numels(place), self.batch.cache.setdefault("shares", {})
+        if place.start not in known or known[place.start][0] != numels:
+            known[place.start] = numels, torch.tensor(numels, dtype=rows.dtype, device=rows.device)
+        return cast("Tensor", known[place.start][1])
 
     def loss_numel(self) -> int:
         return sum(
@@ -273,7 +276,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
             ValueError: a hyperparameter that has become bad; state of the wrong shape; with
                 gap="loss", a loss that is not one number.
 
-            Parameters and state are then as they were.
+            Parameters and state are then as they were. They are not where sharded parameters share
+            their sums and a collective fails: a part of the update may be done by then.
         """
         loss = None
         if closure is not None:
@@ -497,7 +501,14 @@ class AdaptiveMemoryOptimizer(Optimizer):
         lrs = [group["lr"] for group in self.param_groups if group["gap"] == "loss"]
         if not lrs:
             return None
-        return loss_value(math.nan if loss is None and all(lr <= 0 for lr in lrs) else loss)
+        if loss is None:
+            if any(lr > 0 for lr in lrs):
+                raise RuntimeError(
+                    'gap="loss" needs the loss: call step(closure), with a closure that returns it'
+                )
+            loss = math.nan
+        self._prev_loss()  # raises before anything has changed
+        return loss_value(loss, "the closure gave")
 
     @property
     def _model_param(self) -> Tensor:
@@ -511,9 +522,11 @@ class AdaptiveMemoryOptimizer(Optimizer):
         trained = (p for p in params if p.requires_grad)
         return cast("Tensor", next(chain(holders, trained), params[0]))
 
-    @property
     def _prev_loss(self) -> Tensor | None:
-        return cast("Tensor | None", self.state.get(self._model_param, {}).get("prev_loss"))
+        if not any(group["params"] for group in self.param_groups):
+            return None
+        prev_loss = self.state.get(self._model_param, {}).get("prev_loss")
+        return None if prev_loss is None else loss_value(prev_loss, "prev_loss in the state is")
 
     def _add_loss_gap(self, works: list[Work], rows: list[Tensor], loss: Tensor) -> None:
         """Adds f(x_{t-1}) - f(x_t), times its factor, to num, where gap="loss".
@@ -521,7 +534,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         The difference belongs to the whole model: each tensor takes the share that its
         number of elements is of all of them, with its own group's factor.
         """
-        prev_loss = self._prev_loss
+        prev_loss = self._prev_loss()
         total = sum(work.loss_numel() for work in works)
         if prev_loss is None or total == 0:
             return
@@ -532,8 +545,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             here = difference.to(work_rows.dtype).to(work_rows.device)
             for hyper, place in zip(work.batch.hypers, group_slices(work.batch), strict=True):
                 if hyper.loss_gap:
-                    numels = work.numels(place)
-                    share = torch.tensor(numels, dtype=work_rows.dtype, device=work_rows.device)
+                    share = work.shares(place, work_rows)
                     sign = -1.0 if hyper.maximize else 1.0
                     if isinstance(hyper.lr, Tensor):
                         hyper = hyper._replace(lr=hyper.lr.to(work_rows))
@@ -543,7 +555,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def _keep_loss(self, loss: Tensor, found_inf: Tensor | None) -> None:
         current = loss.clone()
         if found_inf is not None:
-            prev_loss = self._prev_loss
+            prev_loss = self._prev_loss()
             if prev_loss is None:
                 prev_loss = torch.full_like(current, torch.nan)
             skipped = found_inf.to(current.device).reshape(()) != 0

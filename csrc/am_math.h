@@ -64,7 +64,11 @@ struct SGDCoefficients {
 // two products: d may be near g, and with the "anchored" plane c_g is c_d.
 AM_INLINE void gap_factors(double prev_lr, double lr, double scale, bool anchored, bool loss_gap,
                            double* gap_grad, double* gap_memory) {
-  const double ratio = lr <= 0.0 ? 0.0 : scale * (prev_lr / lr);
+  // A schedule may end at 1e-51 where 0 was meant. From here on beta is at a bound, and float32 not
+  // yet at its end.
+  constexpr double kMost = 1e30;
+  const double quotient = lr <= 0.0 ? 0.0 : scale * (prev_lr / lr);
+  const double ratio = quotient > kMost ? kMost : quotient;
   *gap_memory = anchored ? ratio : 0.0;
   *gap_grad = (loss_gap ? 0.0 : ratio) - *gap_memory;
 }

@@ -218,3 +218,107 @@ def test_am_sgd_keeps_its_digits_beside_a_large_decay(backend):
     # as mu x it would be 10 times that.
     assert num < 6e-5
     assert den < 1e-6
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+@pytest.mark.parametrize("wrong", [torch.zeros(3), "0.5", None])
+def test_a_bad_prev_loss_is_refused_before_anything_has_changed(backend, wrong):
+    optimizer = make_optimizer(AMAdamW, [Group([(5,)])], backend, gap="loss", beta_scope="global")
+    (param,) = parameters(optimizer)
+    for step in range(2):
+        set_gradients(optimizer, step=step)
+        optimizer.step(lambda: 1.0)
+    optimizer.state[param]["prev_loss"] = wrong
+    before = param.detach().clone(), optimizer.state[param]["exp_avg"].clone()
+    if wrong is None:
+        optimizer.step(lambda: 1.0)  # as on a first step
+        return
+    with pytest.raises((ValueError, TypeError), match="prev_loss"):
+        optimizer.step(lambda: 1.0)
+    assert torch.equal(param, before[0])
+    assert torch.equal(optimizer.state[param]["exp_avg"], before[1])
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_a_number_as_prev_loss_is_taken(backend):
+    twins = [
+        make_optimizer(AMAdamW, [Group([(50,)])], backend, gap="loss", beta_scope="global")
+        for _ in range(2)
+    ]
+    for step in range(3):
+        set_gradients(*twins, step=step)
+        for twin in twins:
+            twin.step(lambda step=step: 0.5**step)
+        twins[0].state[parameters(twins[0])[0]]["prev_loss"] = 0.5**step
+    torch.testing.assert_close(*(parameters(twin)[0] for twin in twins), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_a_gradient_that_is_its_parameter(backend):
+    """A repair would read it once more, after it was written to."""
+    reference, ours = (
+        make_optimizer(AMAdamW, [Group([(40,), (20_000,)])], name, lr=0.3, weight_decay=0.0)
+        for name in ("reference", backend)
+    )
+    missed = False
+    for _ in range(7):
+        for optimizer in (reference, ours):
+            for param in parameters(optimizer):
+                param.grad = param.detach()
+        before = snapshot(reference)
+        for param in parameters(reference):
+            param.grad = param.detach().clone()
+        reference.step()
+        ours.step()
+        assert_step_agrees(ours, reference, before)
+        missed = missed or bool(are_missed(reference))
+    assert missed
+
+
+@needs_cpu
+def test_a_skipped_step_leaves_the_version_of_a_strided_parameter():
+    param = torch.nn.Parameter(torch.zeros(4, 8)[:, ::2])
+    optimizer = AMAdamW([param], gap="loss", beta_scope="global", backend="cpu")
+    for step in range(2):
+        param.grad = torch.ones(4, 4)
+        if step:
+            version = param._version
+            optimizer.found_inf, optimizer.grad_scale = torch.ones(()), torch.ones(())
+        optimizer.step(lambda: 1.0)
+    assert param._version == version
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+@pytest.mark.parametrize("cls", [AMAdamW, AMSGD])
+@pytest.mark.parametrize("memory_plane", ["level", "anchored"])
+def test_an_lr_that_falls_by_more_than_float32_holds(backend, cls, memory_plane):
+    """A schedule that ends at 1e-51 where 0 was meant."""
+    reference, ours = (
+        make_optimizer(cls, [Group([(3,)])], name, memory_plane=memory_plane)
+        for name in ("reference", backend)
+    )
+    for step, lr in enumerate((1e-2, 1e-2, 1e-2, 1e-51, 1e-2)):
+        set_gradients(reference, ours, step=step)
+        for optimizer in (reference, ours):
+            for param in parameters(optimizer):
+                param.grad[1] = 0.0
+            optimizer.param_groups[0]["lr"] = lr
+        before = snapshot(reference)
+        reference.step()
+        ours.step()
+        # prev_lr is float32 in state, and the reference's is the same.
+        assert_step_agrees(ours, reference, before)
+
+
+@pytest.mark.parametrize("backend", ["foreach", "reference"])
+def test_scalars_made_in_inference_mode_are_refused_before_anything_has_changed(backend):
+    optimizer = make_optimizer(AMAdamW, [Group([(5,)])], backend)
+    (param,) = parameters(optimizer)
+    set_gradients(optimizer, step=0)
+    optimizer.step()
+    with torch.inference_mode():
+        optimizer.state[param]["prev_lr"] = torch.zeros(())
+    before = param.detach().clone()
+    with pytest.raises(RuntimeError, match="inference mode"):
+        optimizer.step()
+    assert torch.equal(param, before)

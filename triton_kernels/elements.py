@@ -89,6 +89,9 @@ def _gap_factors(prev_lr, lr, scale, anchored, loss_gap):
     """
     # The 1 keeps 0 / 0 away.
     ratio = tl.where(lr <= 0, 0.0, scale * prev_lr / tl.where(lr <= 0, 1.0, lr))
+    # A schedule may end at 1e-51 where 0 was meant. From here on beta is at a bound, and float32
+    # not yet at its end.
+    ratio = tl.where(ratio > 1e30, 1e30, ratio)
     memory = tl.where(anchored != 0, ratio, 0.0)
     return tl.where(loss_gap != 0, 0.0, ratio) - memory, memory
 

@@ -253,7 +253,9 @@ def am_prepare(
         beta_prod = read_scalar(addresses, layout, 4, 1, n, i)
         prev_lr = read_scalar(addresses, layout, 4, 2, n, i)
         c = adamw_coefficients(h, step, beta_prod, prev_lr, grad_scale)
-        guesses = adamw_guesses(h, step, tl.load(layout + EXACT * n + i))
+        # A repair reads the gradient once more: it may not be what was written.
+        is_own = tl.load(addresses + i) != tl.load(addresses + n + i)
+        guesses = adamw_guesses(h, step, is_own & (tl.load(layout + EXACT * n + i) != 0))
         tl.store(row + BETA_PROD, beta_prod)
         tl.store(row + GUESSES, guesses.to(tl.float64))
     else:
@@ -352,9 +354,10 @@ def sum_shared(
         mask = chunk < chunks
         i = tl.load(chunk_tensors + chunk, mask=mask, other=0)
         group = tl.load(layout + GROUP * n + i, mask=mask, other=0)
-        mask = mask & (tl.load(shared_of(hypers, group, ADAMW), mask=mask, other=0.0) != 0)
-        num += tl.load(partials + chunk, mask=mask, other=0.0)
-        den += tl.load(partials + chunks + chunk, mask=mask, other=0.0)
+        shared = tl.load(shared_of(hypers, group, ADAMW), mask=mask, other=0.0) != 0
+        # Not masked by what is shared: that is known three loads later.
+        num += tl.where(shared, tl.load(partials + chunk, mask=mask, other=0.0), 0.0)
+        den += tl.where(shared, tl.load(partials + chunks + chunk, mask=mask, other=0.0), 0.0)
     tl.store(totals, tl.sum(num))
     tl.store(totals + 1, tl.sum(den))
 

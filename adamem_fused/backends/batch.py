@@ -181,6 +181,10 @@ def _check_in_place(tensor: Tensor, name: str) -> None:
             f"{name} of shape {list(tensor.shape)} and strides {list(tensor.stride())} has "
             "elements that share memory, which cannot be updated in place"
         )
+    _check_inference(tensor, name)
+
+
+def _check_inference(tensor: Tensor, name: str) -> None:
     if torch.compiler.is_compiling():
         return  # which does not know of inference mode
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
@@ -200,6 +204,7 @@ def _check_scalar(scalar: Any, param: Tensor, i: int) -> None:
             f"scalar state of tensor {i} has shape {list(scalar.shape)} on {scalar.device}; it "
             f"has to be a 0-dim tensor on {param.device}"
         )
+    _check_inference(scalar, f"scalar state of tensor {i}")
 
 
 def check_rows(rows: Tensor, params: list[Tensor]) -> None:

@@ -2,9 +2,10 @@
 
 A step is three launches: prepare, begin, finish, where begin's blocks take beta too. Through the
 seam, prepare and begin leave the rows, and beta and finish go on from them; where tensors share a
-beta, share_rows is in between. All ways give the same bits. Each further combination of dtypes
-takes one more of begin and of finish, and strided tensors take copies. Nothing is read back from
-the device, a step can be captured in a CUDA graph, and two runs give the same bits.
+beta, share_rows is in between. Where they share none, all ways give the same bits. Each further
+combination of dtypes takes one more of begin and of finish, and strided tensors take copies.
+Nothing is read back from the device, a step can be captured in a CUDA graph, and two runs give the
+same bits.
 
 Not yet run on a GPU. The kernels were compiled for sm_75, sm_80, sm_90 and sm_100, and their
 source was tested on the CPU, compiled by g++ with threads in place of CUDA's

@@ -4,8 +4,9 @@ A step is three launches, whatever the number of tensors: prepare, a program a t
 program a chunk; finish, for what the guess has missed, and for tensors that do not guess. Each
 further combination of dtypes takes one more of begin and of finish. With rows, or a beta that
 tensors share, the sums of rows or those that are shared, and beta, come between begin and finish.
-Both ways give the same bits. No program waits for another. Strided tensors take copies. Nothing is
-read back from the device, a step can be captured in a CUDA graph, and two runs give the same bits.
+Where they share none, both ways give the same bits. No program waits for another. Strided tensors
+take copies. Nothing is read back from the device, a step can be captured in a CUDA graph, and two
+runs give the same bits.
 
 Not yet run on a GPU. It was tested under Triton's interpreter, which TRITON_INTERPRET=1 turns
 on and which takes tensors on the CPU, and compiled ahead of time for sm_80, sm_90, sm_100 and

@@ -135,7 +135,9 @@ struct Views {
   char* param = nullptr;
   char* grad = nullptr;
   char* memories[kMemories] = {};
-  bool is_exact = false;  // parameter and memories are stored in the type of the arithmetic
+  // Parameter and memories are stored in the type of the arithmetic, and the gradient is another
+  // tensor: a repair reads it once more, when the parameter has been written to.
+  bool is_exact = false;
   std::unique_ptr<Copies> copies;
 
   void open(const Tensor& p, const Tensor& g, const Tensor* const (&m)[kMemories],
@@ -155,8 +157,10 @@ struct Views {
     for (const Tensor* memory : m) is_exact = is_exact && memory->scalar_type() == type;
     if (direct) {
       point(p, g, [&](size_t k) -> const Tensor& { return *m[k]; });
+      is_exact = is_exact && param != grad;
       return;
     }
+    is_exact = is_exact && p.const_data_ptr() != g.const_data_ptr();
     // The kernels would not mind, but copies could not be written back.
     TORCH_CHECK(c10::InferenceMode::is_enabled() || !p.is_inference(), "param ", i,
                 " was made in inference mode, and cannot be updated in place outside of it");
@@ -405,7 +409,8 @@ std::vector<AdamWJob> adamw_jobs(const AdamWTensors& t, const Options& options) 
 
 Tensor adamw_begin_(const AdamWTensors& t, const Options& options) {
   std::vector<AdamWJob> jobs = adamw_jobs(t, options);
-  if (!is_skipped(options)) schedule(jobs).begin();
+  if (is_skipped(options)) return rows_of(jobs);
+  schedule(jobs).begin();
   for_each_tensor(jobs.size(), [&](size_t i) {
     if (jobs[i].guesses) jobs[i].views.store(t.params[i], {&t.exp_avgs[i], &t.exp_avg_sqs[i]});
   });

@@ -38,7 +38,10 @@ struct AdamWTensor {
     r.beta_max = hyper.beta_max;
     r.coefficients = adamw_coefficients<double>(
         hyper, r.step, r.beta_prod, read_scalar(s, kLists, kPrevLr, tensor), read_grad_scale(s));
-    const bool guesses = adamw_guesses(hyper, r.step, layout_at(s, kExact, tensor) != 0);
+    // A repair reads the gradient once more: it may not be what was written.
+    const bool exact =
+        layout_at(s, kExact, tensor) != 0 && s.addresses[tensor] != s.addresses[s.tensors + tensor];
+    const bool guesses = adamw_guesses(hyper, r.step, exact);
     r.begin = is_skipped(s) ? kNothing : guesses ? kGuess : kSums;
     r.rest = kDone;
   }
