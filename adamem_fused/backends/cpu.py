@@ -1,7 +1,7 @@
 """The cpu backend: the C++ operators of csrc/cpu, for tensors on the CPU.
 
-One call a step for the sums and one for the update, or one for both where no tensor's
-beta waits for another's. Multi-threaded (torch.set_num_threads), vectorised for AVX-512,
+One call for each half of a step, or one for both where no tensor's beta waits for
+another's. Multi-threaded (torch.set_num_threads), vectorised for AVX-512,
 AVX2 or the baseline (ATEN_CPU_CAPABILITY overrides the choice), and deterministic: the
 same bits with any number of threads, and AVX-512 those of AVX2.
 """
