@@ -67,7 +67,7 @@ of the AdamW that did best on the task.
 COST = """
 CPU time of optimizer.step() in microseconds, the median of a run and then of all runs of the
 contestant; and its share of a whole step. Taken while other processes ran, on models so small that
-it is calls more than arithmetic; `python -m bench.cpu` measures the kernels.
+it is calls more than arithmetic; `python -m bench kernels` measures the kernels.
 """
 TASKS = """
 Loss at the best learning rate: mean, and standard deviation over the seeds. An asterisk: that
