@@ -56,12 +56,12 @@ def _most_elements(device: torch.device) -> int:
     """
     if torch.compiler.is_compiling():
         return sys.maxsize
-    return 2**17 if device.type == "cpu" else 2**21
+    return 2**19 if device.type == "cpu" else 2**21
 
 
 def _most_small(device: torch.device) -> int:
     """Elements of tensors that are worked on together, for which they are copied."""
-    return _most_elements(device) // 8
+    return _most_elements(device) // 32
 
 
 # Small tensors, or a slice of one: from each of a batch's lists (parameters, gradients, memories).
