@@ -8,6 +8,8 @@ def gather(
     groups: list[list[Tensor]],
     state: dict[Tensor, Any],
     names: tuple[str, ...],
+    by_row: list[bool],
+    rows: list[bool],
 ) -> tuple[list[int], tuple[list[Tensor], ...]] | None: ...
 def describe(
     lists: tuple[list[Tensor], ...],

@@ -25,7 +25,8 @@ class AMAdamW(AdaptiveMemoryOptimizer):
     State of a parameter: `exp_avg` and `exp_avg_sq`, of its shape, float32 (float64 for
     float64 parameters, complex for complex ones); and 0-dim tensors on its device: `step`,
     `beta_prod` (product of the betas so far), `prev_lr`, and `beta`, the beta of the last
-    step. With gap="loss" the first trained parameter also has `prev_loss`. Nothing of it is
+    step. With beta_scope="row" `beta_prod` and `beta` have shape [rows] where each row has its
+    own. With gap="loss" the first trained parameter also has `prev_loss`. Nothing of it is
     read back from the device in a step.
 
     Args:
@@ -43,7 +44,9 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         gap: the difference of losses f(x_{t-1}) - f(x_t), to first order from the
             "gradient", or from the "loss" that step(closure) returns. The latter needs
             beta_scope="global" and suits full-batch training.
-        beta_scope: one beta for each parameter "tensor", or one "global" beta.
+        beta_scope: one beta for each parameter "tensor", for each "row" (index of the first
+            dimension) of tensors with two dimensions or more, or one "global" beta. Vectors,
+            scalars and tensors whose rows have fewer than 16 elements are one row.
         maximize: maximize the objective.
         foreach: True for the foreach backend. False without fused=True: the reference backend,
             one tensor at a time in float64, for checks.
@@ -68,6 +71,8 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         "prev_lr": 0.0,
         "beta": 0.0,
     }
+
+    row_scalars = ("beta_prod", "beta")
 
     _convert_state = staticmethod(from_adamw)
 

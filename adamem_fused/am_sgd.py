@@ -24,8 +24,8 @@ class AMSGD(AdaptiveMemoryOptimizer):
 
     State of a parameter: `momentum_buffer`, of its shape, float32 (float64 for float64
     parameters, complex for complex ones); and 0-dim tensors on its device: `step`,
-    `prev_lr`, and `beta`, the beta of the last step. Nothing of it is read back from the
-    device in a step.
+    `prev_lr`, and `beta`, the beta of the last step, of shape [rows] where beta_scope="row" gives
+    each row its own. Nothing of it is read back from the device in a step.
 
     Args:
         params: parameters, (name, parameter) pairs or parameter groups. float32, float64,
@@ -39,7 +39,9 @@ class AMSGD(AdaptiveMemoryOptimizer):
         gap: the difference of losses f(x_{t-1}) - f(x_t), to first order from the
             "gradient", or from the "loss" that step(closure) returns. The latter needs
             beta_scope="global" and suits full-batch training.
-        beta_scope: one "global" beta, or one for each parameter "tensor".
+        beta_scope: one "global" beta, one for each parameter "tensor", or for each "row" (index
+            of the first dimension) of tensors with two dimensions or more. Vectors, scalars and
+            tensors whose rows have fewer than 16 elements are one row.
         maximize: maximize the objective.
         foreach: True for the foreach backend. False without fused=True: the reference backend,
             one tensor at a time in float64, for checks.
@@ -59,6 +61,8 @@ class AMSGD(AdaptiveMemoryOptimizer):
 
     memories = ("momentum_buffer",)
     scalars: ClassVar[dict[str, float]] = {"step": 0.0, "prev_lr": 0.0, "beta": 0.0}
+
+    row_scalars = ("beta",)
 
     _convert_state = staticmethod(from_sgd)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adamem_fused import flattened, sharding
 from adamem_fused.options import ROUNDING
-from adamem_fused.state import initial_state, memory_dtype, scalar_dtype
+from adamem_fused.state import beta_shape, full, initial_state, memory_dtype, scalar_dtype
 
 if TYPE_CHECKING:
     from adamem_fused.backends.batch import Lr
@@ -103,8 +103,8 @@ def _loaded(
     loaded = {name: _copy(value) for name, value in state.items() if name not in names}
     if any(name in state for name in names):
         for name in names:
-            value = _checked(param, name, state, is_memory=name in optimizer.memories)
-            loaded[name] = _place(optimizer, param, name, value)
+            value = _checked(optimizer, param, name, state)
+            loaded[name] = _place(optimizer, param, name, value, group)
     return loaded
 
 
@@ -143,28 +143,52 @@ def missing_state(
     names = (*optimizer.memories, *optimizer.scalars)
     own = [name for name in names if state.get(name) is not None]
     if not own:
-        return initial_state(param, optimizer.memories, optimizer.scalars)
+        return initial_state(
+            param,
+            optimizer.memories,
+            optimizer.scalars,
+            optimizer.row_scalars,
+            group["beta_scope"],
+        )
     needed = [name for name in optimizer.memories if name not in own]
     if needed:
         raise ValueError(
             f"state of a parameter of shape {list(param.shape)} has {', '.join(own)} and no "
             f"{', '.join(needed)}; it has to have these too, or none of its own"
         )
-    whole = optimizer._convert_state(param, state, group)
-    return {name: _place(optimizer, param, name, whole[name]) for name in names if name not in own}
+    whole = {**optimizer._convert_state(param, state, group), **{name: state[name] for name in own}}
+    misfits = () if fits_scope(optimizer, param, state, group) else optimizer.row_scalars
+    return {
+        name: _place(optimizer, param, name, _checked(optimizer, param, name, whole), group)
+        for name in names
+        if name not in own or name in misfits
+    }
 
 
-def _checked(param: Tensor, name: str, state: dict[str, Any], is_memory: bool) -> Tensor:
+def fits_scope(
+    optimizer: AdaptiveMemoryOptimizer, param: Tensor, state: dict[str, Any], group: dict[str, Any]
+) -> bool:
+    """Whether beta and beta_prod of a parameter's state are one a segment of its group's scope."""
+    shape = beta_shape(param, group["beta_scope"])
+    return all(getattr(state.get(name), "shape", shape) == shape for name in optimizer.row_scalars)
+
+
+def _checked(
+    optimizer: AdaptiveMemoryOptimizer, param: Tensor, name: str, state: dict[str, Any]
+) -> Tensor:
     """A loaded tensor of the right shape. A scalar may be a number, or have one element."""
     if name not in state:
         raise ValueError(f"loaded state has no {name}")
     value = state[name]
+    is_memory = name in optimizer.memories
     if not is_memory and isinstance(value, Real):
         value = torch.tensor(value, dtype=scalar_dtype(param), device=param.device)
     if not isinstance(value, Tensor):
         raise TypeError(f"loaded state {name} is a {type(value).__name__}, not a tensor")
     shape = param.shape if is_memory else torch.Size([])
-    if value.numel() != shape.numel() or (shape and value.shape != shape):
+    rows = beta_shape(param, "row")
+    by_row = name in optimizer.row_scalars and bool(rows) and value.shape == rows
+    if not by_row and (value.numel() != shape.numel() or (shape and value.shape != shape)):
         raise ValueError(
             f"loaded state {name} has shape {list(value.shape)}; "
             f"for a parameter of shape {list(param.shape)} it has to be {list(shape)}"
@@ -173,18 +197,37 @@ def _checked(param: Tensor, name: str, state: dict[str, Any], is_memory: bool) -
         raise ValueError(
             f"loaded state {name} is {value.dtype}, which does not go with {param.dtype}"
         )
-    if is_memory:
+    if is_memory or by_row:
         sharding.check_like(param, f"loaded state {name}", value)
     return value
 
 
-def _place(optimizer: AdaptiveMemoryOptimizer, param: Tensor, name: str, value: Tensor) -> Tensor:
-    """A copy of a tensor of the state on its parameter's device; a memory in its layout too."""
+def _place(
+    optimizer: AdaptiveMemoryOptimizer,
+    param: Tensor,
+    name: str,
+    value: Tensor,
+    group: dict[str, Any],
+) -> Tensor:
+    """A copy of a tensor of the state on its parameter's device; a memory in its layout too.
+
+    A beta or beta_prod of another scope is converted: a tensor's is that of each of its rows, and
+    rows' is the tensor's by their mean. So is then what AM-AdamW's bias correction takes of it, as
+    rows have equally many elements.
+    """
     if name in optimizer.memories:
         dtype = torch.promote_types(value.dtype, memory_dtype(param))
         return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)
     dtype = torch.promote_types(value.dtype, scalar_dtype(param))
-    return value.detach().to(device=param.device, dtype=dtype, copy=True).reshape(())
+    value = value.detach().to(device=param.device, dtype=dtype, copy=True)
+    shape = beta_shape(param, group["beta_scope"] if name in optimizer.row_scalars else "tensor")
+    if not shape:
+        is_one = value.numel() == 1
+        value = sharding.whole(value)
+        return value.reshape(()) if is_one else value.double().mean().to(dtype)
+    if value.shape != shape:
+        return full(param, shape, sharding.whole(value).reshape(())).to(dtype)
+    return full(param, shape, 0.0).to(dtype).copy_(value)
 
 
 # ---- torch.optim's state ----------------------------------------------------------

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, repeat
 from numbers import Real
 from operator import attrgetter
 from typing import Any, ClassVar, TypeAlias, cast, overload
@@ -23,9 +23,10 @@ from adamem_fused.backends.batch import (
     Lr,
     bookkeeping_dtype,
     group_slices,
+    segment_slices,
 )
 from adamem_fused.options import ROUNDING, plain
-from adamem_fused.state import COMPLEX
+from adamem_fused.state import COMPLEX, beta_shape
 
 ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
 
@@ -56,7 +57,7 @@ def as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class Work:
     """A batch, the backend that is to do it, and the parameters that it came from.
 
@@ -68,6 +69,8 @@ class Work:
     batch: Any
     params: list[Tensor] = field(default_factory=list)
     sharded: bool = False
+    # Whether each of its tensors has sums that take those of other ranks.
+    crosses: bool = False
 
     def here(self, tensor: Tensor | None) -> Tensor | None:
         """A scalar on this batch's device; GradScaler's may be on another."""
@@ -96,6 +99,19 @@ class Work:
         )
 
 
+def may_be_zero(lr: Lr) -> bool:
+    """Whether a learning rate is 0. A tensor on a GPU, which would be waited for, may be."""
+    if not isinstance(lr, Tensor):
+        return lr == 0
+    return lr.device.type != "cpu" or torch.compiler.is_compiling() or lr.item() == 0
+
+
+def group_rows(batch: Batch) -> list[slice]:
+    """Each group's place in `rows`."""
+    bounds = [0, *(place.stop for place in segment_slices(batch))]
+    return [slice(bounds[place.start], bounds[place.stop]) for place in group_slices(batch)]
+
+
 def share_sums(works: list[Work], rows: list[Tensor]) -> None:
     """Gives every tensor of a group with beta_scope="global" the sums over all such tensors.
 
@@ -103,10 +119,14 @@ def share_sums(works: list[Work], rows: list[Tensor]) -> None:
     it keeps the tensor's own.
     """
     places = [
-        (work_rows, place, hyper.lr, work.batch.steps[place])
+        (work_rows, lines, hyper.lr, work.batch.steps[place])
         for work, work_rows in zip(works, rows, strict=True)
-        for shared, hyper, place in zip(
-            work.batch.shared, work.batch.hypers, group_slices(work.batch), strict=True
+        for shared, hyper, place, lines in zip(
+            work.batch.shared,
+            work.batch.hypers,
+            group_slices(work.batch),
+            group_rows(work.batch),
+            strict=True,
         )
         if shared and place.stop > place.start
     ]
@@ -121,6 +141,38 @@ def share_sums(works: list[Work], rows: list[Tensor]) -> None:
         work_rows[place] = shared_rows
 
 
+def add_over_ranks(works: list[Work], rows: list[Tensor]) -> None:
+    """Makes the rows of sharded tensors those of the whole ones."""
+    terms: sharding.Terms = {}
+    for work, work_rows in zip(works, rows, strict=True):
+        if not work.crosses:
+            continue
+        for param, beta, lines in zip(
+            work.params, work.batch.betas, segment_slices(work.batch), strict=True
+        ):
+            sharding.add_term(terms, param, work_rows[lines], of_rows=False)
+            if beta.dim() == 0:
+                sharding.add_term(terms, param, work_rows[lines], of_rows=True)
+    sharding.over_ranks(terms, "sum")
+
+
+def agree_on_first_steps(works: list[Work]) -> None:
+    """Lets a tensor's first step at lr 0 count on all ranks where it does on one.
+
+    It does where a row has a gradient; the rows may be on different ranks.
+    """
+    firsts: sharding.Terms = {}
+    for work in works:
+        if not work.sharded:
+            continue
+        for hyper, place in zip(work.batch.hypers, group_slices(work.batch), strict=True):
+            if may_be_zero(hyper.lr):
+                for i in range(place.start, place.stop):
+                    if work.batch.betas[i].dim() > 0:
+                        sharding.add_term(firsts, work.params[i], work.batch.steps[i], of_rows=True)
+    sharding.over_ranks(firsts, "max")
+
+
 class AdaptiveMemoryOptimizer(Optimizer):
     """Base of AMAdamW and AMSGD. Holds no arithmetic.
 
@@ -129,16 +181,18 @@ class AdaptiveMemoryOptimizer(Optimizer):
     beta share their sums; finish.
     """
 
-    # Names of the state: tensors like the parameter, and 0-dim tensors with their first value.
+    # Names of the state: tensors like the parameter; 0-dim tensors with their first value, and
+    # those among them of which each row has one with beta_scope="row".
     memories: ClassVar[tuple[str, ...]]
     scalars: ClassVar[dict[str, float]]
+    row_scalars: ClassVar[tuple[str, ...]]
 
     # Set by torch.amp.GradScaler for the time of a step.
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
-    # What a backend keeps from step to step, by its name and the device.
-    _caches: dict[tuple[str, torch.device], dict[str, Any]]
+    # What a backend keeps from step to step, by its name, the device, and `Work.crosses`.
+    _caches: dict[tuple[str, torch.device, bool], dict[str, Any]]
     # In a step: parameters whose state it has made or completed, and what they had before.
     _new_state: list[tuple[Tensor, dict[str, Any] | None]]
 
@@ -327,7 +381,11 @@ class AdaptiveMemoryOptimizer(Optimizer):
         new = [
             i
             for i, state in enumerate(states)
-            if not (isinstance(state, dict) and names <= state.keys())
+            if not (
+                isinstance(state, dict)
+                and names <= state.keys()
+                and checkpoints.fits_scope(self, new_params[i], state, group)
+            )
         ]
         if new:
             without = [new_params[i] for i in new]
@@ -343,7 +401,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
                     raise TypeError(f"state {name} has to be a tensor, not {kind.__name__}")
 
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        """Makes a parameter's state, or what is missing in the state that a user has given it."""
+        """Makes a parameter's state, or what is missing in the state that a user has given it.
+
+        Or what does not fit a beta_scope that has been changed.
+        """
         self._check_dtype(param)
         is_new = param not in self.state
         state: dict[str, Any] = {} if is_new else self.state[param]
@@ -381,6 +442,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
             [group["params"] for group in self.param_groups],
             self.state,
             (*self.memories, *self.scalars),
+            [name in self.row_scalars for name in (*self.memories, *self.scalars)],
+            [group["beta_scope"] == "row" for group in self.param_groups],
         )
         if gathered is None:
             return []
@@ -400,7 +463,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         return [work]
 
     def _collect_any(self) -> list[Work]:
-        works: dict[tuple[str, torch.device], Work] = {}
+        works: dict[tuple[str, torch.device, bool], Work] = {}
         for group in self.param_groups:
             lists: tuple[list[Tensor], ...] = tuple(
                 [] for _ in range(2 + len(self.memories) + len(self.scalars))
@@ -410,31 +473,38 @@ class AdaptiveMemoryOptimizer(Optimizer):
             sharded = sharding.any_dtensor(params)
             lists = self._as_plain(lists)
             # In the order of the parameters: the same on every rank, as collectives need it.
-            devices = dict.fromkeys(map(attrgetter("device"), params))
-            for device in devices:
+            by_kind: dict[tuple[torch.device, bool], list[int]] = {}
+            for i, crosses in enumerate(self._crossing(group, params, sharded)):
+                by_kind.setdefault((params[i].device, crosses), []).append(i)
+            for (device, crosses), places in by_kind.items():
                 backend = backends.choose(group, device)
-                work = works.get((backend.name, device))
+                work = works.get((backend.name, device, crosses))
                 if work is None:
-                    work = self._new_work(backend, device, self._new_batch())
-                    works[backend.name, device] = work
+                    work = self._new_work(backend, device, self._new_batch(), crosses)
+                    works[backend.name, device, crosses] = work
                 work.sharded = work.sharded or sharded
-                size = len(work.batch.params)
                 targets = (*work.batch.lists(), work.params)
                 for values, target in zip((*lists, params), targets, strict=True):
-                    if len(devices) == 1:
-                        target.extend(values)
-                    else:
-                        target.extend(
-                            v for v, p in zip(values, params, strict=True) if p.device == device
-                        )
-                self._add_group(work, group, len(work.batch.params) - size)
+                    target.extend(values if len(by_kind) == 1 else [values[i] for i in places])
+                self._add_group(work, group, len(places))
         return list(works.values())
+
+    def _crossing(
+        self, group: dict[str, Any], params: list[Tensor], sharded: bool
+    ) -> Iterator[bool]:
+        """Of each parameter, whether its sums take those of other ranks."""
+        if not sharded:
+            yield from repeat(False, len(params))
+            return
+        for param in params:
+            by_row = bool(beta_shape(param, group["beta_scope"]))
+            yield sharding.splits_rows(param) if by_row else sharding.splits(param)
 
     def _as_plain(self, lists: tuple[list[Tensor], ...]) -> tuple[list[Tensor], ...]:
         """The lists with this rank's shards for DTensors, and complex tensors as pairs of reals."""
         tensors = 2 + len(self.memories)
         if sharding.any_dtensor(lists[0]):
-            lists = (*sharding.local_shards(*lists[:tensors]), *lists[tensors:])
+            lists = sharding.local_shards(*lists)
         if not torch.compiler.is_compiling() and True in map(Tensor.is_neg, lists[GRADS]):
             lists[GRADS][:] = [grad.resolve_neg() for grad in lists[GRADS]]
         if any(map(Tensor.is_complex, lists[0])):
@@ -442,9 +512,11 @@ class AdaptiveMemoryOptimizer(Optimizer):
             lists = (*([as_real(t) for t in ts] for ts in lists[:tensors]), *lists[tensors:])
         return lists
 
-    def _new_work(self, backend: Backend, device: torch.device, batch: Batch) -> Work:
-        batch.cache = self._caches.setdefault((backend.name, device), {})
-        return Work(backend, batch)
+    def _new_work(
+        self, backend: Backend, device: torch.device, batch: Batch, crosses: bool = False
+    ) -> Work:
+        batch.cache = self._caches.setdefault((backend.name, device, crosses), {})
+        return Work(backend, batch, crosses=crosses)
 
     def _add_group(self, work: Work, group: dict[str, Any], size: int) -> None:
         work.batch.hypers.append(self._hyper(group))
@@ -458,37 +530,41 @@ class AdaptiveMemoryOptimizer(Optimizer):
         if scaled and not all(work.backend.fused for work in works):
             raise RuntimeError("grad_scale and found_inf need a fused backend for every parameter")
 
-        # Where no tensor's beta waits for another's, a backend may do both halves at once.
-        rows: list[Tensor] | None = None
         if len(works) > 1:
             for work in works:  # whatever raises does so before any batch has changed
                 work.backend.check(work.batch)
-        shards = sharding.find_shards(work.params if work.sharded else [] for work in works)
-        if (
-            shards
-            or any(hyper.loss_gap for work in works for hyper in work.batch.hypers)
-            or any(any(w.batch.shared) and not w.backend.shares_sums for w in works)
-            or (len(works) > 1 and any(any(w.batch.shared) for w in works))
-        ):
-            rows = [
-                self._begin(w.backend, w.batch, w.here(grad_scale), w.here(found_inf))
-                for w in works
-            ]
-            sharding.add_over_ranks(shards, rows)
-            if loss is not None:
-                self._add_loss_gap(works, rows, loss)
-            share_sums(works, rows)
-        for i, work in enumerate(works):
-            work_rows = None if rows is None else rows[i]
-            self._finish(
-                work.backend, work.batch, work_rows, work.here(grad_scale), work.here(found_inf)
-            )
+        # Where no segment's beta waits for what is elsewhere, a backend does both halves at once.
+        waiting = self._waiting(works)
+        rows = [
+            self._begin(w.backend, w.batch, w.here(grad_scale), w.here(found_inf)) for w in waiting
+        ]
+        add_over_ranks(waiting, rows)
+        if loss is not None:
+            self._add_loss_gap(waiting, rows, loss)
+        share_sums(waiting, rows)
+        for work in works:
+            own = next((r for w, r in zip(waiting, rows, strict=True) if w is work), None)
+            self._finish(work.backend, work.batch, own, work.here(grad_scale), work.here(found_inf))
             if work.sharded and not torch.compiler.is_compiling():
                 # The shards were told that they are written to, not what they are shards of.
-                memories = [self.state[p][name] for p in work.params for name in self.memories]
-                torch.autograd.graph.increment_version([*work.params, *memories])
+                names = (*self.memories, *self.row_scalars)
+                values = [self.state[p][name] for p in work.params for name in names]
+                torch.autograd.graph.increment_version([*work.params, *values])
+        agree_on_first_steps(works)
         if loss is not None and works:
             self._keep_loss(loss, found_inf)
+
+    @staticmethod
+    def _waiting(works: list[Work]) -> list[Work]:
+        """The works that take sums of other ranks, other works or outside of all of them."""
+        sharing = [work for work in works if any(work.batch.shared)]
+        return [
+            work
+            for work in works
+            if work.crosses
+            or any(hyper.loss_gap for hyper in work.batch.hypers)
+            or (work in sharing and not (len(sharing) == 1 and work.backend.shares_sums))
+        ]
 
     # ---- gap="loss" ---------------------------------------------------------------
 
@@ -543,14 +619,16 @@ class AdaptiveMemoryOptimizer(Optimizer):
         difference = torch.where(difference.isfinite(), difference, 0.0)
         for work, work_rows in zip(works, rows, strict=True):
             here = difference.to(work_rows.dtype).to(work_rows.device)
-            for hyper, place in zip(work.batch.hypers, group_slices(work.batch), strict=True):
+            for hyper, place, lines in zip(
+                work.batch.hypers, group_slices(work.batch), group_rows(work.batch), strict=True
+            ):
                 if hyper.loss_gap:
                     share = work.shares(place, work_rows)
                     sign = -1.0 if hyper.maximize else 1.0
                     if isinstance(hyper.lr, Tensor):
                         hyper = hyper._replace(lr=hyper.lr.to(work_rows))
                     factor = self._loss_factor(hyper) * (sign / total)
-                    work_rows[place, 0] += share * factor * here
+                    work_rows[lines, 0] += share * factor * here
 
     def _keep_loss(self, loss: Tensor, found_inf: Tensor | None) -> None:
         current = loss.clone()

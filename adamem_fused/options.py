@@ -12,7 +12,7 @@ from adamem_fused import backends
 
 MEMORY_PLANES = ("level", "anchored")
 GAPS = ("gradient", "loss")
-BETA_SCOPES = ("tensor", "global")
+BETA_SCOPES = ("tensor", "row", "global")
 
 # Schedulers end a rounding beside their end: LinearLR to 0 at -5e-20, say, and those that
 # compute in float32 up to 1e-7 of where they began below 0. So in a step and in a checkpoint a

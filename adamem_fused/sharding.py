@@ -1,14 +1,15 @@
 """Parameters that are sharded over ranks: DTensors, as FSDP2 and tensor parallelism make them.
 
 A backend is given the shards that this rank holds, as plain tensors. The sums over its shards
-are then added up over the ranks, so that all of them take the beta of the whole tensor.
+are then added up over the ranks, so that all of them take the beta of the whole tensor. Where each
+row has a beta and whole rows are on a rank, nothing is to be added up.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -17,10 +18,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
     from typing_extensions import TypeIs
 
-# By process group and device: the tensors, (batch, index in it), sharded over its ranks.
-Shards: TypeAlias = "dict[tuple[ProcessGroup, torch.device], list[tuple[int, int]]]"
+# By process group and device: what is to be taken together over its ranks, in place.
+Terms: TypeAlias = "dict[tuple[ProcessGroup, torch.device], list[Tensor]]"
 
 
 def _dtensor_class() -> type[DTensor] | None:
@@ -42,6 +44,27 @@ def any_dtensor(tensors: Iterable[Tensor]) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """A DTensor as a plain tensor of all its elements, for which the ranks meet."""
     return tensor.full_tensor() if _is_dtensor(tensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor, as a plain tensor; a plain one as it is."""
+    return tensor.to_local() if _is_dtensor(tensor) else tensor
+
+
+def local_rows(param: Tensor) -> int:
+    """How many indices of the first dimension this rank has."""
+    return local(param).shape[0]
+
+
+def as_rows(param: Tensor, values: Tensor) -> Tensor:
+    """A value for each of this rank's rows of a parameter, [local rows], sharded as these are."""
+    if not _is_dtensor(param):
+        return values
+    from torch.distributed.tensor import DTensor, Replicate
+
+    placements = [p if _is_of_rows(p) else Replicate() for p in param.placements]
+    shape = param.shape[:1]
+    return DTensor.from_local(values, param.device_mesh, placements, shape=shape, stride=(1,))
 
 
 def check_param(param: Tensor) -> None:
@@ -68,7 +91,7 @@ def _describe(tensor: Tensor) -> str:
 
 
 def local_shards(
-    params: list[Tensor], grads: list[Tensor], *memories: list[Tensor]
+    params: list[Tensor], grads: list[Tensor], *others: list[Tensor]
 ) -> tuple[list[Tensor], ...]:
     """The lists with this rank's shard in place of each DTensor.
 
@@ -81,42 +104,52 @@ def local_shards(
         if _is_dtensor(param) and _is_dtensor(grad) and grad.placements != param.placements:
             grad = grad.redistribute(placements=param.placements)
         placed.append(grad)
-    return tuple(
-        [tensor.to_local() if _is_dtensor(tensor) else tensor for tensor in tensors]
-        for tensors in (params, placed, *memories)
-    )
+    return tuple(list(map(local, tensors)) for tensors in (params, placed, *others))
 
 
-def _process_groups(param: DTensor) -> Iterator[ProcessGroup]:
-    """Those whose ranks hold different shards of the parameter, not copies of one."""
+def _is_of_rows(placement: Placement) -> bool:
+    """Whether ranks have different indices of the first dimension."""
+    # Not is_shard(): FSDP2 over tensor parallelism has a placement of its own kind.
+    return not placement.is_replicate() and getattr(placement, "dim", None) == 0
+
+
+def _process_groups(param: Tensor, of_rows: bool) -> Iterator[ProcessGroup]:
+    """Those whose ranks hold different rows, or different parts of the same, and not copies."""
+    if not _is_dtensor(param):
+        return
     for dim, placement in enumerate(param.placements):
-        # Not is_shard(): FSDP2 over tensor parallelism has a placement of its own kind.
-        if not placement.is_replicate() and param.device_mesh.size(dim) > 1:
+        sharded = not placement.is_replicate() and param.device_mesh.size(dim) > 1
+        if sharded and _is_of_rows(placement) == of_rows:
             yield param.device_mesh.get_group(dim)
 
 
-def find_shards(batches: Iterable[list[Tensor]]) -> Shards:
-    """Where in the batches, each a list of parameters, the sharded ones are."""
-    shards: Shards = {}
-    for batch, params in enumerate(batches):
-        for index, param in enumerate(params):
-            if _is_dtensor(param):
-                for group in _process_groups(param):
-                    key = group, param.to_local().device
-                    shards.setdefault(key, []).append((batch, index))
-    return shards
+def splits_rows(param: Tensor) -> bool:
+    """Whether several ranks have elements of one row."""
+    return any(True for _ in _process_groups(param, of_rows=False))
 
 
-def add_over_ranks(shards: Shards, rows: list[Tensor]) -> None:
-    """Makes the rows of sharded tensors, [tensors, 2] for each batch, those of the whole ones.
+def splits(param: Tensor) -> bool:
+    """Whether several ranks have elements of the tensor."""
+    return splits_rows(param) or any(True for _ in _process_groups(param, of_rows=True))
 
-    One all-reduce for each process group, of rows in the order of the parameters. So all its
-    ranks have to have gradients for the same tensors, as FSDP2 sees to; a rank whose shard is
-    empty takes part with zeros. Of a tensor that is sharded over two dimensions of a mesh the
-    second all-reduce adds up the sums of the first.
+
+def add_term(terms: Terms, param: Tensor, values: Tensor, of_rows: bool) -> None:
+    """Notes values, a view, for the ranks that have other rows, or other parts of the same."""
+    for group in _process_groups(param, of_rows):
+        terms.setdefault((group, values.device), []).append(values)
+
+
+def over_ranks(terms: Terms, operation: Literal["sum", "max"]) -> None:
+    """Replaces the terms by their sum or maximum: one all-reduce for each process group.
+
+    In the order in which they were noted, which is that of the parameters. So all ranks of a group
+    have to have gradients for the same tensors, as FSDP2 sees to; a rank whose shard is empty takes
+    part with zeros. What is sharded over two dimensions of a mesh is taken together over one of
+    them, and the results then over the other.
     """
-    for (group, _), places in shards.items():
-        shard_rows = [rows[batch][index] for batch, index in places]
-        total = torch.stack(shard_rows)
-        dist.all_reduce(total, group=group)
-        torch._foreach_copy_(shard_rows, list(total.unbind()))
+    reduce = dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX
+    for (group, _), values in terms.items():
+        total = torch.cat([value.reshape(-1) for value in values])
+        dist.all_reduce(total, op=reduce, group=group)
+        parts = total.split_with_sizes([value.numel() for value in values])
+        torch._foreach_copy_(values, [own.view_as(v) for own, v in zip(parts, values, strict=True)])

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
+
+from adamem_fused import sharding
 
 COMPLEX = (torch.complex64, torch.complex128)
+
+# With beta_scope="row" a tensor whose rows have fewer elements than this has one beta: one that is
+# taken from a few elements follows their noise, and one an element trains far worse than AdamW.
+# python.cpp has it too.
+MIN_ROW = 16
 
 
 def memory_dtype(param: Tensor) -> torch.dtype:
@@ -23,10 +31,36 @@ def scalar_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
+def beta_shape(param: Tensor, beta_scope: str) -> Size:
+    """The shape of a parameter's beta and beta_prod: [rows] where each row has its own, or 0-dim.
+
+    A row is an index of the first dimension. That of a sharded parameter is the whole one's.
+    """
+    by_row = beta_scope == "row" and param.dim() > 1 and param.shape[1:].numel() >= MIN_ROW
+    return param.shape[:1] if by_row else Size([])
+
+
+def full(param: Tensor, shape: Size, value: Any) -> Tensor:
+    """A scalar of the state of this shape, `beta_shape` or 0-dim: on its parameter's device, and
+    sharded as its rows are. value: a number, or a tensor of one element."""
+    like: dict[str, Any] = {"dtype": scalar_dtype(param), "device": param.device}
+    if not shape:
+        return torch.full((), value, **like)
+    return sharding.as_rows(param, torch.full((sharding.local_rows(param),), value, **like))
+
+
 def initial_state(
-    param: Tensor, memories: Iterable[str], scalars: Mapping[str, float]
+    param: Tensor,
+    memories: Iterable[str],
+    scalars: Mapping[str, float],
+    row_scalars: Collection[str],
+    beta_scope: str,
 ) -> dict[str, Tensor]:
-    """The state before the first step: memories of zeros, and 0-dim scalars."""
+    """The state before the first step: memories of zeros, and scalars.
+
+    row_scalars: those that a row may have for itself; the others are 0-dim.
+    """
+    shape = beta_shape(param, beta_scope)
     return {
         **{
             name: torch.zeros_like(
@@ -35,7 +69,7 @@ def initial_state(
             for name in memories
         },
         **{
-            name: torch.full((), value, dtype=scalar_dtype(param), device=param.device)
+            name: full(param, shape if name in row_scalars else Size([]), value)
             for name, value in scalars.items()
         },
     }

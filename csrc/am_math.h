@@ -73,10 +73,10 @@ AM_INLINE void gap_factors(double prev_lr, double lr, double scale, bool anchore
   *gap_grad = (loss_gap ? 0.0 : ratio) - *gap_memory;
 }
 
-// step: the number of steps before this one. beta_prod, prev_lr: the state's.
+// step: the number of steps before this one. prev_lr: the state's. Without bias_correction1, which is
+// the segment's: see adamw_corrected.
 template <class T>
-AM_INLINE AdamWCoefficients<T> adamw_coefficients(const AdamWHyper& h, double step,
-                                                  double beta_prod, double prev_lr,
+AM_INLINE AdamWCoefficients<T> adamw_coefficients(const AdamWHyper& h, double step, double prev_lr,
                                                   double grad_scale) {
   double gap_grad, gap_memory;
   gap_factors(prev_lr, h.lr, 1.0 + h.weight_decay * h.lr, h.anchored, h.loss_gap, &gap_grad,
@@ -85,10 +85,9 @@ AM_INLINE AdamWCoefficients<T> adamw_coefficients(const AdamWHyper& h, double st
   c.grad_factor = static_cast<T>((h.maximize ? -1.0 : 1.0) / grad_scale);
   c.beta2 = static_cast<T>(h.beta2);
   c.one_minus_beta2 = static_cast<T>(1.0 - h.beta2);
-  const double bias_correction1 = 1.0 - h.beta_max * beta_prod;
   const double bias_correction2 = 1.0 - std::pow(h.beta2, step + 1.0);
-  c.root_scale = static_cast<T>(bias_correction1 / std::sqrt(bias_correction2));
-  c.eps = static_cast<T>(bias_correction1 * h.eps);
+  c.root_scale = static_cast<T>(1.0 / std::sqrt(bias_correction2));
+  c.eps = static_cast<T>(h.eps);
   c.memory_lambda = static_cast<T>(h.memory_lambda);
   c.weight_decay = static_cast<T>(h.weight_decay);
   c.gap_grad = static_cast<T>(gap_grad);
@@ -97,6 +96,15 @@ AM_INLINE AdamWCoefficients<T> adamw_coefficients(const AdamWHyper& h, double st
   c.decay = static_cast<T>(1.0 - h.lr * h.weight_decay);
   c.cap_take = static_cast<T>(1.0 - h.beta_max);
   c.lambda_over_cap = static_cast<T>(h.beta_max > 0.0 ? h.memory_lambda / h.beta_max : 0.0);
+  return c;
+}
+
+// The coefficients, of doubles, with the bias_correction1 of a segment with this beta_prod.
+AM_INLINE AdamWCoefficients<double> adamw_corrected(AdamWCoefficients<double> c, double beta_max,
+                                                    double beta_prod) {
+  const double bias_correction1 = 1.0 - beta_max * beta_prod;
+  c.root_scale *= bias_correction1;
+  c.eps *= bias_correction1;
   return c;
 }
 
@@ -147,7 +155,8 @@ AM_INLINE bool adamw_missed(double beta, double den, double beta_max) {
 }
 
 // Whether a step is none: at eta = 0 and without a gradient, before any other. Checkpoint tools
-// make state by such steps, so nothing of them stays. den is that of the tensor alone.
+// make state by such steps, so nothing of them stays. den is that of the segment alone; the step of a
+// tensor of many counts where that of one does.
 AM_INLINE bool is_idle(double step, double lr, double den) {
   return step == 0.0 && lr == 0.0 && den == 0.0;
 }
@@ -190,57 +199,70 @@ AM_INLINE V adamw_denominator(V root, const AdamWCoefficients<T>& c) {
   return fma(root, V(c.root_scale), V(c.eps));
 }
 
-// Adds one element's part of num (the gap included) and den. With M = 1 / (P (1 + lambda P)),
-// D = (1 + lambda P) d, e = g - d and u = c_g g - c_d d + e, what the terms have in common is taken
-// out:
-//   1 / P = M (1 + lambda P)     g + lambda P d = D + e
-//   num = (c_g g - c_d d) (d / P + mu x) + e (g + lambda P d) M + mu x e
-//       = u (M D + mu x) + e^2 M
-// e is weighted before it is squared, which overflows later. x is read only where Decay.
-template <bool Scaled, bool Decay, class V, class T>
-AM_INLINE void adamw_sums(V g, V d, V root, V x, const AdamWCoefficients<T>& c, V& num, V& den) {
-  g = gradient<Scaled>(g, c);
+// What the sums and the update of an element take of it. With M = 1 / (P (1 + lambda P)),
+// D = (1 + lambda P) d and e = g - d: P, e, e M and D M.
+template <class V>
+struct AdamWTerms {
+  V p, e, weighted, slope;
+};
+
+// g: with grad_factor.
+template <class V, class T>
+AM_INLINE AdamWTerms<V> adamw_terms(V g, V d, V root, const AdamWCoefficients<T>& c) {
   const V p = adamw_denominator(root, c);
   const V damping = fma(p, V(c.memory_lambda), V(T(1)));
   const V m = V(T(1)) / (p * damping);
   const V e = g - d;
-  const V u = fma(g, V(c.gap_grad), fma(e, V(c.gap_memory), e));
-  const V e2 = e * m * e;
-  const V slope = d * damping * m;
-  num = fma(u, Decay ? fma(x, V(c.weight_decay), slope) : slope, num + e2);
+  return {p, e, e * m, d * damping * m};
+}
+
+// Adds one element's part of num (the gap included) and den. With u = c_g g - c_d d + e, what the
+// terms have in common is taken out:
+//   1 / P = M (1 + lambda P)     g + lambda P d = D + e
+//   num = (c_g g - c_d d) (d / P + mu x) + e (g + lambda P d) M + mu x e
+//       = u (M D + mu x) + e^2 M
+// e is weighted before it is squared, which overflows later. x is read only where Decay. Level:
+// gap_memory is 0.
+template <bool Decay, bool Level = false, class V, class T>
+AM_INLINE void adamw_add(V g, V x, const AdamWTerms<V>& t, const AdamWCoefficients<T>& c, V& num,
+                         V& den) {
+  const V u = fma(g, V(c.gap_grad), Level ? t.e : fma(t.e, V(c.gap_memory), t.e));
+  const V e2 = t.weighted * t.e;
+  num = fma(u, Decay ? fma(x, V(c.weight_decay), t.slope) : t.slope, num + e2);
   den = den + e2;
 }
 
-// Updates one element's d and x with the beta of its tensor. With the new d before its division,
-// n = (1 - beta) g + (beta + lambda P) d = D + (1 - beta) e: d = n / (1 + lambda P), d / P = n M.
+// The new d and x of one element. With the new d before its division,
+// n = (1 - beta) g + (beta + lambda P) d = D + (1 - beta) e: d / P = n M, d = n / (1 + lambda P).
 // take: 1 - beta, rounded once; beta may be near 1.
-template <bool Scaled, class V, class T>
-AM_INLINE void adamw_update(V g, V& d, V root, V& x, T take, const AdamWCoefficients<T>& c) {
-  g = gradient<Scaled>(g, c);
-  const V p = adamw_denominator(root, c);
-  const V damping = fma(p, V(c.memory_lambda), V(T(1)));
-  const V m = V(T(1)) / (p * damping);
-  const V step = fma(g - d, V(take), d * damping) * m;
+template <class V, class T>
+AM_INLINE void adamw_move(V p, V weighted, V slope, T take, const AdamWCoefficients<T>& c, V& d,
+                          V& x) {
+  const V step = fma(weighted, V(take), slope);
   d = step * p;
   x = fma(step, V(-c.lr), x * V(c.decay));
+}
+
+template <bool Scaled, bool Decay, class V, class T>
+AM_INLINE void adamw_sums(V g, V d, V root, V x, const AdamWCoefficients<T>& c, V& num, V& den) {
+  g = gradient<Scaled>(g, c);
+  adamw_add<Decay>(g, x, adamw_terms(g, d, root, c), c, num, den);
+}
+
+// Updates one element's d and x with the beta of its segment.
+template <bool Scaled, class V, class T>
+AM_INLINE void adamw_update(V g, V& d, V root, V& x, T take, const AdamWCoefficients<T>& c) {
+  const AdamWTerms<V> t = adamw_terms(gradient<Scaled>(g, c), d, root, c);
+  adamw_move(t.p, t.weighted, t.slope, take, c, d, x);
 }
 
 // The sums, for the "level" plane, and the update with the cap, with one division.
 template <bool Scaled, bool Decay, class V, class T>
 AM_INLINE void adamw_guess(V g, V& d, V root, V& x, const AdamWCoefficients<T>& c, V& num, V& den) {
   g = gradient<Scaled>(g, c);
-  const V p = adamw_denominator(root, c);
-  const V damping = fma(p, V(c.memory_lambda), V(T(1)));
-  const V m = V(T(1)) / (p * damping);
-  const V e = g - d;
-  const V u = fma(g, V(c.gap_grad), e);
-  const V weighted = e * m, e2 = weighted * e;
-  const V slope = d * damping * m;
-  num = fma(u, Decay ? fma(x, V(c.weight_decay), slope) : slope, num + e2);
-  den = den + e2;
-  const V step = fma(weighted, V(c.cap_take), slope);
-  d = step * p;
-  x = fma(step, V(-c.lr), x * V(c.decay));
+  const AdamWTerms<V> t = adamw_terms(g, d, root, c);
+  adamw_add<Decay, true>(g, x, t, c, num, den);
+  adamw_move(t.p, t.weighted, t.slope, c.cap_take, c, d, x);
 }
 
 // From the d and x of a step with the cap those of a step with beta:

@@ -114,19 +114,31 @@ class Filling {
   Py_ssize_t size_ = 0;
 };
 
+// Whether its rows may have betas of their own: as beta_shape of adamem_fused/state.py.
+bool has_rows(const Tensor& param) {
+  constexpr int64_t kMinRow = 16;
+  if (param.dim() < 2) return false;
+  int64_t numel = 1;
+  for (const int64_t size : param.sizes().slice(1)) numel *= size;
+  return numel >= kMinRow;
+}
+
 // Gathers a run of parameters at a time, in loops of which each asks for what the next one
 // reads: waiting for memory is most of what these lookups do.
 class Gatherer {
  public:
   static constexpr size_t kRun = 64;
 
-  Gatherer(const py::dict& state, const py::tuple& names, size_t most) : states_(state.ptr()) {
+  // by_row: of each name, whether a row may have one for itself.
+  Gatherer(const py::dict& state, const py::tuple& names, std::vector<bool> by_row, size_t most)
+      : states_(state.ptr()), by_row_(std::move(by_row)) {
     for (const py::handle name : names) names_.push_back(name.ptr());
     for (size_t k = 0; k < 2 + names_.size(); ++k) lists_.emplace_back(most);
   }
 
-  // Adds a run's tensors to the lists; false where one of them is not ordinary.
-  bool add(PyObject* const* params, size_t n) {
+  // Adds a run's tensors to the lists; false where one of them is not ordinary. rows: whether rows
+  // have betas of their own.
+  bool add(PyObject* const* params, size_t n, bool rows) {
     entries_.clear();
     values_.clear();
     for (size_t i = 0; i < n; ++i) {
@@ -165,12 +177,18 @@ class Gatherer {
     }
     PyObject* const* value = values_.data();
     for (const Entry& entry : entries_) {
+      const Tensor& param = THPVariable_Unpack(entry.param);
+      const int64_t dim = rows && has_rows(param) ? 1 : 0;
       auto grad = py::reinterpret_steal<py::object>(THPVariable_Wrap(*entry.grad));
       if (!is_exact(grad.ptr())) return false;
       lists_[0].put(py::handle(entry.param).inc_ref().ptr());
       lists_[1].put(grad.release().ptr());
       for (size_t k = 2; k < lists_.size(); ++k, ++value) {
         if (!is_exact(*value)) return false;
+        if (by_row_[k - 2]) {
+          const Tensor& scalar = THPVariable_Unpack(*value);
+          if (scalar.dim() != dim || (dim == 1 && scalar.size(0) != param.size(0))) return false;
+        }
         lists_[k].put(py::handle(*value).inc_ref().ptr());
       }
     }
@@ -194,6 +212,7 @@ class Gatherer {
 
   Cursor states_;
   std::vector<PyObject*> names_;
+  std::vector<bool> by_row_;
   std::vector<Filling> lists_;
   std::optional<c10::Device> device_;
   std::vector<Entry> entries_;
@@ -202,21 +221,27 @@ class Gatherer {
 
 // How many tensors of each group have a gradient; and lists of these parameters, the gradients,
 // and their state by name. None where one of them is not ordinary: not a plain real tensor with a
-// plain gradient and whole state, or not on the device of the others.
-py::object gather(const py::list& groups, const py::dict& state, const py::tuple& names) {
+// plain gradient and whole state, or not on the device of the others; or one whose state is of another
+// scope. rows: of each group, whether rows have betas of their own; by_row: of each name.
+py::object gather(const py::list& groups, const py::dict& state, const py::tuple& names,
+                  const std::vector<bool>& by_row, const std::vector<bool>& rows) {
+  TORCH_CHECK_VALUE(by_row.size() == names.size() && rows.size() == groups.size(),
+                    "by_row and rows have to be as long as names and groups");
   size_t most = 0;
   for (const py::handle group : groups) {
     if (!PyList_Check(group.ptr())) return py::none();
     most += PyList_GET_SIZE(group.ptr());
   }
-  Gatherer gatherer(state, names, most);
+  Gatherer gatherer(state, names, by_row, most);
   py::list sizes;
-  for (const py::handle group : groups) {
+  for (size_t k = 0; k < groups.size(); ++k) {
+    const py::handle group = groups[k];
     PyObject* const* items = items_of(group);
     const size_t n = py::len(group);
     size_t size = 0;
     for (size_t begin = 0; begin < n; begin += Gatherer::kRun) {
-      if (!gatherer.add(items + begin, std::min(Gatherer::kRun, n - begin))) return py::none();
+      if (!gatherer.add(items + begin, std::min(Gatherer::kRun, n - begin), rows[k]))
+        return py::none();
       size += gatherer.last_run();
     }
     sizes.append(size);

@@ -3,8 +3,15 @@
 Every list holds one entry a tensor, over all parameter groups in order; `hypers`,
 `group_sizes` and `shared` (beta_scope="global") hold one a group. Tensors are real and dense
 (complex ones come as pairs of reals), and the memory (`exp_avgs`, `exp_avg_sqs`,
-`momentum_buffers`) has its parameter's shape. `steps`, `beta_prods`, `prev_lrs` and `betas`
-are 0-dim tensors on the same device. `cache` is the backend's own, kept from step to step.
+`momentum_buffers`) has its parameter's shape. `steps`, `prev_lrs`, `beta_prods` and `betas` are
+on the same device, the first two 0-dim.
+
+The elements that share a beta are a segment. Where `betas[i]` and `beta_prods[i]` are 0-dim, that
+is the tensor (and, in a group that is `shared`, all such tensors together). Where they have shape
+[rows], it is each index of the first dimension, of which the tensor has as many.
+
+`rows` [segments, 2], which the backends' first half gives and their second takes, hold num and den
+of each segment, tensor by tensor. `cache` is the backend's own, kept from step to step.
 """
 
 from __future__ import annotations
@@ -75,6 +82,16 @@ class AdamWBatch:
     def memories(self) -> dict[str, list[Tensor]]:
         return {"exp_avg": self.exp_avgs, "exp_avg_sq": self.exp_avg_sqs}
 
+    @property
+    def scalars(self) -> tuple[list[Tensor], ...]:
+        """Those that are one a tensor."""
+        return self.steps, self.prev_lrs
+
+    @property
+    def row_scalars(self) -> tuple[list[Tensor], ...]:
+        """Those that are one a segment."""
+        return self.beta_prods, self.betas
+
     def lists(self) -> tuple[list[Tensor], ...]:
         """The lists in the order in which the optimizer's `_init_group` fills them."""
         return (
@@ -106,6 +123,16 @@ class SGDBatch:
     def memories(self) -> dict[str, list[Tensor]]:
         return {"momentum_buffer": self.momentum_buffers}
 
+    @property
+    def scalars(self) -> tuple[list[Tensor], ...]:
+        """Those that are one a tensor."""
+        return self.steps, self.prev_lrs
+
+    @property
+    def row_scalars(self) -> tuple[list[Tensor], ...]:
+        """Those that are one a segment."""
+        return (self.betas,)
+
     def lists(self) -> tuple[list[Tensor], ...]:
         """The lists in the order in which the optimizer's `_init_group` fills them."""
         return (
@@ -127,6 +154,14 @@ def group_slices(batch: Batch) -> Iterator[slice]:
     for size in batch.group_sizes:
         yield slice(start, start + size)
         start += size
+
+
+def segment_slices(batch: Batch) -> Iterator[slice]:
+    """Each tensor's place in `rows`."""
+    start = 0
+    for beta in batch.betas:
+        yield slice(start, start + beta.numel())
+        start += beta.numel()
 
 
 def check_like(params: list[Tensor], others: dict[str, list[Tensor]]) -> None:
@@ -169,9 +204,16 @@ def check(batch: Batch) -> None:
     for name, tensors in updated.items():
         for i, tensor in enumerate(tensors):
             _check_in_place(tensor, f"{name} {i}")
-    for scalars in batch.lists()[2 + len(batch.memories) :]:
+    one = torch.Size([])
+    for scalars in batch.scalars:
         for i, (scalar, param) in enumerate(zip(scalars, batch.params, strict=True)):
-            _check_scalar(scalar, param, i)
+            _check_scalar(scalar, one, param.device, i)
+    for scalars in batch.row_scalars:
+        for i, (scalar, param, beta) in enumerate(
+            zip(scalars, batch.params, batch.betas, strict=True)
+        ):
+            by_row = isinstance(beta, Tensor) and beta.dim() > 0
+            _check_scalar(scalar, param.shape[:1] if by_row else one, param.device, i)
 
 
 def _check_in_place(tensor: Tensor, name: str) -> None:
@@ -193,23 +235,25 @@ def _check_inference(tensor: Tensor, name: str) -> None:
         )
 
 
-def _check_scalar(scalar: Any, param: Tensor, i: int) -> None:
+def _check_scalar(scalar: Any, shape: torch.Size, device: torch.device, i: int) -> None:
     kind = scalar.dtype if isinstance(scalar, Tensor) else type(scalar).__name__
     if kind not in (torch.float32, torch.float64):
         raise TypeError(
             f"scalar state of tensor {i} is {kind}; it has to be a float32 or float64 tensor"
         )
-    if scalar.dim() != 0 or scalar.device != param.device:
+    if scalar.shape != shape or scalar.device != device:
         raise ValueError(
             f"scalar state of tensor {i} has shape {list(scalar.shape)} on {scalar.device}; it "
-            f"has to be a 0-dim tensor on {param.device}"
+            f"has to be a tensor of shape {list(shape)} on {device}"
         )
+    if scalar.dim() > 0 and not scalar.is_contiguous():
+        raise ValueError(f"scalar state of tensor {i} has to be contiguous")
     _check_inference(scalar, f"scalar state of tensor {i}")
 
 
-def check_rows(rows: Tensor, params: list[Tensor]) -> None:
+def check_rows(rows: Tensor, batch: Batch) -> None:
     """Raises ValueError unless rows are as `*_begin` gives them, for kernels that do not look."""
-    n, device = len(params), params[0].device
+    n, device = sum(map(Tensor.numel, batch.betas)), batch.params[0].device
     if rows.shape != (n, 2) or rows.dtype != torch.float64 or rows.device != device:
         raise ValueError(
             f"rows has to be a float64 tensor of shape [{n}, 2] on {device}, not "

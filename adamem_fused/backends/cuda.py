@@ -253,7 +253,7 @@ def _finish(
     device, n = batch.params[0].device, len(batch.params)
     given = rows is not None
     if rows is not None:
-        check_rows(rows, batch.params)
+        check_rows(rows, batch)
         rows = rows.contiguous()
     elif any(batch.shared):
         rows = torch.empty(n, 2, dtype=torch.float64, device=device)

@@ -6,14 +6,15 @@ Framework for Deep Learning Optimization", arXiv 2510.04988). Every other backen
 against this file, so it shares no arithmetic with any of them. Whatever the dtype of a
 tensor, the arithmetic is float64 and each result is rounded once, when it is stored.
 
+A tensor is looked at as a matrix of its segments, [segments, elements of each]: its rows where each
+has a beta, and else a single one. What a segment has one of is a column, [segments, 1].
+
 Letters: x parameter, g gradient, d memory (`exp_avg`, `momentum_buffer`), v `exp_avg_sq`,
 t step, P Adam's denominator, eta lr, mu weight decay, lam memory_lambda, kappa 1 for the
 "anchored" plane and 0 for "level".
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from adamem_fused.backends.batch import (
     SGDBatch,
     SGDHyper,
     group_slices,
+    segment_slices,
 )
 from adamem_fused.backends.batch import check as check
 
@@ -37,8 +39,19 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
+def _segments(tensor: Tensor, beta: Tensor) -> Tensor:
+    """[segments, elements of each], float64."""
+    count = beta.numel()
+    return tensor.double().reshape(count, tensor.numel() // max(1, count))
+
+
+def _column(scalar: Tensor) -> Tensor:
+    """[segments, 1], float64."""
+    return scalar.double().reshape(-1, 1)
+
+
 def _adamw_model(
-    g: Tensor, v: Tensor, t: float, beta_prod: float, h: AdamWHyper
+    g: Tensor, v: Tensor, t: float, beta_prod: Tensor, h: AdamWHyper
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The new v, the denominator P and M, all float64."""
     v = h.beta2 * v + (1 - h.beta2) * g**2
@@ -53,20 +66,20 @@ def _adamw_sums(
     d: Tensor,
     v: Tensor,
     t: float,
-    beta_prod: float,
+    beta_prod: Tensor,
     prev_lr: float,
     h: AdamWHyper,
 ) -> tuple[Tensor, Tensor]:
-    """(num, den) of one tensor. With gap="loss", num is without the difference of losses."""
+    """num and den of each segment, [segments]; num without gap="loss"'s difference of losses."""
     eta, mu, lam, kappa = float(h.lr), h.weight_decay, h.memory_lambda, float(h.anchored)
     _, P, M = _adamw_model(g, v, t, beta_prod, h)
     e = d - g
     slope = -kappa * d if h.loss_gap else g - kappa * d
-    gap = prev_lr * (slope * (d / P + mu * x)).sum()
-    num = -(e * (g + lam * P * d) * M).sum() - mu * (x * e).sum()
+    gap = prev_lr * (slope * (d / P + mu * x)).sum(1)
+    num = -(e * (g + lam * P * d) * M).sum(1) - mu * (x * e).sum(1)
     if eta > 0:
         num = num + (1 + mu * eta) * gap / eta
-    den = (e**2 * M).sum()
+    den = (e**2 * M).sum(1)
     return num, den
 
 
@@ -76,8 +89,8 @@ def _adamw_update(
     d: Tensor,
     v: Tensor,
     t: float,
-    beta_prod: float,
-    beta: float,
+    beta_prod: Tensor,
+    beta: Tensor,
     h: AdamWHyper,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The new (x, d, v) of one tensor."""
@@ -89,27 +102,37 @@ def _adamw_update(
 
 
 def _sgd_sums(g: Tensor, d: Tensor, prev_lr: float, h: SGDHyper) -> tuple[Tensor, Tensor]:
-    """(num, den) of one tensor; g has the weight decay in it."""
+    """num and den of each segment, [segments]; g has the weight decay in it."""
     eta, lam, kappa = float(h.lr), h.memory_lambda, float(h.anchored)
     # Not sums of g^2, g d and d^2: their differences are small where d is close to g.
     e = d - g
-    num = -(e * (g + lam * d)).sum()
+    num = -(e * (g + lam * d)).sum(1)
     if eta > 0:
         slope = -kappa * d if h.loss_gap else g - kappa * d
-        num = num + (1 + lam) * (prev_lr / eta) * (slope * d).sum()
-    den = (e**2).sum()
+        num = num + (1 + lam) * (prev_lr / eta) * (slope * d).sum(1)
+    den = (e**2).sum(1)
     return num, den
 
 
-def _clip_beta(num: float, den: float, beta_max: float) -> float:
-    if den == 0 or den == math.inf:
-        return 0.0
-    return min(max(num / den, 0.0), beta_max) if num == num and den == den else float("nan")
+def _clip_beta(num: Tensor, den: Tensor, beta_max: float) -> Tensor:
+    return torch.where((den == 0) | den.isposinf(), 0.0, (num / den).clamp(0.0, beta_max))
 
 
-def _is_idle(t: float, eta: float, den: float) -> bool:
-    """Whether step t is none: at eta = 0 and without a gradient, before any other."""
-    return t == 1 and eta == 0 and den == 0
+def _is_idle(t: float, eta: float, den: Tensor) -> Tensor:
+    """Of which segments step t is none: at eta = 0 and without a gradient, before any other."""
+    return (den == 0) & (t == 1) & (eta == 0)
+
+
+def _is_none(idle: Tensor, t: float, eta: float) -> bool:
+    """Whether step t is none of the tensor: of all of its segments, of which there may be none."""
+    return t == 1 and eta == 0 and bool(idle.all())
+
+
+def _store(tensor: Tensor, value: Tensor, idle: Tensor) -> None:
+    """Replaces the tensor by its segments' values, but for those whose step is none."""
+    old = _segments(tensor, idle)
+    new = torch.where(_column(idle).bool(), old, value.reshape(old.shape))
+    tensor.copy_(new.view(tensor.shape))
 
 
 def _gradient(g: Tensor, maximize: bool) -> Tensor:
@@ -117,22 +140,24 @@ def _gradient(g: Tensor, maximize: bool) -> Tensor:
 
 
 def adamw_begin(batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
-    """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
+    """num and den of every segment, [segments, 2] float64. Writes nothing else."""
     check(batch)
-    rows = torch.zeros(len(batch.params), 2, dtype=torch.float64, device="cpu")
+    rows = torch.zeros(sum(map(Tensor.numel, batch.betas)), 2, dtype=torch.float64, device="cpu")
+    places = list(segment_slices(batch))
     for h, group in zip(batch.hypers, group_slices(batch), strict=True):
         for i in range(group.start, group.stop):
+            beta = batch.betas[i]
             num, den = _adamw_sums(
-                batch.params[i].double(),
-                _gradient(batch.grads[i], h.maximize),
-                batch.exp_avgs[i].double(),
-                batch.exp_avg_sqs[i].double(),
+                _segments(batch.params[i], beta),
+                _segments(_gradient(batch.grads[i], h.maximize), beta),
+                _segments(batch.exp_avgs[i], beta),
+                _segments(batch.exp_avg_sqs[i], beta),
                 float(batch.steps[i]) + 1,
-                float(batch.beta_prods[i]),
+                _column(batch.beta_prods[i]),
                 float(batch.prev_lrs[i]),
                 h,
             )
-            rows[i, 0], rows[i, 1] = num, den
+            rows[places[i]] = torch.stack([num, den], 1).to(rows)
     return rows.to(batch.params[0].device)
 
 
@@ -140,33 +165,34 @@ def adamw_finish(
     batch: AdamWBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
-    rows = adamw_begin(batch, None, None) if rows is None else rows
+    own = adamw_begin(batch, None, None) if rows is None else rows
+    places = list(segment_slices(batch))
     for h, group in zip(batch.hypers, group_slices(batch), strict=True):
         for i in range(group.start, group.stop):
             t = float(batch.steps[i]) + 1
-            beta_prod = float(batch.beta_prods[i])
-            num, den = rows[i].tolist()
-            if _is_idle(t, float(h.lr), den):
-                continue
+            last = batch.betas[i]
+            num, den = own[places[i]].double().unbind(1)
+            idle = _is_idle(t, float(h.lr), den)
             # There is no earlier iterate at t = 1.
-            beta = h.beta_max if t == 1 else _clip_beta(num, den, h.beta_max)
+            beta = torch.full_like(den, h.beta_max) if t == 1 else _clip_beta(num, den, h.beta_max)
             x, d, v = _adamw_update(
-                batch.params[i].double(),
-                _gradient(batch.grads[i], h.maximize),
-                batch.exp_avgs[i].double(),
-                batch.exp_avg_sqs[i].double(),
+                _segments(batch.params[i], last),
+                _segments(_gradient(batch.grads[i], h.maximize), last),
+                _segments(batch.exp_avgs[i], last),
+                _segments(batch.exp_avg_sqs[i], last),
                 t,
-                beta_prod,
-                beta,
+                _column(batch.beta_prods[i]),
+                _column(beta),
                 h,
             )
-            batch.params[i].copy_(x)
-            batch.exp_avgs[i].copy_(d)
-            batch.exp_avg_sqs[i].copy_(v)
-            batch.steps[i].fill_(t)
-            batch.beta_prods[i].fill_(beta_prod * beta)
-            batch.prev_lrs[i].fill_(float(h.lr))
-            batch.betas[i].fill_(beta)
+            _store(batch.params[i], x, idle)
+            _store(batch.exp_avgs[i], d, idle)
+            _store(batch.exp_avg_sqs[i], v, idle)
+            _store(batch.beta_prods[i], batch.beta_prods[i].double().reshape(-1) * beta, idle)
+            _store(batch.betas[i], beta, idle)
+            if not _is_none(idle, t, float(h.lr)):
+                batch.steps[i].fill_(t)
+                batch.prev_lrs[i].fill_(float(h.lr))
 
 
 def _decayed(x: Tensor, g: Tensor, h: SGDHyper) -> Tensor:
@@ -176,21 +202,24 @@ def _decayed(x: Tensor, g: Tensor, h: SGDHyper) -> Tensor:
 
 
 def sgd_begin(batch: SGDBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
-    """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
+    """num and den of every segment, [segments, 2] float64. Writes nothing else."""
     check(batch)
-    rows = torch.zeros(len(batch.params), 2, dtype=torch.float64, device="cpu")
+    rows = torch.zeros(sum(map(Tensor.numel, batch.betas)), 2, dtype=torch.float64, device="cpu")
+    places = list(segment_slices(batch))
     for h, group in zip(batch.hypers, group_slices(batch), strict=True):
         for i in range(group.start, group.stop):
-            d, prev_lr = batch.momentum_buffers[i].double(), float(batch.prev_lrs[i])
+            beta, prev_lr = batch.betas[i], float(batch.prev_lrs[i])
+            d = _segments(batch.momentum_buffers[i], beta)
             if float(batch.steps[i]) == 0:
                 # No memory yet: d = g, and both sums are 0. Where the step may be idle, den tells
                 # whether there is a gradient, by a number that adds nothing to any other.
                 if float(h.lr) == 0:
-                    _, den = _sgd_sums(_gradient(batch.grads[i], h.maximize), d, prev_lr, h)
-                    rows[i, 1] = 1e-300 if den != 0 else 0.0
+                    g = _segments(_gradient(batch.grads[i], h.maximize), beta)
+                    _, den = _sgd_sums(g, d, prev_lr, h)
+                    rows[places[i], 1] = (den != 0).to(rows) * 1e-300
                 continue
-            g = _decayed(batch.params[i], batch.grads[i], h)
-            rows[i, 0], rows[i, 1] = _sgd_sums(g, d, prev_lr, h)
+            g = _segments(_decayed(batch.params[i], batch.grads[i], h), beta)
+            rows[places[i]] = torch.stack(_sgd_sums(g, d, prev_lr, h), 1).to(rows)
     return rows.to(batch.params[0].device)
 
 
@@ -198,24 +227,26 @@ def sgd_finish(
     batch: SGDBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
-    rows = sgd_begin(batch, None, None) if rows is None else rows
+    own = sgd_begin(batch, None, None) if rows is None else rows
+    places = list(segment_slices(batch))
     for h, group in zip(batch.hypers, group_slices(batch), strict=True):
         eta, lam = float(h.lr), h.memory_lambda
         for i in range(group.start, group.stop):
-            x = batch.params[i].double()
-            g = _decayed(batch.params[i], batch.grads[i], h)
-            d = batch.momentum_buffers[i].double()
-            num, den = rows[i].tolist()
+            last = batch.betas[i]
+            x = _segments(batch.params[i], last)
+            g = _segments(_decayed(batch.params[i], batch.grads[i], h), last)
+            d = _segments(batch.momentum_buffers[i], last)
+            num, den = own[places[i]].double().unbind(1)
             t = float(batch.steps[i]) + 1
-            if _is_idle(t, eta, den):
-                continue
+            idle = _is_idle(t, eta, den)
             if t == 1:
-                beta, d = 0.0, g
+                beta, d = torch.zeros_like(den), g
             else:
                 beta = _clip_beta(num, den, h.beta_max)
-                d = ((beta + lam) * d + (1 - beta) * g) / (1 + lam)
-            batch.params[i].copy_(x - eta * d)
-            batch.momentum_buffers[i].copy_(d)
-            batch.steps[i].fill_(t)
-            batch.prev_lrs[i].fill_(eta)
-            batch.betas[i].fill_(beta)
+                d = ((_column(beta) + lam) * d + (1 - _column(beta)) * g) / (1 + lam)
+            _store(batch.params[i], x - eta * d, idle)
+            _store(batch.momentum_buffers[i], d, idle)
+            _store(batch.betas[i], beta, idle)
+            if not _is_none(idle, t, eta):
+                batch.steps[i].fill_(t)
+                batch.prev_lrs[i].fill_(eta)

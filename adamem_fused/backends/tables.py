@@ -1,5 +1,10 @@
 """The tables through which the Triton and the CUDA kernels find a step's tensors.
 
+What has coefficients, and a column of the layout, is a unit: a tensor, or, of one whose rows have
+betas and are longer than a block can hold, each of its rows. The elements of an ordinary unit,
+which is one segment, are divided into chunks; those of a unit of rows into runs of whole rows, of
+about as many elements.
+
 What depends on the tensors' shapes and dtypes (`Layout`) is made once; the addresses are
 looked at every step and uploaded when one has changed. Nothing that was uploaded is ever
 written to again, so a step that a CUDA graph has captured keeps its own.
@@ -17,15 +22,55 @@ import torch
 from torch import Tensor
 
 from adamem_fused.backends import ops
-from adamem_fused.backends.batch import GRADS, AdamWHyper, Batch, SGDHyper, check
+from adamem_fused.backends.batch import (
+    GRADS,
+    AdamWHyper,
+    Batch,
+    SGDHyper,
+    check,
+    segment_slices,
+)
 
 
 class Bucket(NamedTuple):
-    """Tensors of one combination of dtypes, and their chunks, which lie side by side."""
+    """Units of one combination of dtypes, and their chunks, which lie side by side."""
 
     dtypes: tuple[torch.dtype, ...]  # of param, grad and memories
+    row: int  # a power of 2 that the longest of their rows has at most; 0: of ordinary units
     first_chunk: int
     chunks: int
+
+
+NO_ROWS = -1
+
+
+class _Unit(NamedTuple):
+    tensor: int
+    row: int  # of an ordinary unit: which of its tensor's rows it is; 0 where it is all of it
+    rows: int  # NO_ROWS: an ordinary unit
+    numel: int  # elements of the segment, or of a row
+    first_segment: int  # in the seam's rows
+
+    def count_chunks(self, chunk: int) -> int:
+        if self.rows != NO_ROWS:
+            return -(-self.rows // max(1, chunk // max(1, self.numel)))
+        return -(-self.numel // chunk)
+
+
+def _units(batch: Batch, longest_row: int) -> list[_Unit]:
+    units = []
+    for i, (param, beta, place) in enumerate(
+        zip(batch.params, batch.betas, segment_slices(batch), strict=True)
+    ):
+        if beta.dim() == 0:
+            units.append(_Unit(i, 0, NO_ROWS, param.numel(), place.start))
+            continue
+        row = param.numel() // max(1, beta.numel())
+        if row > longest_row:
+            units += [_Unit(i, k, NO_ROWS, row, place.start + k) for k in range(beta.numel())]
+        else:
+            units.append(_Unit(i, 0, beta.numel(), row, place.start))
+    return units
 
 
 def _data_lists(batch: Batch) -> tuple[list[Tensor], ...]:
@@ -86,44 +131,46 @@ def upload(words: Tensor, device: torch.device, pinned: Tensor | None = None) ->
 
 
 class Layout:
-    """Chunks, buckets and scratch memory for tensors of one structure."""
+    """Units, chunks, buckets and scratch memory for tensors of one structure."""
 
-    def __init__(self, batch: Batch, chunk: int, coefficients: int) -> None:
+    def __init__(self, batch: Batch, chunk: int, longest_row: int, coefficients: int) -> None:
         check(batch)
         params = batch.params
         device = params[0].device
-        n = len(params)
         data = _data_lists(batch)
         scalars = batch.lists()[len(data) :]
-        dense = [torch.empty_like(param, device="meta").stride() for param in params]
+        self.dense = [_dense_strides(*own) for own in zip(params, batch.betas, strict=True)]
         # Tensors that do not lie as their dense parameter would, (list, place in it).
         self.strided = [
             (k, i)
             for k, tensors in enumerate(data)
             for i, tensor in enumerate(tensors)
-            if not _same_layout(tensor, dense[i])
+            if not _same_layout(tensor, self.dense[i])
         ]
-        by_dtypes: dict[tuple[torch.dtype, ...], list[int]] = {}
-        for i, tensors in enumerate(zip(*data, strict=True)):
-            by_dtypes.setdefault(tuple(t.dtype for t in tensors), []).append(i)
-        numels = [param.numel() for param in params]
-        first_chunk = [0] * n
-        chunk_tensors: list[Tensor] = []
+        units = _units(batch, longest_row)
+        self.units = len(units)
+        dtypes = [tuple(t.dtype for t in tensors) for tensors in zip(*data, strict=True)]
+        by_kind: dict[tuple[tuple[torch.dtype, ...], int], list[int]] = {}
+        for k, unit in enumerate(units):
+            row = 0 if unit.rows == NO_ROWS else 1 << max(0, unit.numel - 1).bit_length()
+            by_kind.setdefault((dtypes[unit.tensor], row), []).append(k)
+        first_chunk = [0] * len(units)
+        chunk_units: list[Tensor] = []
         self.buckets: list[Bucket] = []
         self.chunks = 0
-        for dtypes, places in by_dtypes.items():
-            counts = [-(-numels[i] // chunk) for i in places]
+        for (own, row), places in by_kind.items():
+            counts = [units[k].count_chunks(chunk) for k in places]
             begin = self.chunks
-            for i, count in zip(places, counts, strict=True):
-                first_chunk[i] = self.chunks
+            for k, count in zip(places, counts, strict=True):
+                first_chunk[k] = self.chunks
                 self.chunks += count
             # On the CPU whatever torch.set_default_device says, as all that is uploaded.
             repeats = torch.tensor(counts, device="cpu")
-            chunk_tensors.append(
+            chunk_units.append(
                 torch.tensor(places, dtype=torch.int32, device="cpu").repeat_interleave(repeats)
             )
             if self.chunks > begin:
-                self.buckets.append(Bucket(dtypes, begin, self.chunks - begin))
+                self.buckets.append(Bucket(own, row, begin, self.chunks - begin))
         groups = [g for g, size in enumerate(batch.group_sizes) for _ in range(size)]
         doubles = [
             sum(1 << k for k, scalar in enumerate(own) if scalar.dtype == torch.float64)
@@ -132,19 +179,47 @@ class Layout:
         # Whether parameter and memories are stored in the type of the arithmetic.
         exact = [
             own[0] in (torch.float32, torch.float64) and set(own[GRADS + 1 :]) == {own[0]}
-            for own in (tuple(t.dtype for t in tensors) for tensors in zip(*data, strict=True))
+            for own in dtypes
         ]
-        columns = [numels, groups, first_chunk, doubles, exact]
-        table = torch.tensor(columns, dtype=torch.int64, device="cpu")
-        self.table = upload(table, device)
-        self.chunk_tensors = upload(torch.cat(chunk_tensors), device)
+        columns = [
+            (
+                unit.numel,
+                groups[unit.tensor],
+                first,
+                doubles[unit.tensor],
+                exact[unit.tensor],
+                unit.tensor,
+                unit.row,
+                unit.rows,
+                unit.first_segment,
+            )
+            for unit, first in zip(units, first_chunk, strict=True)
+        ]
+        table = torch.tensor(columns, dtype=torch.int64, device="cpu").reshape(-1, LAYOUT_ROWS)
+        self.table = upload(table.t().contiguous(), device)
+        nothing = torch.empty(0, dtype=torch.int32, device="cpu")
+        self.chunk_units = upload(torch.cat([nothing, *chunk_units]), device)
         self.partials = torch.empty(2, self.chunks, dtype=torch.float64, device=device)
-        # How many of a tensor's chunks have their sums; back at 0 after a step.
-        self.arrived = torch.zeros(n, dtype=torch.int32, device=device)
+        # How many of a unit's chunks have their sums; back at 0 after a step.
+        self.arrived = torch.zeros(self.units, dtype=torch.int32, device=device)
         self.totals = torch.empty(2, dtype=torch.float64, device=device)
-        self.coefficients = torch.empty(n, coefficients, dtype=torch.float64, device=device)
+        self.coefficients = torch.empty(
+            self.units, coefficients, dtype=torch.float64, device=device
+        )
         # Pinned words for the upload of a step that a graph captures, see `_upload`.
         self.spare: Tensor | None = None
+
+
+# Rows of the layout: those of csrc/cuda/tables.h and triton_kernels/tables.py.
+LAYOUT_ROWS = 9
+
+
+def _dense_strides(param: Tensor, beta: Tensor) -> tuple[int, ...]:
+    """How a dense tensor of the parameter's kind lies; by rows, where these have betas."""
+    strides = torch.empty_like(param, device="meta").stride()
+    if beta.dim() == 0 or param.shape[0] < 2 or strides[0] * param.shape[0] == param.numel():
+        return strides
+    return torch.empty(param.shape, device="meta").stride()
 
 
 def _hyper_values(h: AdamWHyper | SGDHyper, shared: bool) -> list[float]:
@@ -211,7 +286,12 @@ _NOT_PREPARED = (
 
 
 def open_tables(
-    batch: Batch, chunk: int, coefficients: int, updated: bool, again: bool = False
+    batch: Batch,
+    chunk: int,
+    longest_row: int,
+    coefficients: int,
+    updated: bool,
+    again: bool = False,
 ) -> Opened:
     """The tables of this step's tensors, uploaded if anything in them has changed.
 
@@ -232,14 +312,16 @@ def open_tables(
     elif capturing:
         raise RuntimeError(_NOT_PREPARED)
     else:
-        layout = Layout(batch, chunk, coefficients)
+        layout = Layout(batch, chunk, longest_row, coefficients)
     addresses = description.addresses
     lists = batch.lists()
     if layout.strided:
         lists = tuple(map(list, lists))
         own = memoryview(bytearray(addresses)).cast("q")
         for k, i in layout.strided:
-            copy = torch.empty_like(batch.params[i], dtype=lists[k][i].dtype)
+            copy = torch.empty_strided(
+                batch.params[i].shape, layout.dense[i], dtype=lists[k][i].dtype, device=device
+            )
             lists[k][i] = copy.copy_(lists[k][i])
             own[k * len(batch.params) + i] = copy.data_ptr()
         addresses = own.tobytes()

@@ -227,7 +227,7 @@ def _finish(
 ) -> None:
     device, n = batch.params[0].device, len(batch.params)
     if rows is not None:
-        check_rows(rows, batch.params)
+        check_rows(rows, batch)
         rows = rows.contiguous()
     seam = rows is not None or any(batch.shared)
     with _on(device):

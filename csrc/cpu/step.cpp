@@ -399,8 +399,9 @@ std::vector<AdamWJob> adamw_jobs(const AdamWTensors& t, const Options& options) 
     job.lr = hyper.lr;
     job.beta_max = hyper.beta_max;
     job.guesses = adamw_guesses(hyper, job.step, job.views.is_exact);
-    job.coefficients =
-        adamw_coefficients<double>(hyper, job.step, job.beta_prod, job.prev_lrs.read(), scale);
+    job.coefficients = adamw_corrected(
+        adamw_coefficients<double>(hyper, job.step, job.prev_lrs.read(), scale), hyper.beta_max,
+        job.beta_prod);
   });
   return jobs;
 }

@@ -36,8 +36,10 @@ struct AdamWTensor {
     r.step = read_scalar(s, kLists, kStep, tensor);
     r.beta_prod = read_scalar(s, kLists, kBetaProd, tensor);
     r.beta_max = hyper.beta_max;
-    r.coefficients = adamw_coefficients<double>(
-        hyper, r.step, r.beta_prod, read_scalar(s, kLists, kPrevLr, tensor), read_grad_scale(s));
+    r.coefficients = adamw_corrected(
+        adamw_coefficients<double>(hyper, r.step, read_scalar(s, kLists, kPrevLr, tensor),
+                                   read_grad_scale(s)),
+        hyper.beta_max, r.beta_prod);
     // A repair reads the gradient once more: it may not be what was written.
     const bool exact =
         layout_at(s, kExact, tensor) != 0 && s.addresses[tensor] != s.addresses[s.tensors + tensor];
