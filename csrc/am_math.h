@@ -73,8 +73,8 @@ AM_INLINE void gap_factors(double prev_lr, double lr, double scale, bool anchore
   *gap_grad = (loss_gap ? 0.0 : ratio) - *gap_memory;
 }
 
-// step: the number of steps before this one. prev_lr: the state's. Without bias_correction1, which is
-// the segment's: see adamw_corrected.
+// step: the number of steps before this one. prev_lr: the state's. Without bias_correction1, which
+// is the segment's: see adamw_corrected.
 template <class T>
 AM_INLINE AdamWCoefficients<T> adamw_coefficients(const AdamWHyper& h, double step, double prev_lr,
                                                   double grad_scale) {
@@ -155,8 +155,8 @@ AM_INLINE bool adamw_missed(double beta, double den, double beta_max) {
 }
 
 // Whether a step is none: at eta = 0 and without a gradient, before any other. Checkpoint tools
-// make state by such steps, so nothing of them stays. den is that of the segment alone; the step of a
-// tensor of many counts where that of one does.
+// make state by such steps, so nothing of them stays. den is that of the segment alone; the step of
+// a tensor of many counts where that of one does.
 AM_INLINE bool is_idle(double step, double lr, double den) {
   return step == 0.0 && lr == 0.0 && den == 0.0;
 }

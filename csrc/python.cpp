@@ -221,8 +221,8 @@ class Gatherer {
 
 // How many tensors of each group have a gradient; and lists of these parameters, the gradients,
 // and their state by name. None where one of them is not ordinary: not a plain real tensor with a
-// plain gradient and whole state, or not on the device of the others; or one whose state is of another
-// scope. rows: of each group, whether rows have betas of their own; by_row: of each name.
+// plain gradient and whole state, or not on the device of the others; or one whose state is of
+// another scope. rows: of each group, whether rows have betas of their own; by_row: of each name.
 py::object gather(const py::list& groups, const py::dict& state, const py::tuple& names,
                   const std::vector<bool>& by_row, const std::vector<bool>& rows) {
   TORCH_CHECK_VALUE(by_row.size() == names.size() && rows.size() == groups.size(),

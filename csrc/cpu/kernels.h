@@ -8,6 +8,9 @@
 
 namespace am::cpu {
 
+// As AM_INLINE.
+#define AM_MEMBER inline __attribute__((always_inline))
+
 // Type of parameter and gradient. The memory's type is double for float64 and float
 // for the others, and the arithmetic is done in it.
 enum DType { kFloat32, kFloat64, kBFloat16, kFloat16, kNumDTypes };
@@ -31,12 +34,44 @@ struct Sums {
   double num, den;
 };
 
+// Numbers of a tensor's state, float or double: one, or one a row.
+struct Column {
+  void* data = nullptr;
+  bool is_double = false;
+
+  AM_MEMBER double read(int64_t i = 0) const {
+    return is_double ? static_cast<double*>(data)[i] : static_cast<float*>(data)[i];
+  }
+  AM_MEMBER void write(double value, int64_t i = 0) const {
+    if (is_double) {
+      static_cast<double*>(data)[i] = value;
+    } else {
+      static_cast<float*>(data)[i] = static_cast<float>(value);
+    }
+  }
+};
+
+// Rows that lie one behind the other, of which each has a beta.
+struct AdamWRows {
+  AdamWChunk first;  // its numel is that of a row
+  int64_t rows;
+  Column beta_prods, betas;
+  int64_t index;  // of the first row, in these
+  double beta_max, step;
+  void* scratch;  // kRowScratch elements for each of a row, and room for a pack
+};
+
+// What a row's update takes that its sums have worked out is kept: two numbers an element.
+constexpr int64_t kRowScratch = 2;
+
 struct Kernels {
   Sums (*adamw_sums[kNumDTypes])(const AdamWChunk&, const AdamWCoefficients<double>&);
   // The sums, and the update with the cap for beta.
   Sums (*adamw_guess[kNumDTypes])(const AdamWChunk&, const AdamWCoefficients<double>&);
   void (*adamw_update[kNumDTypes])(const AdamWChunk&, const AdamWCoefficients<double>&,
                                    double take);
+  // All of a step of rows, with coefficients that are not yet corrected for beta_prod.
+  void (*adamw_rows[kNumDTypes])(const AdamWRows&, const AdamWCoefficients<double>&);
   // Of the guess. miss: (beta_max - beta) / beta_max.
   void (*adamw_repair[kNumDTypes])(const AdamWChunk&, const AdamWCoefficients<double>&,
                                    double miss);

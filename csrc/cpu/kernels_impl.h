@@ -98,10 +98,10 @@ struct Tail {
   }
 };
 
-// Calls finish(place, start(place)) for every pack, with start() one pack ahead: while a square
-// root is being taken the processor finds other work to do, of which it sees only some hundred
-// instructions ahead. 10 to 13 % of a step in cache (two cores, AVX2). And end(lanes) after each
-// `block` elements, with how many lanes were theirs.
+// Calls finish(place, start(place), i) for every pack, which is that of elements from i on, with
+// start() one pack ahead: while a square root is being taken the processor finds other work to do,
+// of which it sees only some hundred instructions ahead. 10 to 13 % of a step in cache (two cores,
+// AVX2). And end(lanes) after each `block` elements, with how many lanes were theirs.
 template <bool kWrites, class S, class T, bool kHasV, class Start, class Finish, class End>
 AM_INLINE void walk(const Place<S, T, kHasV>& p, int64_t numel, int64_t block, Start start,
                     Finish finish, End end) {
@@ -112,15 +112,15 @@ AM_INLINE void walk(const Place<S, T, kHasV>& p, int64_t numel, int64_t block, S
     auto started = start(p.at(p, begin));
     for (int64_t i = begin; i < last; i += kLanes) {
       const auto next = start(p.at(p, i + kLanes));
-      finish(p.at(p, i), started);
+      finish(p.at(p, i), started, i);
       started = next;
     }
-    finish(p.at(p, last), started);
+    finish(p.at(p, last), started, last);
     end(kLanes);
   }
   if (const int64_t rest = numel - whole) {
     Tail<S, T, kHasV> tail(p.at(p, whole), rest);
-    finish(tail.place(), start(tail.place()));
+    finish(tail.place(), start(tail.place()), whole);
     end(rest);
     if (kWrites) tail.write();
   }
@@ -169,7 +169,7 @@ struct AdamW {
           prefetch(p.g, p.v);
           return new_root<Scaled, Guess>(p, c);
         },
-        [&](const Place& p, Pack<T> root) AM_INLINE_LAMBDA {
+        [&](const Place& p, Pack<T> root, int64_t) AM_INLINE_LAMBDA {
           prefetch(p.d);
           if constexpr (Guess || Decay) prefetch(p.x);
           Pack<T> d = load(p.d), x = Guess || Decay ? load(p.x) : Pack<T>(T(0));
@@ -197,6 +197,68 @@ struct AdamW {
     });
   }
 
+  // The sums of a row. d becomes the slope, and scratch P and the weighted difference.
+  template <bool Scaled, bool Decay>
+  static Sums begin_row(const AdamWChunk& row, const Coefficients& c, T* scratch) {
+    LaneSums<T> sums;
+    Accumulator<T> accumulator;
+    walk<true>(
+        place(row), row.numel, kBlock,
+        [&](const Place& p) AM_INLINE_LAMBDA {
+          prefetch(p.g, p.v);
+          return new_root<Scaled, true>(p, c);
+        },
+        [&](const Place& p, Pack<T> root, int64_t i) AM_INLINE_LAMBDA {
+          prefetch(p.d, p.x);
+          const Pack<T> g = gradient<Scaled>(load(p.g), c);
+          const Pack<T> x = Decay ? load(p.x) : Pack<T>(T(0));
+          const auto terms = adamw_terms(g, load(p.d), root, c);
+          adamw_add<Decay>(g, x, terms, c, sums.num, sums.den);
+          store(p.d, terms.slope);
+          store(scratch + kRowScratch * i, terms.p);
+          store(scratch + kRowScratch * i + Pack<T>::kLanes, terms.weighted);
+        },
+        [&](int64_t lanes) { accumulator.take(sums, lanes); });
+    return accumulator.total();
+  }
+
+  static void finish_row(const AdamWChunk& row, const Coefficients& c, const T* scratch, T take) {
+    walk<true>(
+        place(row), row.numel, row.numel, [](const Place&) { return 0; },
+        [&](const Place& p, int, int64_t i) AM_INLINE_LAMBDA {
+          const T* kept = scratch + kRowScratch * i;
+          Pack<T> d, x = load(p.x);
+          adamw_move(load(kept), load(kept + Pack<T>::kLanes), load(p.d), take, c, d, x);
+          store(p.d, d);
+          store(p.x, x);
+        },
+        [](int64_t) {});
+  }
+
+  template <bool Scaled, bool Decay>
+  static void step_rows(const AdamWRows& run, const AdamWCoefficients<double>& base) {
+    T* const scratch = static_cast<T*>(run.scratch);
+    Coefficients c = cast(base);
+    const Place first = place(run.first);
+    for (int64_t k = 0; k < run.rows; ++k) {
+      const Place p = first.at(first, k * run.first.numel);
+      const AdamWChunk row{p.x, p.g, p.d, p.v, run.first.numel};
+      const double beta_prod = run.beta_prods.read(run.index + k);
+      const auto corrected = adamw_corrected(base, run.beta_max, beta_prod);
+      c.root_scale = T(corrected.root_scale);
+      c.eps = T(corrected.eps);
+      const Sums sums = begin_row<Scaled, Decay>(row, c, scratch);
+      const double beta = adamw_beta(sums.num, sums.den, run.beta_max, run.step);
+      finish_row(row, c, scratch, T(1.0 - beta));
+      run.beta_prods.write(beta_prod * beta, run.index + k);
+      run.betas.write(beta, run.index + k);
+    }
+  }
+
+  static void rows(const AdamWRows& run, const AdamWCoefficients<double>& c) {
+    specialize(cast(c), [&](auto scaled, auto decay) { step_rows<scaled, decay>(run, c); });
+  }
+
   // amount: 1 - beta, or, for a repair, what the guess has missed by.
   template <bool Scaled, bool Repair>
   static void finish_chunk(const AdamWChunk& chunk, const Coefficients c, T amount) {
@@ -204,7 +266,7 @@ struct AdamW {
         place(chunk), chunk.numel, chunk.numel,
         [&](const Place& p)
             AM_INLINE_LAMBDA { return Repair ? sqrt(load(p.v)) : new_root<Scaled, true>(p, c); },
-        [&](const Place& p, Pack<T> root) AM_INLINE_LAMBDA {
+        [&](const Place& p, Pack<T> root, int64_t) AM_INLINE_LAMBDA {
           Pack<T> d = load(p.d), x = load(p.x);
           if constexpr (Repair) {
             adamw_repair<Scaled>(load(p.g), d, root, x, amount, c);
@@ -249,7 +311,7 @@ struct SGD {
     Accumulator<T> accumulator;
     walk<false>(
         place(chunk), chunk.numel, kBlock, [](const Place&) { return 0; },
-        [&](const Place& p, int) AM_INLINE_LAMBDA {
+        [&](const Place& p, int, int64_t) AM_INLINE_LAMBDA {
           prefetch(p.g, p.d);
           if constexpr (Decay) prefetch(p.x);
           const Pack<T> x = Decay ? load(p.x) : Pack<T>(T(0));
@@ -268,7 +330,7 @@ struct SGD {
   static void update_chunk(const SGDChunk& chunk, const Coefficients c, T keep, T take) {
     walk<true>(
         place(chunk), chunk.numel, chunk.numel, [](const Place&) { return 0; },
-        [&](const Place& p, int) AM_INLINE_LAMBDA {
+        [&](const Place& p, int, int64_t) AM_INLINE_LAMBDA {
           Pack<T> d = load(p.d), x = load(p.x);
           sgd_update<Scaled, Decay>(load(p.g), d, x, keep, take, c);
           store(p.d, d);
@@ -295,8 +357,9 @@ namespace am::cpu {
    Optimizer<BFloat16, float>::function, Optimizer<Float16, float>::function}
 
 extern const Kernels AM_KERNELS = {
-    AM_FOR_DTYPES(AdamW, sums),   AM_FOR_DTYPES(AdamW, guess), AM_FOR_DTYPES(AdamW, update),
-    AM_FOR_DTYPES(AdamW, repair), AM_FOR_DTYPES(SGD, sums),    AM_FOR_DTYPES(SGD, update),
+    AM_FOR_DTYPES(AdamW, sums), AM_FOR_DTYPES(AdamW, guess),  AM_FOR_DTYPES(AdamW, update),
+    AM_FOR_DTYPES(AdamW, rows), AM_FOR_DTYPES(AdamW, repair), AM_FOR_DTYPES(SGD, sums),
+    AM_FOR_DTYPES(SGD, update),
 };
 
 }  // namespace am::cpu

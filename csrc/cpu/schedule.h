@@ -11,8 +11,10 @@
 //           wave, then all finish it, each thread its own chunks again;
 //   large   a wave of its own; the second half walks backwards, so that it starts with
 //           what the first has just read.
-// A chunk's sums, and the order in which a tensor's chunks are added, depend on
-// nothing but the tensor's size, so neither do the bits of the result.
+// Where a job is of rows that have betas of their own, one thread does both halves of a row at
+// once, and each takes a part of the rows.
+// A chunk's sums, and the order in which a segment's chunks are added, depend on
+// nothing but the segment's size, so neither do the bits of the result.
 #pragma once
 
 #include <algorithm>
@@ -23,41 +25,49 @@
 
 namespace am::cpu {
 
-// Job: one tensor of a step, with
+// Job: a segment of a step, or rows of which each is one, with
 //   int64_t numel;
-//   Sums sums;                        what its chunks' sums add up to
+//   int64_t rows, row_numel;          rows: kNoRows for a segment
+//   bool counts;                      whether one of its rows has counted the step
+//   Sums sums;                        what a segment's chunks' sums add up to
 //   Sums begin_chunk(int64_t begin, int64_t numel) const;
 //   void set_beta();                  from sums
 //   bool is_done() const;             whether nothing is left for the second half
 //   void finish_chunk(int64_t begin, int64_t numel) const;
+//   Sums* row_sums;                   of its rows
+//   Sums begin_row(int64_t row) const;
+//   bool finish_row(int64_t row, const Sums&) const;       whether it counts the step
+//   bool step_rows(int64_t first, int64_t rows) const;     both; whether one of them does
+constexpr int64_t kNoRows = -1;
+
 template <class Job, class ParallelFor>
 class Schedule {
  public:
-  Schedule(std::vector<Job>& jobs, int64_t threads, ParallelFor parallel_for)
-      : jobs_(jobs), threads_(threads), parallel_for_(parallel_for) {}
+  Schedule(std::vector<Job*> jobs, int64_t threads, ParallelFor parallel_for)
+      : jobs_(std::move(jobs)), threads_(threads), parallel_for_(parallel_for) {}
 
   // The two sides of the seam.
-  void begin() { begin_wave(all()); }
-  void finish() { finish_wave(all()); }
+  void begin() { begin_wave(jobs_); }
+  void finish() { finish_wave(jobs_); }
 
-  // Both at once, where no tensor's beta waits for another's sums.
+  // Both at once, where no segment's beta waits for another's sums.
   void step() {
     std::vector<Job*> small, wave;
     int64_t wave_numel = 0, total = 0;
-    for (const Job& job : jobs_) total += job.numel;
+    for (const Job* job : jobs_) total += job->numel;
     const int64_t largest_small = std::min(kSmall, std::max(kMinCost, total / threads_));
-    for (Job& job : jobs_) {
-      if (job.numel <= largest_small) {
-        small.push_back(&job);
+    for (Job* job : jobs_) {
+      if (job->rows != kNoRows || job->numel <= largest_small) {
+        small.push_back(job);
         continue;
       }
-      if (wave_numel + job.numel > kWave) {
+      if (wave_numel + job->numel > kWave) {
         step_wave(wave);
         wave.clear();
         wave_numel = 0;
       }
-      wave.push_back(&job);
-      wave_numel += job.numel;
+      wave.push_back(job);
+      wave_numel += job->numel;
     }
     step_wave(wave);
     step_small(small);
@@ -66,23 +76,21 @@ class Schedule {
  private:
   static constexpr int64_t kSmall = 1 << 15;
   static constexpr int64_t kWave = 1 << 18;
-  // What a tensor costs beside its elements, in elements.
+  // What a tensor, and a row, costs beside its elements, in elements.
   static constexpr int64_t kTensorCost = 256;
+  static constexpr int64_t kRowCost = 64;
+  // Elements of the rows that are handed out together, at least.
+  static constexpr int64_t kRun = 1 << 12;
   // Less than this is not worth waking a thread for.
   static constexpr int64_t kMinCost = 8192;
 
+  // Elements of a segment, or rows.
   struct Item {
     Job* job;
     int64_t begin, numel;
     Sums sums;
+    bool counts;
   };
-
-  std::vector<Job*> all() {
-    std::vector<Job*> jobs;
-    jobs.reserve(jobs_.size());
-    for (Job& job : jobs_) jobs.push_back(&job);
-    return jobs;
-  }
 
   // Splits items into runs of about equal cost, one a thread, and calls f(first, last) for
   // each. An item goes where its middle lies.
@@ -110,25 +118,42 @@ class Schedule {
   static std::vector<Item> chunks(const std::vector<Job*>& jobs) {
     std::vector<Item> items;
     for (Job* job : jobs) {
-      const int64_t chunk = chunk_numel(*job);
-      for (int64_t begin = 0; begin < job->numel; begin += chunk)
-        items.push_back({job, begin, std::min(chunk, job->numel - begin), {0.0, 0.0}});
+      const bool of_rows = job->rows != kNoRows;
+      const int64_t chunk = of_rows ? rows_of_run(*job) : chunk_numel(*job);
+      const int64_t size = of_rows ? job->rows : job->numel;
+      for (int64_t begin = 0; begin < size; begin += chunk)
+        items.push_back({job, begin, std::min(chunk, size - begin), {0.0, 0.0}, false});
     }
     return items;
+  }
+
+  static int64_t rows_of_run(const Job& job) {
+    return std::max<int64_t>(1, kRun / std::max<int64_t>(1, job.row_numel));
   }
 
   static std::vector<int64_t> costs(const std::vector<Item>& items) {
     std::vector<int64_t> result;
     result.reserve(items.size());
-    for (const Item& item : items) result.push_back(item.numel + kTensorCost);
+    for (const Item& item : items) {
+      const bool of_rows = item.job->rows != kNoRows;
+      const int64_t numel = of_rows ? item.numel * (item.job->row_numel + kRowCost) : item.numel;
+      result.push_back(numel + kTensorCost);
+    }
     return result;
   }
 
   void begin_wave(const std::vector<Job*>& jobs) {
     std::vector<Item> items = chunks(jobs);
     split(costs(items), [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i)
-        items[i].sums = items[i].job->begin_chunk(items[i].begin, items[i].numel);
+      for (int64_t i = first; i < last; ++i) {
+        Item& item = items[i];
+        if (item.job->rows != kNoRows) {
+          for (int64_t row = item.begin; row < item.begin + item.numel; ++row)
+            item.job->row_sums[row] = item.job->begin_row(row);
+        } else {
+          item.sums = item.job->begin_chunk(item.begin, item.numel);
+        }
+      }
     });
     for (Job* job : jobs) job->sums = {0.0, 0.0};
     for (const Item& item : items) {
@@ -140,15 +165,30 @@ class Schedule {
   void finish_wave(const std::vector<Job*>& jobs) {
     std::vector<Job*> unfinished;
     for (Job* job : jobs) {
-      job->set_beta();
-      if (!job->is_done()) unfinished.push_back(job);
+      if (job->rows == kNoRows) {
+        job->set_beta();
+        if (job->is_done()) continue;
+      }
+      unfinished.push_back(job);
     }
-    const std::vector<Item> items = chunks(unfinished);
+    std::vector<Item> items = chunks(unfinished);
     if (items.empty()) return;
     split(costs(items), [&](int64_t first, int64_t last) {
-      for (int64_t i = last - 1; i >= first; --i)
-        items[i].job->finish_chunk(items[i].begin, items[i].numel);
+      for (int64_t i = last - 1; i >= first; --i) {
+        Item& item = items[i];
+        if (item.job->rows != kNoRows) {
+          for (int64_t row = item.begin; row < item.begin + item.numel; ++row)
+            item.counts |= item.job->finish_row(row, item.job->row_sums[row]);
+        } else {
+          item.job->finish_chunk(item.begin, item.numel);
+        }
+      }
     });
+    take_counts(items);
+  }
+
+  static void take_counts(const std::vector<Item>& items) {
+    for (const Item& item : items) item.job->counts = item.job->counts || item.counts;
   }
 
   void step_wave(const std::vector<Job*>& jobs) {
@@ -157,14 +197,30 @@ class Schedule {
     finish_wave(jobs);
   }
 
+  // One after the other: whole segments, and runs of rows.
   void step_small(const std::vector<Job*>& jobs) {
-    if (jobs.empty()) return;
-    std::vector<int64_t> costs;
-    costs.reserve(jobs.size());
-    for (const Job* job : jobs) costs.push_back(job->numel + kTensorCost);
-    split(costs, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) step_one(*jobs[i]);
+    std::vector<Item> items;
+    for (Job* job : jobs) {
+      if (job->rows == kNoRows) {
+        items.push_back({job, 0, job->numel, {0.0, 0.0}, false});
+        continue;
+      }
+      const int64_t run = rows_of_run(*job);
+      for (int64_t first = 0; first < job->rows; first += run)
+        items.push_back({job, first, std::min(run, job->rows - first), {0.0, 0.0}, false});
+    }
+    if (items.empty()) return;
+    split(costs(items), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        Item& item = items[i];
+        if (item.job->rows == kNoRows) {
+          step_one(*item.job);
+        } else {
+          item.counts = item.job->step_rows(item.begin, item.numel);
+        }
+      }
     });
+    take_counts(items);
   }
 
   static void step_one(Job& job) {
@@ -181,7 +237,7 @@ class Schedule {
       job.finish_chunk(begin, std::min(chunk, job.numel - begin));
   }
 
-  std::vector<Job>& jobs_;
+  std::vector<Job*> jobs_;
   int64_t threads_;
   ParallelFor parallel_for_;
 };

@@ -7,7 +7,7 @@
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 
@@ -42,30 +42,30 @@ const Kernels& kernels() {
 
 // ---- reading what was given -----------------------------------------------------
 
-// Where a 0-dim tensor's value lies. Kept from when it is read to when it is written: to look
-// at the tensor once more would take longer than either.
-struct Scalar {
-  void* data = nullptr;
-  bool is_double = false;
-
-  double read() const {
-    return is_double ? *static_cast<double*>(data) : *static_cast<float*>(data);
-  }
-  void write(double value) const {
-    if (is_double) {
-      *static_cast<double*>(data) = value;
-    } else {
-      *static_cast<float*>(data) = static_cast<float>(value);
-    }
-  }
-};
-
-Scalar open_scalar(const Tensor& t, const char* name, size_t i) {
+// Kept from when it is read to when it is written: to look at the tensor once more would take
+// longer than either.
+Column open_scalar(const Tensor& t, const char* name, size_t i) {
   TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, name,
                    " of tensor ", i, " has dtype ", t.scalar_type(),
                    "; it has to be float32 or float64");
   TORCH_CHECK_VALUE(t.numel() == 1 && t.is_cpu(), name, " of tensor ", i, " has shape ", t.sizes(),
                     " on ", t.device(), "; it has to be a 0-dim tensor on the CPU");
+  return {t.data_ptr(), t.scalar_type() == at::kDouble};
+}
+
+// beta or beta_prod: one, or, where `by_row`, one a row of the parameter.
+Column open_row_scalar(const Tensor& t, const Tensor& param, bool by_row, const char* name,
+                       size_t i) {
+  if (!by_row) return open_scalar(t, name, i);
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, name,
+                   " of tensor ", i, " has dtype ", t.scalar_type(),
+                   "; it has to be float32 or float64");
+  TORCH_CHECK_VALUE(
+      t.dim() == 1 && param.dim() > 0 && t.size(0) == param.size(0) && t.is_contiguous() &&
+          t.is_cpu(),
+      name, " of tensor ", i, " has shape ", t.sizes(), " on ", t.device(),
+      "; it has to be contiguous on the CPU, with an element for each row of its parameter, ",
+      param.sizes());
   return {t.data_ptr(), t.scalar_type() == at::kDouble};
 }
 
@@ -138,15 +138,17 @@ struct Views {
   // Parameter and memories are stored in the type of the arithmetic, and the gradient is another
   // tensor: a repair reads it once more, when the parameter has been written to.
   bool is_exact = false;
-  std::unique_ptr<Copies> copies;
+  std::shared_ptr<const Copies> copies;
 
+  // by_row: rows have to lie one behind the other.
   void open(const Tensor& p, const Tensor& g, const Tensor* const (&m)[kMemories],
-            const char* const (&names)[kMemories], size_t i) {
+            const char* const (&names)[kMemories], bool by_row, size_t i) {
     dtype = dtype_of(p, i);
     numel = p.numel();
     check_like(g, p, "grad", i);
     bool direct =
         g.scalar_type() == p.scalar_type() && p.is_non_overlapping_and_dense() && same_layout(g, p);
+    if (by_row && p.size(0) > 1) direct = direct && p.stride(0) * p.size(0) == numel;
     at::ScalarType type = memory_type(dtype);
     for (size_t k = 0; k < kMemories; ++k) {
       check_like(*m[k], p, names[k], i);
@@ -166,14 +168,23 @@ struct Views {
                 " was made in inference mode, and cannot be updated in place outside of it");
     at::assert_no_internal_overlap(p);
     for (const Tensor* memory : m) at::assert_no_internal_overlap(*memory);
-    copies = std::make_unique<Copies>();
+    const auto own = std::make_shared<Copies>();
     const auto copy = [&](const Tensor& t) { return t.to(type).contiguous(); };
-    copies->param = copy(p);
-    copies->grad = copy(g);
-    for (size_t k = 0; k < kMemories; ++k) copies->memories[k] = copy(*m[k]);
+    own->param = copy(p);
+    own->grad = copy(g);
+    for (size_t k = 0; k < kMemories; ++k) own->memories[k] = copy(*m[k]);
     dtype = type == at::kDouble ? kFloat64 : kFloat32;
-    point(copies->param, copies->grad,
-          [&](size_t k) -> const Tensor& { return copies->memories[k]; });
+    point(own->param, own->grad, [&](size_t k) -> const Tensor& { return own->memories[k]; });
+    copies = own;
+  }
+
+  // From an element on.
+  Views from(int64_t begin) const {
+    Views views = *this;
+    views.param = param_at(begin);
+    views.grad = grad_at(begin);
+    for (size_t k = 0; k < kMemories; ++k) views.memories[k] = memory_at(k, begin);
+    return views;
   }
 
   void store(const Tensor& p, const Tensor* const (&m)[kMemories]) const {
@@ -233,17 +244,47 @@ std::vector<size_t> group_of_tensors(const Options& options, size_t tensors, siz
   return group_of;
 }
 
-// ---- jobs: one tensor of a step ---------------------------------------------------
+// ---- jobs: a segment of a step, or rows of which each is one --------------------------
 
-struct AdamWJob {
-  Views<2> views;
-  AdamWCoefficients<double> coefficients;
-  Scalar steps, beta_prods, prev_lrs, betas;
-  double lr, beta_max, step, beta_prod;
-  bool shared, guesses;
-  int64_t numel;
+// Elements of a row whose step one thread does from its caches.
+constexpr int64_t kLongestRow = 1 << 15;
+
+// What both optimizers' jobs have.
+template <size_t kMemories>
+struct JobBase {
+  Views<kMemories> views;
+  size_t tensor;
+  int64_t numel, rows = kNoRows, row_numel = 0;
+  int64_t index = 0;         // of the first row, in beta_prods and betas
+  Sums* row_sums = nullptr;  // of the seam's rows
+  Column steps, prev_lrs, betas;
+  double lr, beta_max, step;
+  bool shared, counts = false;
   Sums sums{0.0, 0.0};
   double beta = 0.0;
+
+  bool is_idle(const Sums& own) const { return am::is_idle(step, lr, own.den); }
+  // Whether the step counts as one of its tensor.
+  bool is_counted() const {
+    if (step != 0.0 || lr != 0.0) return true;
+    return rows == kNoRows ? !is_idle(sums) : counts;
+  }
+};
+
+// Rows one by one, of which the second reading is from the caches.
+template <class Job>
+bool step_each(const Job& job, int64_t first, int64_t n) {
+  bool counts = false;
+  for (int64_t row = first; row < first + n; ++row)
+    counts |= job.finish_row(row, job.begin_row(row));
+  return counts;
+}
+
+struct AdamWJob : JobBase<2> {
+  AdamWCoefficients<double> coefficients;  // corrected, but for rows
+  Column beta_prods;
+  double beta_prod;
+  bool guesses;
 
   AdamWChunk chunk(int64_t begin, int64_t n) const {
     return {views.param_at(begin), views.grad_at(begin), views.memory_at(0, begin),
@@ -253,9 +294,10 @@ struct AdamWJob {
     const auto& kernel = guesses ? kernels().adamw_guess : kernels().adamw_sums;
     return kernel[views.dtype](chunk(begin, n), coefficients);
   }
-  bool is_idle() const { return am::is_idle(step, lr, sums.den); }
   void set_beta() { beta = adamw_beta(sums.num, sums.den, beta_max, step); }
-  bool is_done() const { return is_idle() || (guesses && !adamw_missed(beta, sums.den, beta_max)); }
+  bool is_done() const {
+    return is_idle(sums) || (guesses && !adamw_missed(beta, sums.den, beta_max));
+  }
   void finish_chunk(int64_t begin, int64_t n) const {
     if (guesses) {
       kernels().adamw_repair[views.dtype](chunk(begin, n), coefficients,
@@ -264,17 +306,48 @@ struct AdamWJob {
       kernels().adamw_update[views.dtype](chunk(begin, n), coefficients, 1.0 - beta);
     }
   }
+
+  AdamWCoefficients<double> corrected(int64_t row) const {
+    return adamw_corrected(coefficients, beta_max, beta_prods.read(row));
+  }
+  Sums begin_row(int64_t row) const {
+    return kernels().adamw_sums[views.dtype](chunk(row * row_numel, row_numel), corrected(row));
+  }
+  bool finish_row(int64_t row, const Sums& own) const {
+    if (is_idle(own)) return false;
+    const double own_beta = adamw_beta(own.num, own.den, beta_max, step);
+    kernels().adamw_update[views.dtype](chunk(row * row_numel, row_numel), corrected(row),
+                                        1.0 - own_beta);
+    write_beta(row, beta_prods.read(row), own_beta);
+    return true;
+  }
+  void write_beta(int64_t row, double prod, double value) const {
+    beta_prods.write(prod * value, row);
+    betas.write(value, row);
+  }
+  // The segment's own, where it is not of rows.
+  void open_segment() {
+    beta_prod = beta_prods.read(index);
+    coefficients = corrected(index);
+  }
+  void write_segment() const { write_beta(index, beta_prod, beta); }
+
+  bool step_rows(int64_t first, int64_t n) const {
+    // A step that may be none writes nothing before den is there.
+    if (step == 0.0 && lr == 0.0) return step_each(*this, first, n);
+    // Kept from step to step: memory that is new each time costs as much as the step.
+    static thread_local std::vector<double> scratch;
+    const size_t most = kRowScratch * (row_numel + 16);
+    if (scratch.size() < most) scratch.resize(most);
+    kernels().adamw_rows[views.dtype]({chunk(first * row_numel, row_numel), n, beta_prods, betas,
+                                       first, beta_max, step, scratch.data()},
+                                      coefficients);
+    return true;
+  }
 };
 
-struct SGDJob {
-  Views<1> views;
+struct SGDJob : JobBase<1> {
   SGDCoefficients<double> coefficients;
-  Scalar steps, prev_lrs, betas;
-  double lr, beta_max, step;
-  bool shared;
-  int64_t numel;
-  Sums sums{0.0, 0.0};
-  double beta = 0.0;
 
   SGDChunk chunk(int64_t begin, int64_t n) const {
     return {views.param_at(begin), views.grad_at(begin), views.memory_at(0, begin), n};
@@ -287,14 +360,26 @@ struct SGDJob {
     c.weight_decay = 0.0;
     return {0.0, sgd_first_den(kernels().sgd_sums[views.dtype](chunk(begin, n), c).den)};
   }
-  bool is_idle() const { return am::is_idle(step, lr, sums.den); }
   void set_beta() { beta = sgd_beta(sums.num, sums.den, beta_max, step); }
-  bool is_done() const { return is_idle(); }
-  void finish_chunk(int64_t begin, int64_t n) const {
+  bool is_done() const { return is_idle(sums); }
+  void finish_chunk(int64_t begin, int64_t n) const { update(begin, n, beta); }
+  void update(int64_t begin, int64_t n, double own_beta) const {
     double keep, take;
-    sgd_mixture(beta, coefficients.memory_lambda, step, &keep, &take);
+    sgd_mixture(own_beta, coefficients.memory_lambda, step, &keep, &take);
     kernels().sgd_update[views.dtype](chunk(begin, n), coefficients, keep, take);
   }
+
+  Sums begin_row(int64_t row) const { return begin_chunk(row * row_numel, row_numel); }
+  bool finish_row(int64_t row, const Sums& own) const {
+    if (is_idle(own)) return false;
+    const double own_beta = sgd_beta(own.num, own.den, beta_max, step);
+    update(row * row_numel, row_numel, own_beta);
+    betas.write(own_beta, row);
+    return true;
+  }
+  void write_segment() const { betas.write(beta, index); }
+
+  bool step_rows(int64_t first, int64_t n) const { return step_each(*this, first, n); }
 };
 
 // Calls f(i) for every tensor. With thousands of them, looking each one up in memory is
@@ -308,62 +393,150 @@ void for_each_tensor(size_t tensors, F f) {
 }
 
 template <class Job>
-auto schedule(std::vector<Job>& jobs) {
+auto schedule(std::vector<Job*> jobs) {
   const auto parallel_for = [](int64_t parts, const auto& f) {
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) f(part);
     });
   };
-  return Schedule<Job, decltype(parallel_for)>(jobs, at::get_num_threads(), parallel_for);
+  return Schedule<Job, decltype(parallel_for)>(std::move(jobs), at::get_num_threads(),
+                                               parallel_for);
+}
+
+// Those of the jobs for which f(job).
+template <class Job, class F>
+std::vector<Job*> select(std::vector<Job>& jobs, F f) {
+  std::vector<Job*> selected;
+  selected.reserve(jobs.size());
+  for (Job& job : jobs)
+    if (f(job)) selected.push_back(&job);
+  return selected;
 }
 
 template <class Job>
-Tensor rows_of(const std::vector<Job>& jobs) {
-  const Tensor rows = at::empty({static_cast<int64_t>(jobs.size()), 2}, at::kDouble);
-  double* p = rows.mutable_data_ptr<double>();
-  for (const Job& job : jobs) {
-    *p++ = job.sums.num;
-    *p++ = job.sums.den;
+std::vector<Job*> all(std::vector<Job>& jobs) {
+  return select(jobs, [](const Job&) { return true; });
+}
+
+// The jobs with one for each row in the place of those whose rows are too long for a cache.
+template <class Job, class F>
+std::vector<Job> with_long_rows(std::vector<Job> jobs, F set_beta_prod) {
+  const auto is_long = [](const Job& job) { return job.row_numel > kLongestRow; };
+  if (std::none_of(jobs.begin(), jobs.end(), is_long)) return jobs;
+  std::vector<Job> result;
+  for (Job& job : jobs) {
+    if (!is_long(job)) {
+      result.push_back(std::move(job));
+      continue;
+    }
+    for (int64_t row = 0; row < job.rows; ++row) {
+      Job own = job;
+      own.views = job.views.from(row * job.row_numel);
+      own.numel = job.row_numel;
+      own.rows = kNoRows;
+      own.index = row;
+      set_beta_prod(own);
+      result.push_back(std::move(own));
+    }
   }
+  return result;
+}
+
+// How many numbers of beta a tensor has, if they are its rows'.
+template <class Job>
+void set_rows(Job& job, const Tensor& beta) {
+  job.numel = job.views.numel;
+  if (beta.dim() == 0) return;
+  job.rows = beta.size(0);
+  job.row_numel = job.numel / std::max<int64_t>(1, job.rows);
+}
+
+// Where the jobs' sums go, and from where they are taken, for the seam: [segments, 2].
+template <class Job, class F>
+void for_each_line(std::vector<Job>& jobs, const Tensor& rows, F f) {
+  static_assert(sizeof(Sums) == 2 * sizeof(double));
+  auto* line = reinterpret_cast<Sums*>(rows.mutable_data_ptr<double>());
+  for (Job& job : jobs) {
+    f(job, line);
+    line += job.rows == kNoRows ? 1 : job.rows;
+  }
+}
+
+template <class Job>
+int64_t count_lines(const std::vector<Job>& jobs) {
+  int64_t lines = 0;
+  for (const Job& job : jobs) lines += job.rows == kNoRows ? 1 : job.rows;
+  return lines;
+}
+
+template <class Job>
+Tensor begin(std::vector<Job>& jobs, bool is_skipped) {
+  const Tensor rows = at::zeros({count_lines(jobs), 2}, at::kDouble);
+  if (is_skipped) return rows;
+  for_each_line(jobs, rows, [](Job& job, Sums* line) { job.row_sums = line; });
+  schedule(all(jobs)).begin();
+  for (Job& job : jobs)
+    if (job.rows == kNoRows) *job.row_sums = job.sums;
   return rows;
 }
 
 // Gives the tensors that share one beta the sums over all of them.
 template <class Job>
-void share_sums(std::vector<Job>& jobs) {
+void share_sums(const std::vector<Job*>& jobs) {
   Sums total{0.0, 0.0};
-  for (const Job& job : jobs) {
-    if (!job.shared) continue;
-    total.num += job.sums.num;
-    total.den += job.sums.den;
+  for (const Job* job : jobs) {
+    total.num += job->sums.num;
+    total.den += job->sums.den;
   }
   // A first step needs no sums but to see whether it is one.
-  for (Job& job : jobs)
-    if (job.shared && job.step != 0.0) job.sums = total;
+  for (Job* job : jobs)
+    if (job->step != 0.0) job->sums = total;
 }
 
-// With rows: the second half. Without: both, in one walk where no tensor's beta waits for
+// With rows: the second half. Without: both, in one walk where no segment's beta waits for
 // another's sums.
 template <class Job>
 void finish(std::vector<Job>& jobs, const OptionalTensor& rows) {
   if (!rows.has_value()) {
-    if (std::none_of(jobs.begin(), jobs.end(), [](const Job& job) { return job.shared; })) {
-      schedule(jobs).step();
-      return;
-    }
-    schedule(jobs).begin();
-    share_sums(jobs);
-    schedule(jobs).finish();
+    const auto shared = select(jobs, [](const Job& job) { return job.shared; });
+    schedule(shared).begin();
+    share_sums(shared);
+    schedule(shared).finish();
+    schedule(select(jobs, [](const Job& job) { return !job.shared; })).step();
     return;
   }
-  const auto n = static_cast<int64_t>(jobs.size());
+  const int64_t n = count_lines(jobs);
   TORCH_CHECK_VALUE(rows->is_cpu() && rows->scalar_type() == at::kDouble && rows->dim() == 2 &&
                         rows->size(0) == n && rows->size(1) == 2,
                     "rows has to be a float64 CPU tensor of shape [", n, ", 2], not ",
                     rows->scalar_type(), " ", rows->sizes());
-  const auto access = rows->accessor<double, 2>();
-  for (int64_t i = 0; i < n; ++i) jobs[i].sums = {access[i][0], access[i][1]};
-  schedule(jobs).finish();
+  for_each_line(jobs, rows->contiguous(), [](Job& job, Sums* line) {
+    job.row_sums = line;
+    if (job.rows == kNoRows) job.sums = *line;
+  });
+  schedule(all(jobs)).finish();
+}
+
+// Writes what a step leaves beside what its kernels have written. store: what was updated in
+// copies, for a tensor's first job; bump: the tensor's versions.
+template <class Job, class Store, class Bump>
+void write_state(const std::vector<Job>& jobs, Store store, Bump bump) {
+  const auto is_first = [&](size_t i) { return i == 0 || jobs[i - 1].tensor != jobs[i].tensor; };
+  for_each_tensor(jobs.size(), [&](size_t i) {
+    if (!is_first(i)) return;
+    bool counts = false;
+    for (size_t k = i; k == i || (k < jobs.size() && !is_first(k)); ++k) {
+      const Job& job = jobs[k];
+      if (!job.is_counted()) continue;
+      counts = true;
+      if (job.rows == kNoRows) job.write_segment();
+    }
+    if (!counts) return;
+    store(jobs[i]);
+    jobs[i].steps.write(jobs[i].step + 1.0);
+    jobs[i].prev_lrs.write(jobs[i].lr);
+    bump(jobs[i].tensor);
+  });
 }
 
 // ---- AM-AdamW ---------------------------------------------------------------------
@@ -384,56 +557,58 @@ std::vector<AdamWJob> adamw_jobs(const AdamWTensors& t, const Options& options) 
   std::vector<AdamWJob> jobs(n);
   for_each_tensor(n, [&](size_t i) {
     AdamWJob& job = jobs[i];
-    job.views.open(t.params[i], t.grads[i], {&t.exp_avgs[i], &t.exp_avg_sqs[i]},
-                   {"exp_avg", "exp_avg_sq"}, i);
-    job.numel = job.views.numel;
+    const Tensor& param = t.params[i];
+    const bool by_row = t.betas[i].dim() > 0;
+    job.beta_prods = open_row_scalar(t.beta_prods[i], param, by_row, "beta_prod", i);
+    job.betas = open_row_scalar(t.betas[i], param, by_row, "beta", i);
+    job.views.open(param, t.grads[i], {&t.exp_avgs[i], &t.exp_avg_sqs[i]},
+                   {"exp_avg", "exp_avg_sq"}, by_row, i);
+    job.tensor = i;
+    set_rows(job, t.betas[i]);
     const double* row = &options.hypers[group_of[i] * kAdamWColumns];
     job.shared = row[kAdamWColumns - 1] != 0.0;
     job.steps = open_scalar(t.steps[i], "step", i);
-    job.beta_prods = open_scalar(t.beta_prods[i], "beta_prod", i);
     job.prev_lrs = open_scalar(t.prev_lrs[i], "prev_lr", i);
-    job.betas = open_scalar(t.betas[i], "beta", i);
     job.step = job.steps.read();
-    job.beta_prod = job.beta_prods.read();
     const AdamWHyper hyper = adamw_hyper(row, lrs[group_of[i]]);
     job.lr = hyper.lr;
     job.beta_max = hyper.beta_max;
     job.guesses = adamw_guesses(hyper, job.step, job.views.is_exact);
-    job.coefficients = adamw_corrected(
-        adamw_coefficients<double>(hyper, job.step, job.prev_lrs.read(), scale), hyper.beta_max,
-        job.beta_prod);
+    job.coefficients = adamw_coefficients<double>(hyper, job.step, job.prev_lrs.read(), scale);
+    if (!by_row) job.open_segment();
   });
-  return jobs;
+  return with_long_rows(std::move(jobs), [](AdamWJob& job) { job.open_segment(); });
 }
 
 }  // namespace
 
 Tensor adamw_begin_(const AdamWTensors& t, const Options& options) {
   std::vector<AdamWJob> jobs = adamw_jobs(t, options);
-  if (is_skipped(options)) return rows_of(jobs);
-  schedule(jobs).begin();
+  const Tensor rows = begin(jobs, is_skipped(options));
+  if (is_skipped(options)) return rows;
   for_each_tensor(jobs.size(), [&](size_t i) {
-    if (jobs[i].guesses) jobs[i].views.store(t.params[i], {&t.exp_avgs[i], &t.exp_avg_sqs[i]});
+    const AdamWJob& job = jobs[i];
+    if (job.guesses && job.rows == kNoRows && (i == 0 || jobs[i - 1].tensor != job.tensor))
+      job.views.store(t.params[job.tensor], {&t.exp_avgs[job.tensor], &t.exp_avg_sqs[job.tensor]});
   });
-  return rows_of(jobs);
+  return rows;
 }
 
 void adamw_finish_(const AdamWTensors& t, const Options& options, const OptionalTensor& rows) {
   if (is_skipped(options)) return;
   std::vector<AdamWJob> jobs = adamw_jobs(t, options);
   finish(jobs, rows);
-  for_each_tensor(jobs.size(), [&](size_t i) {
-    const AdamWJob& job = jobs[i];
-    if (job.is_idle()) return;
-    job.views.store(t.params[i], {&t.exp_avgs[i], &t.exp_avg_sqs[i]});
-    job.steps.write(job.step + 1.0);
-    job.beta_prods.write(job.beta_prod * job.beta);
-    job.prev_lrs.write(job.lr);
-    job.betas.write(job.beta);
-    for (const TensorRefs* list :
-         {&t.params, &t.exp_avgs, &t.exp_avg_sqs, &t.steps, &t.beta_prods, &t.prev_lrs, &t.betas})
-      bump_version_ahead(*list, i);
-  });
+  write_state(
+      jobs,
+      [&](const AdamWJob& job) {
+        job.views.store(t.params[job.tensor],
+                        {&t.exp_avgs[job.tensor], &t.exp_avg_sqs[job.tensor]});
+      },
+      [&](size_t i) {
+        for (const TensorRefs* list : {&t.params, &t.exp_avgs, &t.exp_avg_sqs, &t.steps,
+                                       &t.beta_prods, &t.prev_lrs, &t.betas})
+          bump_version_ahead(*list, i);
+      });
 }
 
 // ---- AM-SGD -----------------------------------------------------------------------
@@ -455,44 +630,46 @@ std::vector<SGDJob> sgd_jobs(const SGDTensors& t, const Options& options) {
   std::vector<SGDJob> jobs(n);
   for_each_tensor(n, [&](size_t i) {
     SGDJob& job = jobs[i];
-    job.views.open(t.params[i], t.grads[i], {&t.momentum_buffers[i]}, {"momentum_buffer"}, i);
-    job.numel = job.views.numel;
+    const bool by_row = t.betas[i].dim() > 0;
+    job.betas = open_row_scalar(t.betas[i], t.params[i], by_row, "beta", i);
+    job.views.open(t.params[i], t.grads[i], {&t.momentum_buffers[i]}, {"momentum_buffer"}, by_row,
+                   i);
+    job.tensor = i;
+    set_rows(job, t.betas[i]);
     const double* row = &options.hypers[group_of[i] * kSGDColumns];
     job.shared = row[kSGDColumns - 1] != 0.0;
     job.steps = open_scalar(t.steps[i], "step", i);
     job.prev_lrs = open_scalar(t.prev_lrs[i], "prev_lr", i);
-    job.betas = open_scalar(t.betas[i], "beta", i);
     job.step = job.steps.read();
     const SGDHyper hyper = sgd_hyper(row, lrs[group_of[i]]);
     job.lr = hyper.lr;
     job.beta_max = hyper.beta_max;
     job.coefficients = sgd_coefficients<double>(hyper, job.prev_lrs.read(), scale);
   });
-  return jobs;
+  return with_long_rows(std::move(jobs), [](SGDJob&) {});
 }
 
 }  // namespace
 
 Tensor sgd_begin(const SGDTensors& t, const Options& options) {
   std::vector<SGDJob> jobs = sgd_jobs(t, options);
-  schedule(jobs).begin();
-  return rows_of(jobs);
+  return begin(jobs, false);
 }
 
 void sgd_finish_(const SGDTensors& t, const Options& options, const OptionalTensor& rows) {
   if (is_skipped(options)) return;
   std::vector<SGDJob> jobs = sgd_jobs(t, options);
   finish(jobs, rows);
-  for_each_tensor(jobs.size(), [&](size_t i) {
-    const SGDJob& job = jobs[i];
-    if (job.is_idle()) return;
-    job.views.store(t.params[i], {&t.momentum_buffers[i]});
-    job.steps.write(job.step + 1.0);
-    job.prev_lrs.write(job.lr);
-    job.betas.write(job.beta);
-    for (const TensorRefs* list : {&t.params, &t.momentum_buffers, &t.steps, &t.prev_lrs, &t.betas})
-      bump_version_ahead(*list, i);
-  });
+  write_state(
+      jobs,
+      [&](const SGDJob& job) {
+        job.views.store(t.params[job.tensor], {&t.momentum_buffers[job.tensor]});
+      },
+      [&](size_t i) {
+        for (const TensorRefs* list :
+             {&t.params, &t.momentum_buffers, &t.steps, &t.prev_lrs, &t.betas})
+          bump_version_ahead(*list, i);
+      });
 }
 
 }  // namespace am::cpu
