@@ -222,17 +222,35 @@ struct AdamW {
     return accumulator.total();
   }
 
+  // Backwards, as the end of the row is what the first cache still holds. And the first half of the
+  // next row is asked for, so that memory is not idle meanwhile.
   static void finish_row(const AdamWChunk& row, const Coefficients& c, const T* scratch, T take) {
-    walk<true>(
-        place(row), row.numel, row.numel, [](const Place&) { return 0; },
-        [&](const Place& p, int, int64_t i) AM_INLINE_LAMBDA {
-          const T* kept = scratch + kRowScratch * i;
-          Pack<T> d, x = load(p.x);
-          adamw_move(load(kept), load(kept + Pack<T>::kLanes), load(p.d), take, c, d, x);
-          store(p.d, d);
-          store(p.x, x);
-        },
-        [](int64_t) {});
+    constexpr int kLanes = Pack<T>::kLanes;
+    const Place first = place(row);
+    const auto move = [&](const Place& p, int64_t i) AM_INLINE_LAMBDA {
+      const T* kept = scratch + kRowScratch * i;
+      Pack<T> d, x = load(p.x);
+      adamw_move(load(kept), load(kept + kLanes), load(p.d), take, c, d, x);
+      store(p.d, d);
+      store(p.x, x);
+    };
+    const int64_t whole = row.numel - row.numel % kLanes;
+    if (const int64_t rest = row.numel - whole) {
+      Tail<S, T, true> tail(first.at(first, whole), rest);
+      move(tail.place(), whole);
+      tail.write();
+    }
+    for (int64_t i = whole - kLanes; i >= 0; i -= kLanes) {
+      move(first.at(first, i), i);
+      const int64_t ahead = row.numel + (whole - i) / 2;
+      if (i / kLanes % 2 == 0) {
+        const Place next = first.at(first, ahead);
+        __builtin_prefetch(next.g, 0, 2);
+        __builtin_prefetch(next.d, 0, 2);
+        __builtin_prefetch(next.v, 0, 2);
+        __builtin_prefetch(next.x, 0, 2);
+      }
+    }
   }
 
   template <bool Scaled, bool Decay>
