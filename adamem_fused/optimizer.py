@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from itertools import chain
 from numbers import Real
 from operator import attrgetter
-from typing import Any, ClassVar, TypeAlias, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from adamem_fused.backends.batch import (
 )
 from adamem_fused.options import ROUNDING, plain
 from adamem_fused.state import COMPLEX, beta_shape
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
 
@@ -61,14 +64,15 @@ def as_real(tensor: Tensor) -> Tensor:
 class Work:
     """A batch, the backend that is to do it, and the parameters that it came from.
 
-    A tensor of the batch is its parameter's shard on this rank where some are `sharded`, and
+    A tensor of the batch is its parameter's shard on this rank where that is a DTensor, and
     else the parameter itself; either way, pairs of reals of a complex one.
     """
 
     backend: Backend
     batch: Any
     params: list[Tensor] = field(default_factory=list)
-    sharded: bool = False
+    # Those, of parameters and state, of which shards are written to.
+    dtensors: list[Tensor] = field(default_factory=list)
     # Whether each of its tensors has sums that take those of other ranks.
     crosses: bool = False
 
@@ -97,6 +101,25 @@ class Work:
             for hyper, place in zip(self.batch.hypers, group_slices(self.batch), strict=True)
             if hyper.loss_gap
         )
+
+
+def sums_cross(spec: DTensorSpec, beta_scope: str) -> bool:
+    """Whether the sums for a DTensor's betas take those of other ranks."""
+    by_row = bool(beta_shape(spec.shape, beta_scope))
+    return sharding.splits_rows(spec) if by_row else sharding.splits(spec)
+
+
+def crossing(seen: list[Any]) -> bytes:
+    """A byte of each spec that the extension's `gather` has seen, 1 where its sums cross ranks.
+
+    Before those of a group it has whether the rows of its tensors have betas of their own.
+    """
+    scope, flags = "", []
+    for item in seen:
+        if isinstance(item, bool):
+            scope = "row" if item else "tensor"
+        flags.append(not isinstance(item, bool) and sums_cross(item, scope))
+    return bytes(flags)
 
 
 def may_be_zero(lr: Lr) -> bool:
@@ -163,7 +186,7 @@ def agree_on_first_steps(works: list[Work]) -> None:
     """
     firsts: sharding.Terms = {}
     for work in works:
-        if not work.sharded:
+        if not work.dtensors:
             continue
         for hyper, place in zip(work.batch.hypers, group_slices(work.batch), strict=True):
             if may_be_zero(hyper.lr):
@@ -193,6 +216,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     # What a backend keeps from step to step, by its name, the device, and `Work.crosses`.
     _caches: dict[tuple[str, torch.device, bool], dict[str, Any]]
+    # The specs of the last step's DTensors and of which of them the sums cross ranks, as the
+    # extension's `gather` takes it.
+    _crossing: tuple[list[Any], bytes]
     # In a step: parameters whose state it has made or completed, and what they had before.
     _new_state: list[tuple[Tensor, dict[str, Any] | None]]
 
@@ -209,6 +235,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def _forget(self) -> None:
         """Drops what is kept from step to step; the next step makes it anew."""
         self._caches = {}
+        self._crossing = [], b""
         self._new_state = []
 
     # ---- what a subclass gives ----------------------------------------------------
@@ -433,34 +460,40 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """All in C++: with thousands of tensors it takes Python longer than the update.
 
         Nothing where the extension is not there, or where a closer look is needed: at tensors
-        that are new, sparse, complex, of a subclass or on several devices, and at groups that
-        ask for different backends.
+        that are new, sparse, complex, of a subclass or on several devices, at gradients that are
+        sharded otherwise than their parameters, and at groups that ask for different backends.
         """
         if ops.extension is None or torch.compiler.is_compiling():
             return []
-        gathered = ops.extension.gather(
+        names = (*self.memories, *self.scalars)
+        tensors = (
             [group["params"] for group in self.param_groups],
             self.state,
-            (*self.memories, *self.scalars),
-            [name in self.row_scalars for name in (*self.memories, *self.scalars)],
+            names,
+            [name in self.row_scalars for name in names],
             [group["beta_scope"] == "row" for group in self.param_groups],
+            sharding.dtensor_class(),
         )
-        if gathered is None:
-            return []
-        sizes, lists = gathered
-        batch = self._new_batch(*lists)
-        if not batch.params:
-            return []
-        device = batch.params[0].device
-        groups = [g for g, size in zip(self.param_groups, sizes, strict=True) if size > 0]
-        first, *others = [backends.choose(group, device) for group in groups]
-        if any(other is not first for other in others):
-            return []
-        work = self._new_work(first, device, batch)
-        for group, size in zip(groups, filter(None, sizes), strict=True):
-            self._add_group(work, group, size)
-        work.params = batch.params
-        return [work]
+        gathered = ops.extension.gather(*tensors, *self._crossing)
+        if isinstance(gathered, list):  # DTensors that the last step did not have
+            self._crossing = gathered, crossing(gathered)
+            gathered = ops.extension.gather(*tensors, *self._crossing)
+        works = []
+        for crosses, part in enumerate(gathered or ()):
+            if part is None:
+                continue
+            sizes, lists, params, dtensors = part
+            device = lists[0][0].device
+            groups = [g for g, size in zip(self.param_groups, sizes, strict=True) if size > 0]
+            first, *others = [backends.choose(group, device) for group in groups]
+            if any(other is not first for other in others):
+                return []
+            work = self._new_work(first, device, self._new_batch(*lists), bool(crosses))
+            for group, size in zip(groups, filter(None, sizes), strict=True):
+                self._add_group(work, group, size)
+            work.params, work.dtensors = params, dtensors
+            works.append(work)
+        return works
 
     def _collect_any(self) -> list[Work]:
         works: dict[tuple[str, torch.device, bool], Work] = {}
@@ -469,36 +502,29 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 [] for _ in range(2 + len(self.memories) + len(self.scalars))
             )
             self._init_group(group, *lists)
-            params = lists[0]
+            params, written = lists[0], (lists[0], *lists[GRADS + 1 :])
             sharded = sharding.any_dtensor(params)
             lists = self._as_plain(lists)
             # In the order of the parameters: the same on every rank, as collectives need it.
             by_kind: dict[tuple[torch.device, bool], list[int]] = {}
-            for i, crosses in enumerate(self._crossing(group, params, sharded)):
-                by_kind.setdefault((params[i].device, crosses), []).append(i)
+            for i, param in enumerate(params):
+                spec = sharding.spec_of(param) if sharded else None
+                crosses = spec is not None and sums_cross(spec, group["beta_scope"])
+                by_kind.setdefault((param.device, crosses), []).append(i)
             for (device, crosses), places in by_kind.items():
                 backend = backends.choose(group, device)
                 work = works.get((backend.name, device, crosses))
                 if work is None:
                     work = self._new_work(backend, device, self._new_batch(), crosses)
                     works[backend.name, device, crosses] = work
-                work.sharded = work.sharded or sharded
+                if sharded:
+                    work.dtensors += sharding.dtensors(ts[i] for ts in written for i in places)
                 targets = (*work.batch.lists(), work.params)
                 for values, target in zip((*lists, params), targets, strict=True):
                     target.extend(values if len(by_kind) == 1 else [values[i] for i in places])
                 self._add_group(work, group, len(places))
-        return list(works.values())
-
-    def _crossing(
-        self, group: dict[str, Any], params: list[Tensor], sharded: bool
-    ) -> Iterator[bool]:
-        """Of each parameter, whether its sums take those of other ranks."""
-        if not sharded:
-            yield from repeat(False, len(params))
-            return
-        for param in params:
-            by_row = bool(beta_shape(param, group["beta_scope"]))
-            yield sharding.splits_rows(param) if by_row else sharding.splits(param)
+        # As the extension gathers them, which another rank may have done.
+        return sorted(works.values(), key=attrgetter("crosses"))
 
     def _as_plain(self, lists: tuple[list[Tensor], ...]) -> tuple[list[Tensor], ...]:
         """The lists with this rank's shards for DTensors, and complex tensors as pairs of reals."""
@@ -545,11 +571,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
         for work in works:
             own = next((r for w, r in zip(waiting, rows, strict=True) if w is work), None)
             self._finish(work.backend, work.batch, own, work.here(grad_scale), work.here(found_inf))
-            if work.sharded and not torch.compiler.is_compiling():
+            if work.dtensors and not torch.compiler.is_compiling():
                 # The shards were told that they are written to, not what they are shards of.
-                names = (*self.memories, *self.row_scalars)
-                values = [self.state[p][name] for p in work.params for name in names]
-                torch.autograd.graph.increment_version([*work.params, *values])
+                torch.autograd.graph.increment_version(work.dtensors)
         agree_on_first_steps(works)
         if loss is not None and works:
             self._keep_loss(loss, found_inf)

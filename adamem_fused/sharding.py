@@ -18,6 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec
     from torch.distributed.tensor.placement_types import Placement
     from typing_extensions import TypeIs
 
@@ -25,30 +26,40 @@ if TYPE_CHECKING:
 Terms: TypeAlias = "dict[tuple[ProcessGroup, torch.device], list[Tensor]]"
 
 
-def _dtensor_class() -> type[DTensor] | None:
+def dtensor_class() -> type[DTensor] | None:
+    """DTensor, or None where nothing has imported it, and so there are none."""
     # Importing torch does not import this module, which takes long; making a DTensor does.
     module = sys.modules.get("torch.distributed.tensor")
     return None if module is None else module.DTensor
 
 
-def _is_dtensor(tensor: Tensor) -> TypeIs[DTensor]:
-    dtensor = _dtensor_class()
+def is_dtensor(tensor: Tensor) -> TypeIs[DTensor]:
+    dtensor = dtensor_class()
     return dtensor is not None and isinstance(tensor, dtensor)
 
 
+def dtensors(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list(filter(is_dtensor, tensors))
+
+
+def spec_of(tensor: Tensor) -> DTensorSpec | None:
+    """How a DTensor is sharded; None for a plain tensor."""
+    return tensor._spec if is_dtensor(tensor) else None
+
+
 def any_dtensor(tensors: Iterable[Tensor]) -> bool:
-    dtensor = _dtensor_class()
+    dtensor = dtensor_class()
     return dtensor is not None and any(issubclass(c, dtensor) for c in set(map(type, tensors)))
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A DTensor as a plain tensor of all its elements, for which the ranks meet."""
-    return tensor.full_tensor() if _is_dtensor(tensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor, as a plain tensor; a plain one as it is."""
-    return tensor.to_local() if _is_dtensor(tensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def local_rows(param: Tensor) -> int:
@@ -58,7 +69,7 @@ def local_rows(param: Tensor) -> int:
 
 def as_rows(param: Tensor, values: Tensor) -> Tensor:
     """A value for each of this rank's rows of a parameter, [local rows], sharded as these are."""
-    if not _is_dtensor(param):
+    if not is_dtensor(param):
         return values
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -69,16 +80,16 @@ def as_rows(param: Tensor, values: Tensor) -> Tensor:
 
 def check_param(param: Tensor) -> None:
     """Raises ValueError on a parameter of which each rank holds a term (Partial)."""
-    if _is_dtensor(param) and any(placement.is_partial() for placement in param.placements):
+    if is_dtensor(param) and any(placement.is_partial() for placement in param.placements):
         raise ValueError(f"Invalid placements: {param.placements} (Shard or Replicate)")
 
 
 def check_like(param: Tensor, name: str, tensor: Tensor) -> None:
     """Raises ValueError unless both are plain tensors, or both DTensors of one mesh."""
-    if _is_dtensor(param) and _is_dtensor(tensor):
+    if is_dtensor(param) and is_dtensor(tensor):
         alike = param.device_mesh == tensor.device_mesh
     else:
-        alike = _is_dtensor(param) == _is_dtensor(tensor)
+        alike = is_dtensor(param) == is_dtensor(tensor)
     if not alike:
         raise ValueError(
             f"{name} and its parameter have to be plain tensors, or DTensors of one device mesh: "
@@ -87,7 +98,7 @@ def check_like(param: Tensor, name: str, tensor: Tensor) -> None:
 
 
 def _describe(tensor: Tensor) -> str:
-    return f"a DTensor of {tensor.device_mesh}" if _is_dtensor(tensor) else "a plain tensor"
+    return f"a DTensor of {tensor.device_mesh}" if is_dtensor(tensor) else "a plain tensor"
 
 
 def local_shards(
@@ -101,7 +112,7 @@ def local_shards(
     placed = []
     for param, grad in zip(params, grads, strict=True):
         check_like(param, "grad", grad)
-        if _is_dtensor(param) and _is_dtensor(grad) and grad.placements != param.placements:
+        if is_dtensor(param) and is_dtensor(grad) and grad.placements != param.placements:
             grad = grad.redistribute(placements=param.placements)
         placed.append(grad)
     return tuple(list(map(local, tensors)) for tensors in (params, placed, *others))
@@ -113,30 +124,31 @@ def _is_of_rows(placement: Placement) -> bool:
     return not placement.is_replicate() and getattr(placement, "dim", None) == 0
 
 
-def _process_groups(param: Tensor, of_rows: bool) -> Iterator[ProcessGroup]:
-    """Those whose ranks hold different rows, or different parts of the same, and not copies."""
-    if not _is_dtensor(param):
-        return
-    for dim, placement in enumerate(param.placements):
-        sharded = not placement.is_replicate() and param.device_mesh.size(dim) > 1
+def _mesh_dims(spec: DTensorSpec, of_rows: bool) -> Iterator[int]:
+    """Over which ranks hold different rows, or different parts of the same, and not copies."""
+    for dim, placement in enumerate(spec.placements):
+        sharded = not placement.is_replicate() and spec.mesh.size(dim) > 1
         if sharded and _is_of_rows(placement) == of_rows:
-            yield param.device_mesh.get_group(dim)
+            yield dim
 
 
-def splits_rows(param: Tensor) -> bool:
+def splits_rows(spec: DTensorSpec) -> bool:
     """Whether several ranks have elements of one row."""
-    return any(True for _ in _process_groups(param, of_rows=False))
+    return any(True for _ in _mesh_dims(spec, of_rows=False))
 
 
-def splits(param: Tensor) -> bool:
+def splits(spec: DTensorSpec) -> bool:
     """Whether several ranks have elements of the tensor."""
-    return splits_rows(param) or any(True for _ in _process_groups(param, of_rows=True))
+    return splits_rows(spec) or any(True for _ in _mesh_dims(spec, of_rows=True))
 
 
 def add_term(terms: Terms, param: Tensor, values: Tensor, of_rows: bool) -> None:
     """Notes values, a view, for the ranks that have other rows, or other parts of the same."""
-    for group in _process_groups(param, of_rows):
-        terms.setdefault((group, values.device), []).append(values)
+    spec = spec_of(param)
+    if spec is None:
+        return
+    for dim in _mesh_dims(spec, of_rows):
+        terms.setdefault((spec.mesh.get_group(dim), values.device), []).append(values)
 
 
 def over_ranks(terms: Terms, operation: Literal["sum", "max"]) -> None:
