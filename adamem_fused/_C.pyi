@@ -17,6 +17,7 @@ def gather(
     known: list[Any],
     crossing: bytes,
 ) -> tuple[Gathered | None, Gathered | None] | list[Any] | None: ...
+def bump_versions(tensors: list[Tensor]) -> None: ...
 def describe(
     lists: tuple[list[Tensor], ...],
     data: int,

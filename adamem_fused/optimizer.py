@@ -573,7 +573,11 @@ class AdaptiveMemoryOptimizer(Optimizer):
             self._finish(work.backend, work.batch, own, work.here(grad_scale), work.here(found_inf))
             if work.dtensors and not torch.compiler.is_compiling():
                 # The shards were told that they are written to, not what they are shards of.
-                torch.autograd.graph.increment_version(work.dtensors)
+                # torch's own counts up a tenth as fast.
+                if ops.extension is None:
+                    torch.autograd.graph.increment_version(work.dtensors)
+                else:
+                    ops.extension.bump_versions(work.dtensors)
         agree_on_first_steps(works)
         if loss is not None and works:
             self._keep_loss(loss, found_inf)

@@ -39,8 +39,10 @@ bool is_plain(const Tensor& tensor) {
 }
 
 const Tensor& tensor_of(PyObject* object) {
-  TORCH_CHECK_TYPE(is_exact(object) || THPVariable_Check(object), "a list of tensors holds a ",
-                   Py_TYPE(object)->tp_name);
+  // Not THPVariable_Check, which asks Tensor's metaclass: 40 ns for a DTensor.
+  PyTypeObject* const tensor = reinterpret_cast<PyTypeObject*>(THPVariableClass);
+  TORCH_CHECK_TYPE(is_exact(object) || PyObject_TypeCheck(object, tensor),
+                   "a list of tensors holds a ", Py_TYPE(object)->tp_name);
   return THPVariable_Unpack(object);
 }
 
@@ -144,8 +146,8 @@ class DTensors {
   PyObject* spec(PyObject* dtensor) const { return slot(dtensor, spec_); }
 
   // Whether two are laid out alike. A gradient of FSDP2 has its parameter's own spec.
-  static bool alike(PyObject* spec, PyObject* other) {
-    return spec == other || (equal(spec, other, "placements") && equal(spec, other, "mesh"));
+  bool alike(PyObject* spec, PyObject* other) const {
+    return spec == other || (equal(spec, other, placements_) && equal(spec, other, mesh_));
   }
 
  private:
@@ -160,7 +162,7 @@ class DTensors {
     return value == nullptr ? Py_None : value;
   }
 
-  static bool equal(PyObject* a, PyObject* b, const char* name) {
+  static bool equal(PyObject* a, PyObject* b, const py::str& name) {
     const py::object ours = py::handle(a).attr(name), theirs = py::handle(b).attr(name);
     const int result = PyObject_RichCompareBool(ours.ptr(), theirs.ptr(), Py_EQ);
     if (result < 0) throw python_error();
@@ -169,6 +171,7 @@ class DTensors {
 
   PyTypeObject* type_ = nullptr;
   Py_ssize_t local_ = 0, spec_ = 0;
+  py::str placements_{"placements"}, mesh_{"mesh"};
 };
 
 // The tensors of a step that are stepped in one call.
@@ -307,7 +310,7 @@ class Gatherer {
     auto wrapped = py::reinterpret_steal<py::object>(THPVariable_Wrap(*entry.grad));
     PyObject* grad = wrapped.ptr();
     if (sharded) {
-      if (!dtensors_.is(grad) || !DTensors::alike(entry.spec, dtensors_.spec(grad))) return false;
+      if (!dtensors_.is(grad) || !dtensors_.alike(entry.spec, dtensors_.spec(grad))) return false;
       grad = dtensors_.local(grad);
     }
     if (!is_exact(grad) || !is_plain(THPVariable_Unpack(grad))) return false;
@@ -389,6 +392,14 @@ py::object gather(const py::list& groups, const py::dict& state, const py::tuple
   }
   if (!dtensor.is_none() && !gatherer.is_known()) return gatherer.seen();
   return gatherer.finish();
+}
+
+// Tells autograd that tensors were written to, as torch.autograd.graph.increment_version does.
+void bump_versions(const py::list& tensors) {
+  TensorRefs refs;
+  refs.reserve(tensors.size());
+  for (const py::handle tensor : tensors) refs.push_back(tensor_of(tensor.ptr()));
+  for (size_t i = 0; i < refs.size(); ++i) bump_version_ahead(refs, i);
 }
 
 // ---- describe: what tables are made of --------------------------------------------
@@ -530,6 +541,7 @@ PYBIND11_MODULE(_C, m) {
   // What the library is tied to; adamem_fused/backends/ops.py compares.
   m.attr("torch_version") = TORCH_VERSION;
   m.def("gather", torch::wrap_pybind_function(gather));
+  m.def("bump_versions", torch::wrap_pybind_function(bump_versions));
   m.def("describe", torch::wrap_pybind_function(describe));
   m.def("any_modes", any_modes);
   m.def("adamw_begin_", torch::wrap_pybind_function(adamw_begin_));
