@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from numbers import Real
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast, overload
 
 import torch
@@ -75,6 +75,8 @@ class Work:
     dtensors: list[Tensor] = field(default_factory=list)
     # Whether each of its tensors has sums that take those of other ranks.
     crosses: bool = False
+    # Whether the extension has gathered it, and so that all its tensors are plain.
+    ordinary: bool = False
 
     def here(self, tensor: Tensor | None) -> Tensor | None:
         """A scalar on this batch's device; GradScaler's may be on another."""
@@ -94,6 +96,27 @@ class Work:
         if place.start not in known or known[place.start][0] != numels:
             known[place.start] = numels, torch.tensor(numels, dtype=rows.dtype, device=rows.device)
         return cast("Tensor", known[place.start][1])
+
+    def parts(self) -> sharding.Parts:
+        """What other ranks have parts of. Found anew where a DTensor or a scope is another one."""
+        specs = [getattr(param, "_spec", None) for param in self.params]
+        dims = list(map(Tensor.dim, self.batch.betas))
+        known = self.batch.cache.get("parts")
+        if known is None or known[1] != dims or not all(map(is_, known[0], specs)):
+            known = specs, dims, sharding.parts(specs, self.batch.betas)
+            self.batch.cache["parts"] = known
+        return cast("sharding.Parts", known[2])
+
+    def check(self) -> None:
+        """As the backend's, which takes Python longer than a step: where all is as it was, not."""
+        if not self.ordinary:
+            self.backend.check(self.batch)
+            return
+        data, known = 2 + len(self.batch.memories), self.batch.cache.get("checked", b"")
+        _, structure = ops.extension.describe(self.batch.lists(), data, b"", known, False)
+        if structure is not known:
+            self.backend.check(self.batch)
+            self.batch.cache["checked"] = structure
 
     def loss_numel(self) -> int:
         return sum(
@@ -166,17 +189,9 @@ def share_sums(works: list[Work], rows: list[Tensor]) -> None:
 
 def add_over_ranks(works: list[Work], rows: list[Tensor]) -> None:
     """Makes the rows of sharded tensors those of the whole ones."""
-    terms: sharding.Terms = {}
     for work, work_rows in zip(works, rows, strict=True):
-        if not work.crosses:
-            continue
-        for param, beta, lines in zip(
-            work.params, work.batch.betas, segment_slices(work.batch), strict=True
-        ):
-            sharding.add_term(terms, param, work_rows[lines], of_rows=False)
-            if beta.dim() == 0:
-                sharding.add_term(terms, param, work_rows[lines], of_rows=True)
-    sharding.over_ranks(terms, "sum")
+        if work.crosses:
+            sharding.add_lines(work_rows, work.parts())
 
 
 def agree_on_first_steps(works: list[Work]) -> None:
@@ -184,16 +199,18 @@ def agree_on_first_steps(works: list[Work]) -> None:
 
     It does where a row has a gradient; the rows may be on different ranks.
     """
-    firsts: sharding.Terms = {}
     for work in works:
-        if not work.dtensors:
+        at_zero = [
+            place
+            for hyper, place in zip(work.batch.hypers, group_slices(work.batch), strict=True)
+            if may_be_zero(hyper.lr)
+        ]
+        if not (work.dtensors and at_zero):
             continue
-        for hyper, place in zip(work.batch.hypers, group_slices(work.batch), strict=True):
-            if may_be_zero(hyper.lr):
-                for i in range(place.start, place.stop):
-                    if work.batch.betas[i].dim() > 0:
-                        sharding.add_term(firsts, work.params[i], work.batch.steps[i], of_rows=True)
-    sharding.over_ranks(firsts, "max")
+        for group, tensors in work.parts().tensors:
+            firsts = [i for i in tensors if any(p.start <= i < p.stop for p in at_zero)]
+            if firsts:
+                sharding.take_largest([work.batch.steps[i] for i in firsts], group)
 
 
 class AdaptiveMemoryOptimizer(Optimizer):
@@ -491,7 +508,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             work = self._new_work(first, device, self._new_batch(*lists), bool(crosses))
             for group, size in zip(groups, filter(None, sizes), strict=True):
                 self._add_group(work, group, size)
-            work.params, work.dtensors = params, dtensors
+            work.params, work.dtensors, work.ordinary = params, dtensors, True
             works.append(work)
         return works
 
@@ -558,7 +575,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
         if len(works) > 1:
             for work in works:  # whatever raises does so before any batch has changed
-                work.backend.check(work.batch)
+                work.check()
         # Where no segment's beta waits for what is elsewhere, a backend does both halves at once.
         waiting = self._waiting(works)
         rows = [

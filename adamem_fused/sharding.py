@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from torch.distributed.tensor._dtensor_spec import DTensorSpec
     from torch.distributed.tensor.placement_types import Placement
     from typing_extensions import TypeIs
-
-# By process group and device: what is to be taken together over its ranks, in place.
-Terms: TypeAlias = "dict[tuple[ProcessGroup, torch.device], list[Tensor]]"
 
 
 def dtensor_class() -> type[DTensor] | None:
@@ -142,26 +140,56 @@ def splits(spec: DTensorSpec) -> bool:
     return splits_rows(spec) or any(True for _ in _mesh_dims(spec, of_rows=True))
 
 
-def add_term(terms: Terms, param: Tensor, values: Tensor, of_rows: bool) -> None:
-    """Notes values, a view, for the ranks that have other rows, or other parts of the same."""
-    spec = spec_of(param)
-    if spec is None:
-        return
-    for dim in _mesh_dims(spec, of_rows):
-        terms.setdefault((spec.mesh.get_group(dim), values.device), []).append(values)
+class Parts(NamedTuple):
+    """What several ranks have parts of, by process group, in the order of the parameters."""
+
+    # Lines of `rows` of which each of its ranks has a term.
+    lines: list[tuple[ProcessGroup, slice | Tensor]]
+    # Tensors of which each of its ranks has other rows with betas of their own.
+    tensors: list[tuple[ProcessGroup, list[int]]]
 
 
-def over_ranks(terms: Terms, operation: Literal["sum", "max"]) -> None:
-    """Replaces the terms by their sum or maximum: one all-reduce for each process group.
+def parts(specs: list[DTensorSpec | None], betas: list[Tensor]) -> Parts:
+    ranges: dict[ProcessGroup, list[range]] = {}
+    tensors: dict[ProcessGroup, list[int]] = {}
+    stop = 0
+    for i, (spec, beta) in enumerate(zip(specs, betas, strict=True)):
+        start, stop = stop, stop + beta.numel()
+        if spec is None:
+            continue
+        for dim in _mesh_dims(spec, of_rows=False):
+            ranges.setdefault(spec.mesh.get_group(dim), []).append(range(start, stop))
+        for dim in _mesh_dims(spec, of_rows=True):
+            group = spec.mesh.get_group(dim)
+            if beta.dim() == 0:
+                ranges.setdefault(group, []).append(range(start, stop))
+            else:
+                tensors.setdefault(group, []).append(i)
+    device = betas[0].device
+    return Parts([(g, _index(r, device)) for g, r in ranges.items()], list(tensors.items()))
 
-    In the order in which they were noted, which is that of the parameters. So all ranks of a group
-    have to have gradients for the same tensors, as FSDP2 sees to; a rank whose shard is empty takes
-    part with zeros. What is sharded over two dimensions of a mesh is taken together over one of
-    them, and the results then over the other.
+
+def _index(ranges: list[range], device: torch.device) -> slice | Tensor:
+    if all(a.stop == b.start for a, b in pairwise(ranges)):
+        return slice(ranges[0].start, ranges[-1].stop)
+    return torch.tensor(list(chain(*ranges)), device=device)
+
+
+def add_lines(rows: Tensor, parts: Parts) -> None:
+    """Replaces lines of rows by their sums over ranks: one all-reduce for each process group.
+
+    So all ranks of a group have to have gradients for the same tensors, as FSDP2 sees to; a rank
+    whose shard is empty takes part with zeros. What is sharded over two dimensions of a mesh is
+    added up over one of them, and the sums then over the other.
     """
-    reduce = dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX
-    for (group, _), values in terms.items():
-        total = torch.cat([value.reshape(-1) for value in values])
-        dist.all_reduce(total, op=reduce, group=group)
-        parts = total.split_with_sizes([value.numel() for value in values])
-        torch._foreach_copy_(values, [own.view_as(v) for own, v in zip(parts, values, strict=True)])
+    for group, lines in parts.lines:
+        total = rows[lines].contiguous()
+        dist.all_reduce(total, group=group)
+        rows[lines] = total
+
+
+def take_largest(values: list[Tensor], group: ProcessGroup) -> None:
+    """Replaces 0-dim tensors by the largest of all ranks of a group."""
+    largest = torch.stack(values)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    torch._foreach_copy_(values, list(largest.unbind()))

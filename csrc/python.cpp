@@ -411,11 +411,13 @@ py::bytes as_bytes(const std::vector<int64_t>& words, const py::bytes& last) {
   return bytes == std::string_view(last) ? last : py::bytes(bytes.data(), bytes.size());
 }
 
-// dtype, device, layout and number of dimensions in a word.
+// dtype, device, layout, number of dimensions, and whether it was made in inference mode, in a
+// word.
 int64_t kind_of(const Tensor& t) {
   const auto byte = [](auto value) { return static_cast<int64_t>(value) & 0xff; };
-  return byte(t.scalar_type()) << 40 | byte(t.device().type()) << 32 |
-         byte(t.device().index()) << 24 | byte(t.layout()) << 16 | t.dim();
+  return int64_t{t.is_inference()} << 48 | byte(t.scalar_type()) << 40 |
+         byte(t.device().type()) << 32 | byte(t.device().index()) << 24 | byte(t.layout()) << 16 |
+         t.dim();
 }
 
 // The addresses of the tensors, list by list, and all else about them that tables are made
