@@ -2,7 +2,9 @@
 
 A backend is given the shards that this rank holds, as plain tensors. The sums over its shards
 are then added up over the ranks, so that all of them take the beta of the whole tensor. Where each
-row has a beta and whole rows are on a rank, nothing is to be added up.
+row has a beta and whole rows are on a rank, nothing is to be added up: a step of matrices that
+FSDP2 has sharded needs no collective. A vector is one segment, whose two sums take one all-reduce
+for all vectors of a process group; rows that are split over ranks take one over these alone.
 """
 
 from __future__ import annotations
