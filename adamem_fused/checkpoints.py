@@ -186,12 +186,13 @@ def _checked(
     if not isinstance(value, Tensor):
         raise TypeError(f"loaded state {name} is a {type(value).__name__}, not a tensor")
     shape = param.shape if is_memory else torch.Size([])
-    rows = beta_shape(param, "row")
-    by_row = name in optimizer.row_scalars and bool(rows) and value.shape == rows
+    rows = beta_shape(param, "row") if name in optimizer.row_scalars else shape
+    by_row = rows != shape and value.shape == rows
     if not by_row and (value.numel() != shape.numel() or (shape and value.shape != shape)):
+        allowed = list(shape) if rows == shape else f"{list(shape)} or {list(rows)}"
         raise ValueError(
             f"loaded state {name} has shape {list(value.shape)}; "
-            f"for a parameter of shape {list(param.shape)} it has to be {list(shape)}"
+            f"for a parameter of shape {list(param.shape)} it has to be {allowed}"
         )
     if value.is_complex() != (is_memory and param.is_complex()):
         raise ValueError(
@@ -212,8 +213,8 @@ def _place(
     """A copy of a tensor of the state on its parameter's device; a memory in its layout too.
 
     A beta or beta_prod of another scope is converted: a tensor's is that of each of its rows, and
-    rows' is the tensor's by their mean. So is then what AM-AdamW's bias correction takes of it, as
-    rows have equally many elements.
+    rows' is the tensor's by their mean, so that AM-AdamW's bias correction, which is linear in
+    beta_prod, is the mean of theirs too. Without rows it is as at the beginning.
     """
     if name in optimizer.memories:
         dtype = torch.promote_types(value.dtype, memory_dtype(param))
@@ -222,9 +223,10 @@ def _place(
     value = value.detach().to(device=param.device, dtype=dtype, copy=True)
     shape = beta_shape(param, group["beta_scope"] if name in optimizer.row_scalars else "tensor")
     if not shape:
-        is_one = value.numel() == 1
         value = sharding.whole(value)
-        return value.reshape(()) if is_one else value.double().mean().to(dtype)
+        if value.numel() == 0:
+            return full(param, shape, optimizer.scalars[name]).to(dtype)
+        return value.reshape(()) if value.numel() == 1 else value.double().mean().to(dtype)
     if value.shape != shape:
         return full(param, shape, sharding.whole(value).reshape(())).to(dtype)
     return full(param, shape, 0.0).to(dtype).copy_(value)

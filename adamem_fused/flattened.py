@@ -1,8 +1,8 @@
 """Schemes that flatten or split plain parameters, refused: their betas would be other ones.
 
-Beta belongs to a whole tensor, or to the whole model. A rank that is given a piece of a flat
-buffer, or one of many optimizers, cannot know it. A DTensor says what it is a part of
-(sharding.py); these do not, so they are told by what they leave: an attribute, the caller, or
+Beta belongs to a whole tensor, to a whole row of it, or to the whole model. A rank that is given a
+piece of a flat buffer, or one of many optimizers, cannot know it. A DTensor says what it is a part
+of (sharding.py); these do not, so they are told by what they leave: an attribute, the caller, or
 a parameter that was not there before.
 """
 

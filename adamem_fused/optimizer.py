@@ -651,6 +651,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
         like; this optimizer's own options stay as they are, the missing state is made up.
         `foreach`, `fused`, `backend` and `capturable` stay this optimizer's in any case.
 
+        `beta_scope` is the checkpoint's, as other options are. Where a group is given another one,
+        here or between steps, the betas are converted: a tensor's is that of each of its rows, and
+        those of rows become their mean.
+
         Raises:
             ValueError: parameter groups or state that do not fit the parameters, a bad
                 hyperparameter, amsgrad state.

@@ -572,3 +572,202 @@ def test_state_of_another_kind_of_optimizer_is_refused(theirs, options, ours):
     with pytest.raises(ValueError, match=f"and no .*another optimizer's; {ours.__name__} loads"):
         last.load_state_dict(first.state_dict())
     assert snapshot(last) == before
+
+
+# ---- a beta a row -----------------------------------------------------------------
+
+
+ROW_SHAPES = [(3, 16), (4, 2, 10), (5,), (6, 3), (1, 20), (0, 16)]
+ROWS = [(3,), (4,), (), (), (1,), (0,)]
+
+
+def make_rows(cls, dtype=torch.float32, scope="row", **options):
+    groups = [Group(ROW_SHAPES, dtype), Group([(2, 30)], dtype, {"lr": 0.02, "weight_decay": 0.1})]
+    return make_optimizer(cls, groups, beta_scope=scope, **options)
+
+
+def shapes_of(optimizer, name="beta"):
+    return [tuple(optimizer.state[param][name].shape) for param in parameters(optimizer)]
+
+
+def set_scope(optimizer, scope):
+    for group in optimizer.param_groups:
+        group["beta_scope"] = scope
+
+
+def with_scope(state_dict, scope):
+    groups = [{**group, "beta_scope": scope} for group in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}
+
+
+@both
+@every_backend
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64])
+def test_rows_go_on_bit_for_bit_after_save_and_load(cls, backend, dtype):
+    straight = train(make_rows(cls, dtype, backend=backend), 3)
+    resumed = make_rows(cls, dtype, "tensor", backend=backend)
+    resumed.load_state_dict(through_a_file(straight.state_dict()))
+    for ours, theirs in zip(parameters(resumed), parameters(straight), strict=True):
+        ours.data.copy_(theirs.data)
+    assert shapes_of(resumed) == [*ROWS, (2,)]
+    assert snapshot(resumed) == snapshot(straight)
+    assert snapshot(train(resumed, 3, start=3)) == snapshot(train(straight, 3, start=3))
+
+
+@both
+@every_backend
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_a_tensors_beta_becomes_that_of_each_of_its_rows(cls, backend, scope):
+    """By loading into other groups, or by changing the scope between steps: the same."""
+    changed = train(make_rows(cls, scope=scope, backend=backend), 3)
+    before = [dict(changed.state[param]) for param in parameters(changed)]
+    saved = through_a_file(changed.state_dict())
+    loaded = make_rows(cls, scope=scope, backend=backend)
+    loaded.load_state_dict(with_scope(saved, "row"))
+    for ours, theirs in zip(parameters(loaded), parameters(changed), strict=True):
+        ours.data.copy_(theirs.data)
+    for name in cls.row_scalars:
+        assert shapes_of(loaded, name) == [*ROWS, (2,)]
+        for param, old in zip(parameters(loaded), before, strict=True):
+            assert (loaded.state[param][name] == old[name]).all()
+    set_scope(changed, "row")
+    for step in range(3, 6):
+        assert snapshot(train(changed, 1, start=step)) == snapshot(train(loaded, 1, start=step))
+    assert shapes_of(changed) == [*ROWS, (2,)]
+
+
+@both
+@every_backend
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_the_betas_of_rows_become_their_mean(cls, backend, scope):
+    changed = train(make_rows(cls, backend=backend), 3)
+    # In no row the same, so that the mean is none of them.
+    for param in parameters(changed):
+        for name in cls.row_scalars:
+            value = changed.state[param][name]
+            value.copy_((torch.arange(value.numel()).reshape(value.shape) + 1) * 0.2)
+    loaded = make_rows(cls, backend=backend)
+    loaded.load_state_dict(with_scope(through_a_file(changed.state_dict()), scope))
+    for ours, theirs in zip(parameters(loaded), parameters(changed), strict=True):
+        ours.data.copy_(theirs.data)
+    means = [0.4, 0.5, 0.2, 0.2, 0.2, None, 0.3]
+    for name in cls.row_scalars:
+        assert shapes_of(loaded, name) == [()] * 7
+        for param, mean in zip(parameters(loaded), means, strict=True):
+            # That of no rows is as at the beginning.
+            expected = cls.scalars[name] if mean is None else mean
+            assert loaded.state[param][name].item() == pytest.approx(expected, rel=1e-6)
+    set_scope(changed, scope)
+    for step in range(3, 6):
+        assert snapshot(train(changed, 1, start=step)) == snapshot(train(loaded, 1, start=step))
+    assert shapes_of(changed) == [()] * 7
+
+
+@both
+def test_a_step_that_raises_leaves_the_betas_of_the_old_scope(cls):
+    optimizer = train(make_rows(cls), 2)
+    set_scope(optimizer, "tensor")
+    set_gradients(optimizer, step=2)
+    parameters(optimizer)[2].grad = torch.ones(5).to_sparse()
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    optimizer.add_param_group({"params": [Parameter(torch.ones(2))], "beta_scope": "tensor"})
+    set_gradients(optimizer, step=2)
+    optimizer.state[parameters(optimizer)[-1]] = {"step": torch.zeros(())}
+    with pytest.raises(ValueError, match="has step and no"):
+        optimizer.step()
+    optimizer.param_groups.pop()
+    assert snapshot(optimizer)[: len(before)] == before
+
+
+@every_backend
+def test_adamw_checkpoint_continues_row_by_row_as_the_formulas_say(backend):
+    shapes = [(3, 16), (2, 4, 5), (7,)]
+    source = [Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
+    theirs = torch.optim.AdamW(source, lr=0.01)
+    for step in range(3):
+        set_gradients(theirs, step=step)
+        theirs.step()
+    target = [Parameter(param.detach().clone()) for param in source]
+    ours = AMAdamW(target, beta_scope="row", backend=backend)
+    ours.load_state_dict(through_a_file(theirs.state_dict()))
+    set_gradients(ours, step=3)
+    expected = []
+    for param in target:
+        state = ours.state[param]
+        rows = 1 if param.dim() == 1 else len(param)
+        assert state["beta_prod"].shape == state["beta"].shape == param.shape[: param.dim() > 1]
+        assert state["beta_prod"].reshape(-1).tolist() == pytest.approx([0.9**3] * rows, rel=1e-14)
+        assert (state["beta"] == 0.9).all() and state["step"] == 3 and state["prev_lr"] == 0.01
+        tensors = (param.detach(), param.grad, state["exp_avg"], state["exp_avg_sq"])
+        lists = zip(*(t.reshape(rows, -1).tolist() for t in tensors), strict=True)
+        expected += [
+            adamw_by_hand(*row, 4, 0.9**3, 0.01, 0.01, 0.9, 0.999, 1e-8, 0.01, 0.1) for row in lists
+        ]
+    ours.step()
+    rows = [row for p in target for row in p.detach().reshape(p.shape[0] ** (p.dim() > 1), -1)]
+    betas = [beta for p in target for beta in ours.state[p]["beta"].reshape(-1).tolist()]
+    assert len(rows) == len(betas) == len(expected) == 6
+    for row, beta, (x, by_hand) in zip(rows, betas, expected, strict=True):
+        assert row.tolist() == pytest.approx(x, rel=1e-12, abs=1e-14)
+        assert beta == pytest.approx(by_hand, rel=1e-11)
+
+
+@every_backend
+def test_sgd_checkpoint_continues_row_by_row_as_the_formulas_say(backend):
+    source = [Parameter(torch.randn(3, 16, dtype=torch.float64))]
+    theirs = torch.optim.SGD(source, lr=0.05, momentum=0.9)
+    for step in range(3):
+        set_gradients(theirs, step=step)
+        theirs.step()
+    (param,) = target = [Parameter(source[0].detach().clone())]
+    ours = AMSGD(target, beta_scope="row", backend=backend)
+    ours.load_state_dict(through_a_file(theirs.state_dict()))
+    set_gradients(ours, step=3)
+    buffer = ours.state[param]["momentum_buffer"]
+    assert ours.state[param]["beta"].tolist() == [0.9] * 3
+    rows = zip(param.tolist(), param.grad.tolist(), buffer.tolist(), strict=True)
+    expected = [sgd_by_hand(*row, 0.05, 0.05, 0.9, 0.0, 0.1) for row in rows]
+    ours.step()
+    for row, beta, (x, by_hand) in zip(
+        param.tolist(), ours.state[param]["beta"].tolist(), expected, strict=True
+    ):
+        assert row == pytest.approx(x, rel=1e-12, abs=1e-14)
+        assert beta == pytest.approx(by_hand, rel=1e-11)
+
+
+@both
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+@pytest.mark.parametrize(
+    ("index", "shape", "allowed"),
+    [
+        (0, (2,), r"\[\] or \[3\]"),
+        (0, (3, 1), r"\[\] or \[3\]"),
+        (0, (3, 16), r"\[\] or \[3\]"),
+        (1, (8,), r"\[\] or \[4\]"),
+        (2, (5,), r"\[\]"),
+        (3, (6,), r"\[\]"),
+    ],
+)
+def test_loaded_betas_of_another_shape_are_refused(cls, scope, index, shape, allowed):
+    saved = train(make_rows(cls), 2).state_dict()
+    optimizer = train(make_rows(cls), 1)
+    before = snapshot(optimizer)
+    for name in cls.row_scalars:
+        state = {i: dict(values) for i, values in saved["state"].items()}
+        state[index][name] = torch.zeros(shape)
+        message = rf"{name} has shape .*for a parameter of shape .* it has to be {allowed}$"
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(with_scope({**saved, "state": state}, scope))
+        assert snapshot(optimizer) == before
+
+
+@both
+def test_set_optimizer_state_dict_loads_rows(cls):
+    models = [torch.nn.Sequential(Linear(16, 3), Linear(3, 2)) for _ in "ab"]
+    straight, resumed = (cls(model.parameters(), beta_scope="row") for model in models)
+    saved = get_optimizer_state_dict(models[0], train(straight, 3))
+    set_optimizer_state_dict(models[1], resumed, saved)
+    assert state_tensors(resumed) == state_tensors(straight)
+    assert shapes_of(resumed) == [(3,), (), (), ()]

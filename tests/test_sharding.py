@@ -9,7 +9,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from cases import MEMORIES, OPTIMIZERS, backends, bits, gradient, parameters, relative_error
+from cases import (
+    MEMORIES,
+    OPTIMIZERS,
+    backends,
+    bits,
+    gradient,
+    largest,
+    parameters,
+    relative_error,
+)
 from ranks import Ranks
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -20,6 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -32,17 +42,24 @@ from torch.nn.utils import clip_grad_norm_
 from adamem_fused import AMSGD, AMAdamW
 
 # Over two ranks: even; 3 + 2 rows; a shard of no elements on rank 1.
-SHAPES = [(6, 3), (5, 3), (1, 4), (16,)]
+SHAPES = [(6, 16), (5, 16), (1, 20), (16,)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.complex64: 1e-5}
 
 both = pytest.mark.parametrize("cls", OPTIMIZERS)
 each_backend = pytest.mark.parametrize("backend", backends("reference", "cuda", "triton"))
-scopes = pytest.mark.parametrize("scope", ["tensor", "global"])
+scopes = pytest.mark.parametrize("scope", ["tensor", "row", "global"])
 
 
 @pytest.fixture(scope="module")
 def two_ranks():
     ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="module")
+def three_ranks():
+    ranks = Ranks(3)
     yield ranks
     ranks.stop()
 
@@ -128,22 +145,35 @@ def assert_agree(optimizer, expected, tolerance):
         state, reference = optimizer.state[ours], expected.state[theirs]
         assert state.keys() == reference.keys()
         for name, value in reference.items():
+            by_row = name not in memories and value.dim() > 0
             if name in memories and isinstance(ours, DTensor):
                 assert state[name].placements == ours.placements
                 assert state[name].to_local().shape == ours.to_local().shape
+            elif by_row and isinstance(ours, DTensor):
+                assert state[name].placements == placements_of_rows(ours)
+                assert state[name].to_local().shape == ours.to_local().shape[:1]
             else:
                 assert not isinstance(state[name], DTensor)
             if name in memories:
                 error = relative_error(whole(state[name]), value)
             else:
-                error = abs(state[name].item() - value.item())
+                assert state[name].shape == value.shape
+                error = largest(whole(state[name]) - value)
             assert error <= tolerance, f"{name} {index}: {error}"
     assert_same_on_every_rank(optimizer)
 
 
+def placements_of_rows(param):
+    """Those of one value a row: as the parameter's rows, and the same on what splits these."""
+    return tuple(
+        Replicate() if isinstance(placement, Replicate) or placement.dim > 0 else placement
+        for placement in param.placements
+    )
+
+
 def betas(optimizer):
     states = [optimizer.state[param] for param in parameters(optimizer)]
-    return [state["beta"].item() for state in states if state]
+    return [beta for state in states if state for beta in whole(state["beta"]).reshape(-1).tolist()]
 
 
 def assert_steps_agree(optimizer, expected, tolerance, steps=10, skip=lambda step: ()):
@@ -159,12 +189,12 @@ def assert_steps_agree(optimizer, expected, tolerance, steps=10, skip=lambda ste
 
 def model_of(dtype=torch.float64):
     torch.manual_seed(0)
-    return Sequential(Linear(5, 8), Tanh(), Linear(8, 3)).to(dtype)
+    return Sequential(Linear(16, 20), Tanh(), Linear(20, 6)).to(dtype)
 
 
 def batch_of(step, rows=8):
     generator = torch.Generator().manual_seed(step)
-    return torch.randn(rows, 5, generator=generator, dtype=torch.float64)
+    return torch.randn(rows, 16, generator=generator, dtype=torch.float64)
 
 
 def train(model, optimizer, steps, part=slice(None), max_norm=None, start=0):
@@ -195,7 +225,11 @@ def fsdp_steps(cls, dtype, options):
     params = fsdp_parameters(tensors(dtype), line())
     shapes = [tuple(param.to_local().shape) for param in params]
     assert (
-        shapes == [[(3, 3), (3, 3), (1, 4), (8,)], [(3, 3), (2, 3), (0, 4), (8,)]][dist.get_rank()]
+        shapes
+        == [
+            [(3, 16), (3, 16), (1, 20), (8,)],
+            [(3, 16), (2, 16), (0, 20), (8,)],
+        ][dist.get_rank()]
     )
     assert_steps_agree(
         two_groups(cls, params, **options),
@@ -308,7 +342,7 @@ def test_the_gap_of_losses_is_shared_with_complex_tensors_as_pairs_of_reals(cls)
 def mixed_steps(cls, options):
     """Sharded over either dimension, complex, replicated and plain parameters in turn."""
     mesh = line()
-    shapes = [(6, 3), (), (4, 5), (3,), (2, 2)]
+    shapes = [(6, 16), (), (4, 19), (3,), (2, 20)]
     values = tensors(torch.float64, shapes)
     values[2] = torch.complex(values[2], values[2].flip(0))
     placements = [[Shard(0)], None, [Shard(1)], [Replicate()], None]
@@ -328,31 +362,37 @@ def mixed_steps(cls, options):
 @each_backend
 @pytest.mark.parametrize(
     "options",
-    [{"beta_scope": "tensor"}, {"beta_scope": "global"}, {"beta_scope": "global", "gap": "loss"}],
-    ids=["tensor", "global", "loss"],
+    [
+        {"beta_scope": "tensor"},
+        {"beta_scope": "row"},
+        {"beta_scope": "global"},
+        {"beta_scope": "global", "gap": "loss"},
+    ],
+    ids=["tensor", "row", "global", "loss"],
 )
 def test_mixed_parameters_take_the_steps_of_one_process(two_ranks, cls, backend, options):
     two_ranks.run(mixed_steps, cls, {"backend": backend, **options})
 
 
-def step_of_a_graph(cls, backend):
+def step_of_a_graph(cls, backend, scope):
     param = Parameter(shard(line(), [Shard(0)], tensors()[0]))
-    optimizer = cls([param], backend=backend)
+    optimizer = cls([param], backend=backend, beta_scope=scope)
     for _ in range(2):
         now, later = (param**2).sum(), (param**3).sum()
         now.backward()
         optimizer.step()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             later.backward()
-    for name in MEMORIES[cls]:
-        memory = optimizer.state[param][name]
-        assert memory._version > 0 and memory._local_tensor._version > 0
+    for name in (*MEMORIES[cls], *(cls.row_scalars if scope == "row" else ())):
+        value = optimizer.state[param][name]
+        assert value._version > 0 and value._local_tensor._version > 0
 
 
 @both
 @pytest.mark.parametrize("backend", backends("cuda", "triton"))
-def test_a_graph_from_before_a_step_raises(two_ranks, cls, backend):
-    two_ranks.run(step_of_a_graph, cls, backend)
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+def test_a_graph_from_before_a_step_raises(two_ranks, cls, backend, scope):
+    two_ranks.run(step_of_a_graph, cls, backend, scope)
 
 
 def partial_gradient_step(cls):
@@ -554,6 +594,288 @@ def test_a_full_state_dict_of_rank_0_loads_on_every_rank(two_ranks, cls):
     two_ranks.run(full_state_dict, cls)
 
 
+# ---- a beta a row -----------------------------------------------------------------
+
+
+# Over three ranks: 3 + 3 + 1 and 2 + 2 + 1 rows, one row in all, and fewer rows than ranks.
+ROW_SHAPES = [(7, 16), (5, 3, 8), (1, 20), (2, 700), (40, 33)]
+
+
+def rows_of_one_process(cls, size, dtype, plane):
+    values = tensors(torch.float32, ROW_SHAPES)
+    values = [value.to(dtype) for value in values]
+    options = {"backend": "cpu", "beta_scope": "row", "memory_plane": plane}
+    sharded = two_groups(cls, fsdp_parameters(values, line(size)), **options)
+    expected = two_groups(cls, whole_parameters(values), **options)
+    for step in range(6):
+        for optimizer in (sharded, expected):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.05 * (step != 3)
+            take_step(optimizer, step)
+        assert bits_of(sharded) == bits_of(expected)
+        for ours, theirs in zip(parameters(sharded), parameters(expected), strict=True):
+            assert torch.equal(bits(whole(ours)), bits(theirs))
+    assert any(0 < beta < 0.88 for beta in betas(sharded))
+
+
+cpu_alone = pytest.mark.parametrize("backend", backends("reference", "foreach", "cuda", "triton"))
+
+
+@both
+@cpu_alone
+@pytest.mark.parametrize("plane", ["level", "anchored"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shards_of_whole_rows_give_the_bits_of_one_process(
+    two_ranks, three_ranks, cls, backend, plane, dtype
+):
+    two_ranks.run(rows_of_one_process, cls, 2, dtype, plane)
+    three_ranks.run(rows_of_one_process, cls, 3, dtype, plane)
+
+
+def collectives_of_rows(cls, backend):
+    """Of whole rows none; a vector, which is one segment, has its sums with one all-reduce."""
+    values = tensors(shapes=ROW_SHAPES)
+    options = {"backend": backend, "beta_scope": "row", "weight_decay": 0.1}
+
+    def count(params, lr):
+        optimizer = cls(params, lr=lr, **options)
+        counts = []
+        for step in range(3):
+            for index, param in enumerate(params):
+                grad = gradient(torch.empty(param.shape), step, index=index)
+                param.grad = place_like(param, grad)
+            with CommDebugMode() as comms:
+                optimizer.step()
+            counts.append(comms.get_total_counts())
+        return counts
+
+    mesh = line()
+    matrices = fsdp_parameters(values, mesh)
+    assert count(matrices, 0.01) == [0, 0, 0]
+    assert count(matrices, torch.tensor(0.01)) == [0, 0, 0]
+    # A first step at lr 0 is one on all ranks if it is on one, of which they tell each other.
+    assert count(matrices, 0.0) == [1, 1, 1]
+    assert count([*matrices, *fsdp_parameters([torch.ones(16)] * 3, mesh)], 0.01) == [1, 1, 1]
+    columns = [Parameter(shard(mesh, [Shard(1)], value)) for value in values]
+    assert count([*matrices, *columns], 0.01) == [1, 1, 1]
+    assert (
+        count([Parameter(shard(mesh, [Replicate()], value)) for value in values], 0.01) == [0] * 3
+    )
+
+
+@both
+@each_backend
+def test_whole_rows_need_no_collective(two_ranks, cls, backend):
+    two_ranks.run(collectives_of_rows, cls, backend)
+
+
+def groups_of_rows(cls):
+    """FSDP2 over tensor parallelism: sums of rows are taken over the latter alone."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = parallelize_module(
+        model_of(), mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    )
+    fully_shard(model, mesh=mesh["data"])
+    by_rows, by_columns = model[0].weight, model[2].weight
+    assert [p.is_shard(1) for p in by_columns.placements] == [False, True]
+    calls = []
+    all_reduce = dist.all_reduce
+
+    def record(tensor, **options):
+        calls.append((tensor.numel(), dist.get_process_group_ranks(options["group"])))
+        return all_reduce(tensor, **options)
+
+    tensor_ranks = dist.get_process_group_ranks(mesh.get_group("tensor"))
+    for params, expected in (
+        ([by_rows], []),
+        # num and den of each of this rank's rows.
+        ([by_columns], [(2 * by_columns.to_local().shape[0], tensor_ranks)]),
+    ):
+        optimizer = cls(params, beta_scope="row", lr=0.1)
+        dist.all_reduce = record
+        try:
+            take_step(optimizer, 0)
+        finally:
+            dist.all_reduce = all_reduce
+        assert calls == expected
+        calls.clear()
+
+
+@both
+def test_sums_of_rows_are_taken_over_what_splits_them_alone(four_ranks, cls):
+    four_ranks.run(groups_of_rows, cls)
+
+
+def first_step_of_one_ranks_rows(cls, backend, size, rank):
+    """At lr 0, with a gradient in one row alone, which is on this rank."""
+    options = {"backend": backend, "beta_scope": "row", "weight_decay": 0.1}
+    values = tensors(torch.float64, ROW_SHAPES)
+    optimizers = [
+        two_groups(cls, params, **options)
+        for params in (fsdp_parameters(values, line(size)), whole_parameters(values))
+    ]
+    row = min(rank * -(-7 // size), 6)
+    for optimizer in optimizers:
+        lrs = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        for index, param in enumerate(parameters(optimizer)):
+            grad = torch.zeros(param.shape, dtype=param.dtype)
+            if index == 0:
+                grad[row] = 1.0
+            param.grad = place_like(param, grad)
+        optimizer.step()
+        steps = [optimizer.state[param]["step"].item() for param in parameters(optimizer)]
+        assert steps == [1, 0, 0, 0, 0]
+        for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr
+    assert_agree(*optimizers, 0)
+    assert_steps_agree(*optimizers, 1e-12)
+
+
+@both
+@each_backend
+def test_a_first_step_at_lr_0_is_one_on_all_ranks_if_it_is_on_one(
+    two_ranks, three_ranks, cls, backend
+):
+    for ranks in (two_ranks, three_ranks):
+        for rank in range(ranks.size):
+            ranks.run(first_step_of_one_ranks_rows, cls, backend, ranks.size, rank)
+
+
+def row_model(sizes):
+    """Sharded by FSDP2, and over tensor parallelism where the mesh has a second dimension."""
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("data", "tensor")[: len(sizes)])
+    model = model_of(torch.float32)
+    if len(sizes) == 2:
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        parallelize_module(model, mesh["tensor"], plan)
+    return fully_shard(model, mesh=mesh["data"])
+
+
+def row_optimizer(cls, model, steps=0):
+    optimizer = cls(model.parameters(), beta_scope="row", lr=0.05)
+    for step in range(steps):
+        take_step(optimizer, step)
+    return optimizer
+
+
+def save_rows(cls, sizes, path, flatten):
+    model = row_model(sizes)
+    optimizer = row_optimizer(cls, model, steps=3)
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    dcp.save(get_optimizer_state_dict(model, optimizer, options=options), checkpoint_id=path / "s")
+    saved = bits_of(optimizer)
+    if dist.get_rank() == 0:
+        torch.save(saved, path / "bits.pt")
+
+
+def load_rows(cls, sizes, path, flatten):
+    model = model_of(torch.float32) if sizes is None else row_model(sizes)
+    optimizer = row_optimizer(cls, model)
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    dcp.load(state, checkpoint_id=path / "s", no_dist=sizes is None)
+    set_optimizer_state_dict(model, optimizer, state, options=options)
+    assert bits_of(optimizer) == torch.load(path / "bits.pt")
+    assert any(beta > 0 for beta in betas(optimizer)) or cls is AMSGD
+    for param in parameters(optimizer):
+        if param.dim() > 1 and isinstance(param, DTensor):
+            assert optimizer.state[param]["beta"].placements == placements_of_rows(param)
+    take_step(optimizer, 3)
+
+
+@both
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # as it is to be
+def test_a_distributed_checkpoint_of_rows_loads_on_any_number_of_ranks(
+    two_ranks, three_ranks, cls, flatten, tmp_path
+):
+    two_ranks.run(save_rows, cls, (2,), tmp_path, flatten)
+    load_rows(cls, None, tmp_path, flatten)
+    three_ranks.run(load_rows, cls, (3,), tmp_path, flatten)
+
+
+@both
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_distributed_checkpoint_of_rows_loads_on_any_mesh(two_ranks, four_ranks, cls, tmp_path):
+    four_ranks.run(save_rows, cls, (2, 2), tmp_path, False)
+    for ranks, sizes in ((two_ranks, (1, 2)), (two_ranks, (2, 1)), (two_ranks, (2,))):
+        ranks.run(load_rows, cls, sizes, tmp_path, False)
+    four_ranks.run(load_rows, cls, (4,), tmp_path, False)
+    load_rows(cls, None, tmp_path, False)
+
+
+def full_state_dict_of_rows(cls):
+    model = row_model((2,))
+    optimizer = row_optimizer(cls, model, steps=3)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    other = row_model((2,))
+    resumed = row_optimizer(cls, other)
+    set_optimizer_state_dict(other, resumed, state, options=options)
+    assert bits_of(resumed) == bits_of(optimizer)
+    take_step(resumed, 3)
+
+
+@both
+def test_a_full_state_dict_of_rows_loads_on_every_rank(two_ranks, cls):
+    two_ranks.run(full_state_dict_of_rows, cls)
+
+
+def scopes_of_shards(cls):
+    """From one beta a tensor to one a row and back, between steps and by loading."""
+    params = fsdp_parameters(tensors(torch.float64), line())
+    plain = whole_parameters(tensors(torch.float64))
+    optimizers = [two_groups(cls, ps, beta_scope="tensor") for ps in (params, plain)]
+    for step, scope in enumerate(["tensor", "row", "row", "tensor", "row", "global"]):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["beta_scope"] = scope
+            take_step(optimizer, step)
+        assert_agree(*optimizers, 1e-12)
+    for saved_scope, scope in (("tensor", "row"), ("row", "tensor")):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["beta_scope"] = saved_scope
+            take_step(optimizer, 6)
+            saved = optimizer.state_dict()
+            for group in saved["param_groups"]:
+                group["beta_scope"] = scope
+            optimizer.load_state_dict(saved)
+        assert_agree(*optimizers, 1e-12)
+        shape = (6,) if scope == "row" else ()
+        assert optimizers[0].state[params[0]]["beta"].shape == shape
+
+
+@both
+def test_shards_change_their_scope_as_whole_tensors_do(two_ranks, cls):
+    two_ranks.run(scopes_of_shards, cls)
+
+
+def rows_from_torch(cls):
+    torch_cls, options = {
+        AMAdamW: (torch.optim.AdamW, {}),
+        AMSGD: (torch.optim.SGD, {"momentum": 0.9}),
+    }[cls]
+    loaded = []
+    for values in (fsdp_parameters(tensors(), line()), whole_parameters(tensors())):
+        theirs = torch_cls(values, lr=0.01, foreach=False, **options)
+        for step in range(3):
+            take_step(theirs, step)
+        loaded.append(cls(values, beta_scope="row"))
+        loaded[-1].load_state_dict(theirs.state_dict())
+    assert_agree(*loaded, 1e-6)
+    beta = loaded[0].state[parameters(loaded[0])[0]]["beta"]
+    assert beta.shape == (6,) and (beta.to_local() == 0.9).all()
+    assert_steps_agree(*loaded, 1e-5)
+
+
+@both
+def test_torchs_checkpoint_of_shards_loads_for_rows(two_ranks, cls):
+    two_ranks.run(rows_from_torch, cls)
+
+
 # ---- errors and costs -------------------------------------------------------------
 
 
@@ -588,8 +910,8 @@ def test_what_cannot_be_done_with_shards_is_an_error(two_ranks):
     two_ranks.run(errors_on_ranks)
 
 
-def objects_over_steps(cls):
-    optimizer = two_groups(cls, fsdp_parameters(tensors(), line()))
+def objects_over_steps(cls, scope):
+    optimizer = two_groups(cls, fsdp_parameters(tensors(), line()), beta_scope=scope)
     counts = []
     for step in range(12):
         take_step(optimizer, step)
@@ -602,11 +924,12 @@ def objects_over_steps(cls):
 
 
 @both
-def test_a_step_leaves_no_objects_behind(two_ranks, cls):
-    two_ranks.run(objects_over_steps, cls)
+@scopes
+def test_a_step_leaves_no_objects_behind(two_ranks, cls, scope):
+    two_ranks.run(objects_over_steps, cls, scope)
 
 
-def collectives_of_a_step(cls):
+def collectives_of_a_step(cls, scope):
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
     own = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     sharded = fsdp_parameters(tensors(), mesh) + fsdp_parameters(tensors(), mesh["shard"])
@@ -619,18 +942,19 @@ def collectives_of_a_step(cls):
     all_reduce = dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: calls.append(args) or all_reduce(*args, **kwargs)
     try:
-        take_step(two_groups(cls, sharded + unsharded), 0)
+        take_step(two_groups(cls, sharded + unsharded, beta_scope=scope), 0)
         assert len(calls) == 1
         calls.clear()
-        take_step(two_groups(cls, unsharded), 0)
+        take_step(two_groups(cls, unsharded, beta_scope=scope), 0)
         assert calls == []
     finally:
         dist.all_reduce = all_reduce
 
 
 @both
-def test_a_step_needs_one_collective_for_all_its_tensors(two_ranks, cls):
-    two_ranks.run(collectives_of_a_step, cls)
+@scopes
+def test_a_step_needs_one_collective_for_all_its_tensors(two_ranks, cls, scope):
+    two_ranks.run(collectives_of_a_step, cls, scope)
 
 
 def test_the_package_does_not_import_dtensor():

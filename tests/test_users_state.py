@@ -36,7 +36,7 @@ ENTRIES = {
 
 
 def stepped(cls, steps=2, dtype=torch.float32, **options):
-    groups = [Group([(3, 2), ()], dtype), Group([(4,)], dtype, {"weight_decay": 0.1})]
+    groups = [Group([(3, 20), ()], dtype), Group([(4,)], dtype, {"weight_decay": 0.1})]
     return train(make_optimizer(cls, groups, **options), steps)
 
 
@@ -324,7 +324,7 @@ def zeros(param, names):
 
 @both
 @every_backend
-@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("scope", ["tensor", "row", "global"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_step", [False, True])
 def test_zeros_and_step_0_are_a_beginning(cls, backend, scope, dtype, with_step):
@@ -351,9 +351,10 @@ def test_zeros_and_step_0_are_a_beginning(cls, backend, scope, dtype, with_step)
 
 @both
 @every_backend
-def test_a_scalar_that_is_taken_out_is_made_up(cls, backend):
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+def test_a_scalar_that_is_taken_out_is_made_up(cls, backend, scope):
     for name in cls.scalars:
-        optimizer = stepped(cls, backend=backend)
+        optimizer = stepped(cls, backend=backend, beta_scope=scope)
         param = parameters(optimizer)[0]
         del optimizer.state[param][name]
         if name == "step" and cls is AMAdamW:
@@ -365,6 +366,9 @@ def test_a_scalar_that_is_taken_out_is_made_up(cls, backend):
         optimizer.step()
         assert optimizer.state[param].keys() == {*cls.memories, *cls.scalars}
         assert optimizer.state[param]["step"] == (2 if name == "step" else 3)
+        for row_name in cls.row_scalars:
+            shape = (3,) if scope == "row" else ()
+            assert optimizer.state[param][row_name].shape == shape
 
 
 def other_names(names):
@@ -441,7 +445,7 @@ def snapshot_without(optimizer, param):
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("backend", ["foreach", "reference"])
 def test_a_scalar_of_one_dimension_is_refused_before_anything_has_changed(cls, backend):
-    for name in cls.scalars:
+    for name in ("step", "prev_lr"):
         param = torch.nn.Parameter(torch.ones(3))
         param.grad = torch.ones(3)
         optimizer = cls([param], backend=backend)
@@ -451,3 +455,48 @@ def test_a_scalar_of_one_dimension_is_refused_before_anything_has_changed(cls, b
         with pytest.raises(ValueError, match="0-dim"):
             optimizer.step()
         assert snapshot(optimizer) == before
+
+
+@both
+@every_backend
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+def test_one_number_of_any_shape_is_a_beta(cls, backend, scope):
+    """As a checkpoint may have it: of each row, where these have theirs."""
+    for name in cls.row_scalars:
+        optimizer, expected = (stepped(cls, backend=backend, beta_scope=scope) for _ in "ab")
+        for each, shape in ((optimizer, (1, 1)), (expected, ())):
+            for param in parameters(each):
+                each.state[param][name] = torch.full(shape, 0.25)
+        train(optimizer, 1, start=2)
+        train(expected, 1, start=2)
+        assert_same_bits(optimizer, expected)
+
+
+@both
+@every_backend
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+@pytest.mark.parametrize("shape", [(2,), (4,), (20,), (3, 1), (3, 20), (0,)])
+def test_betas_of_neither_one_a_row_nor_one_are_refused(cls, backend, scope, shape):
+    for name in cls.row_scalars:
+        optimizer = stepped(cls, backend=backend, beta_scope=scope)
+        param = parameters(optimizer)[0]
+        optimizer.state[param][name] = torch.zeros(shape)
+        set_gradients(optimizer, step=2)
+        before = snapshot(optimizer)
+        with pytest.raises(ValueError, match=rf"{name} has shape .* it has to be \[\] or \[3\]"):
+            optimizer.step()
+        assert snapshot(optimizer) == before
+
+
+@every_backend
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+def test_betas_of_a_vectors_elements_are_refused(backend, scope):
+    """It has one, whatever the scope."""
+    optimizer = stepped(AMAdamW, backend=backend, beta_scope=scope)
+    vector = parameters(optimizer)[-1]
+    optimizer.state[vector]["beta"] = torch.zeros(4)
+    set_gradients(optimizer, step=2)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"beta has shape \[4\]; .* it has to be \[\]"):
+        optimizer.step()
+    assert snapshot(optimizer) == before

@@ -188,8 +188,8 @@ def check(batch: Batch) -> None:
     Raises:
         TypeError: data that is not dense, real and floating-point; a scalar that is no tensor
             of float32 or float64.
-        ValueError: a gradient or a memory without its parameter's shape or device; a scalar of
-            more than one element.
+        ValueError: a gradient or a memory without its parameter's shape or device; a scalar
+            that is not 0-dim, or one a row where the others of its tensor are so.
         RuntimeError: a parameter or a memory that cannot be updated in place.
     """
     updated = {"param": batch.params, **batch.memories}
@@ -242,9 +242,10 @@ def _check_scalar(scalar: Any, shape: torch.Size, device: torch.device, i: int) 
             f"scalar state of tensor {i} is {kind}; it has to be a float32 or float64 tensor"
         )
     if scalar.shape != shape or scalar.device != device:
+        wanted = f"tensor of shape {list(shape)}" if shape else "0-dim tensor"
         raise ValueError(
             f"scalar state of tensor {i} has shape {list(scalar.shape)} on {scalar.device}; it "
-            f"has to be a tensor of shape {list(shape)} on {device}"
+            f"has to be a {wanted} on {device}"
         )
     if scalar.dim() > 0 and not scalar.is_contiguous():
         raise ValueError(f"scalar state of tensor {i} has to be contiguous")

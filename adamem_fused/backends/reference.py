@@ -131,7 +131,7 @@ def _is_none(idle: Tensor, t: float, eta: float) -> bool:
 def _store(tensor: Tensor, value: Tensor, idle: Tensor) -> None:
     """Replaces the tensor by its segments' values, but for those whose step is none."""
     old = _segments(tensor, idle)
-    new = torch.where(_column(idle).bool(), old, value.reshape(old.shape))
+    new = torch.where(idle.unsqueeze(1), old, value.reshape(old.shape))
     tensor.copy_(new.view(tensor.shape))
 
 
