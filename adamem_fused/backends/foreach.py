@@ -197,8 +197,13 @@ def _pieces(batch: Batch, chunk: _Chunk, by_row: bool) -> list[_Piece]:
 
 
 def _matrices(tensors: list[Tensor]) -> list[tuple[int, int]]:
-    by_length = itertools.groupby(tensors, _row)
-    return [(sum(tensor.shape[0] for tensor in own), length) for length, own in by_length]
+    matrices: list[tuple[int, int]] = []
+    for tensor in tensors:
+        rows, length = tensor.shape[0], _row(tensor)
+        if matrices and matrices[-1][1] == length:
+            rows += matrices.pop()[0]
+        matrices.append((rows, length))
+    return matrices
 
 
 def _slices(tensor: Tensor) -> Sequence[Tensor]:
