@@ -5,7 +5,8 @@ Pure Python, nothing to compile. Reads nothing back from the device, and needs n
 A step of AM-AdamW is some 20 operations, each a pass over its operands. Small tensors are worked
 on together, as one vector, and large ones in slices, so that on a CPU the operands stay in its
 cache: memory is read once for the sums and the update, and twice (44 bytes a float32 parameter)
-for tensors of several slices and where betas are shared. Temporaries are of a slice's size.
+for tensors of several slices and where betas are shared. Where each row has a beta a slice is of
+whole rows, and read once. Temporaries are of a slice's size.
 On two cores a step takes 1.5 to 2.5 times as long as torch.optim.AdamW(foreach=True)'s, one of
 AM-SGD as long; on other devices it is not measured.
 """
