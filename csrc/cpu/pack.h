@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -192,5 +193,67 @@ AM_INLINE Pack<float> load(const BFloat16* p) { return load_16bit(p); }
 AM_INLINE Pack<float> load(const Float16* p) { return load_16bit(p); }
 AM_INLINE void store(BFloat16* p, Pack<float> a) { store_16bit(p, a); }
 AM_INLINE void store(Float16* p, Pack<float> a) { store_16bit(p, a); }
+
+// The first n of a pack's elements in memory: others are read as zeros, and not written.
+template <class S>
+struct First {
+  S* p;
+  int64_t n;
+};
+
+#if defined(__AVX512F__)
+template <class T>
+AM_INLINE auto first_lanes(int64_t n) {
+  using Mask = std::conditional_t<sizeof(T) == 8, __mmask8, __mmask16>;
+  return static_cast<Mask>((1u << n) - 1);
+}
+AM_INLINE Pack<float> load(First<const float> f) {
+  Pack<float> out;
+  out.r[0] = _mm512_maskz_loadu_ps(first_lanes<float>(f.n), f.p);
+  return out;
+}
+AM_INLINE Pack<double> load(First<const double> f) {
+  Pack<double> out;
+  out.r[0] = _mm512_maskz_loadu_pd(first_lanes<double>(f.n), f.p);
+  return out;
+}
+template <class S>
+AM_INLINE Pack<float> load(First<const S> f) {
+  Pack<float> out;
+  out.r[0] = widen((Half)_mm256_maskz_loadu_epi16(first_lanes<float>(f.n), f.p), S{});
+  return out;
+}
+AM_INLINE void store(First<float> f, Pack<float> a) {
+  _mm512_mask_storeu_ps(f.p, first_lanes<float>(f.n), a.r[0]);
+}
+AM_INLINE void store(First<double> f, Pack<double> a) {
+  _mm512_mask_storeu_pd(f.p, first_lanes<double>(f.n), a.r[0]);
+}
+template <class S>
+AM_INLINE void store(First<S> f, Pack<float> a) {
+  _mm256_mask_storeu_epi16(f.p, first_lanes<float>(f.n), (__m256i)narrow(a.r[0], S{}));
+}
+#else
+template <class S>
+constexpr int kLanesOf = 64 / (sizeof(S) == 8 ? 8 : 4);
+
+template <class S>
+AM_INLINE auto load(First<const S> f) {
+  S all[kLanesOf<S>] = {};
+  std::memcpy(all, f.p, f.n * sizeof(S));
+  return load(all);
+}
+template <class S, class T>
+AM_INLINE void store(First<S> f, Pack<T> a) {
+  S all[kLanesOf<S>];
+  store(all, a);
+  std::memcpy(f.p, all, f.n * sizeof(S));
+}
+#endif
+
+template <class S>
+AM_INLINE auto load(First<S> f) {
+  return load(First<const S>{f.p, f.n});
+}
 
 }  // namespace
