@@ -46,7 +46,8 @@ def library() -> ctypes.CDLL:
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
-        compile_cpp(unfinished, "-shared", "-fPIC", "-x", "c++", *cuda_library.sources())
+        sources = [*cuda_library.sources(), HEADERS / "shared_memory.cpp"]
+        compile_cpp(unfinished, "-shared", "-fPIC", "-x", "c++", *sources)
         unfinished.replace(path)
     return ctypes.CDLL(str(path))
 
