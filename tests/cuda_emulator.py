@@ -62,6 +62,13 @@ def play(driver: int = 13000, has_code: bool = True, is_capturing: bool = False)
     library().emulation_play(driver, has_code, is_capturing)
 
 
+def traffic() -> tuple[int, int]:
+    """The bytes read and written since the last call, by accesses of several elements."""
+    read, written = ctypes.c_int64(), ctypes.c_int64()
+    library().emulation_traffic(ctypes.byref(read), ctypes.byref(written))
+    return read.value, written.value
+
+
 @contextmanager
 def _on(device: torch.device) -> Iterator[ctypes.c_void_p]:
     yield ctypes.c_void_p()
@@ -77,6 +84,7 @@ def emulate(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(cuda, "_on", _on)
     patch.setattr(cuda, "unavailable", _unavailable)
     cuda._kernels.cache_clear()
+    cuda._longest_row.cache_clear()
     set_blocks(resident=3, running=1)
     play()
 

@@ -239,7 +239,8 @@ struct Elements {
   __device__ __forceinline__ void for_each_piece(Team team, F f) const {
     const int width = team.width();
     const int apart = width * kSpan;
-    const int first = team.rank / width * (width * kVector) + team.rank % width * kSpan;
+    const int lane = team.rank & (width - 1);
+    const int first = (team.rank - lane) * kVector + lane * kSpan;
     bool is_aligned = param.is_aligned() && grad.is_aligned();
     for (const auto& memory : memories) is_aligned = is_aligned && memory.is_aligned();
     int slot = team.rank;

@@ -45,19 +45,20 @@ template <class O>
 cudaError_t launch_rows(const Step& step, const Bucket& bucket, void* stream) {
   constexpr int kVector = O::Chunk::kVector;
   constexpr int kMost = most_threads(O::Chunk::kBlocks);
-  RowsLaunch rows = {kLeastTeam, 0};
+  RowsLaunch rows = {kLeastTeam, 1, 0};
   while (rows.team < kMost && rows.team * kElementsEach < bucket.row) rows.team *= 2;
   const int threads = rows.team > kWarp ? rows.team : kThreads;
+  rows.teams = threads / rows.team;
   int bytes = 0;
   if (step.part == kWhole) {
     const cudaError_t error = shared_bytes(static_cast<int>(step.device), &bytes);
     if (error != cudaSuccess) return error;
-    const int teams = threads / rows.team, width = rows.team < kWarp ? rows.team : kWarp;
+    const int width = rows.team < kWarp ? rows.team : kWarp;
     const int wanted = (static_cast<int>(bucket.row) + kVector - 1) / kVector;
-    const int most_slots = bytes / (teams * HeldBy<O>::kSlotBytes);
+    const int most_slots = bytes / (rows.teams * HeldBy<O>::kSlotBytes);
     rows.slots = ((wanted < most_slots ? wanted : most_slots) + width - 1) / width * width;
     if (rows.slots > most_slots) rows.slots -= width;
-    bytes = teams * rows.slots * HeldBy<O>::kSlotBytes;
+    bytes = rows.teams * rows.slots * HeldBy<O>::kSlotBytes;
   }
   return launch_blocks(rows_kernel<O>, bucket.chunks, threads, bytes, step, stream, step, bucket,
                        rows);

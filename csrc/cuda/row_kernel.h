@@ -27,7 +27,8 @@ constexpr int most_threads(int blocks) { return blocks < 4 ? 2 * kThreads : 4 * 
 
 // How a launch's blocks are divided.
 struct RowsLaunch {
-  int team;   // threads to a row
+  int team;   // threads to a row, a power of 2
+  int teams;  // of a block; 1 where a warp is not enough
   int slots;  // pieces that a team can hold
 };
 
@@ -163,9 +164,8 @@ __global__ void __launch_bounds__(most_threads(O::Chunk::kBlocks), 1)
   // Read anew for every row, as the addresses are: there are no registers to keep them in.
   const typename O::TensorRow& line = O::row(step, place.unit);
   if (line.begin == kNothing && step.part != kBegin) return;
-  const int teams = static_cast<int>(blockDim.x) / launch.team;
   const int own = static_cast<int>(threadIdx.x) / launch.team;
-  const Team team = {static_cast<int>(threadIdx.x) % launch.team, launch.team};
+  const Team team = {static_cast<int>(threadIdx.x) & (launch.team - 1), launch.team};
   auto* parts = reinterpret_cast<typename HeldBy<O>::Part*>(shared_memory);
   const int each = launch.slots * (HeldBy<O>::kSlotBytes / sizeof(*parts));
   const HeldBy<O> held = {parts + own * each, launch.slots};
@@ -175,8 +175,8 @@ __global__ void __launch_bounds__(most_threads(O::Chunk::kBlocks), 1)
   const bool is_done = line.begin == kNothing || !O::has_sums(line);
   const bool holds = step.part == kWhole && !is_done && !may_be_none(line) &&
                      place.numel <= launch.slots * kVector;
-  int turn = 0;
-  for (int i = own; i - own < place.count; i += teams, turn ^= 1) {
+  for (int first = 0; first < place.count; first += launch.teams) {
+    const int i = first + own;
     // A team without a row goes along: its warp's others may have one.
     const bool exists = i < place.count;
     const int64_t k = place.first + (exists ? i : 0);
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(most_threads(O::Chunk::kBlocks), 1)
       }
       sums = {static_cast<double>(num), static_cast<double>(den)};
     }
-    sums = add_over_team(warps[turn], team, sums.num, sums.den);
+    sums = add_over_team(warps[first & 1], team, sums.num, sums.den);
     if (step.part != kFinish) sums = O::chunk_sums(line, sums);
     if (!exists) continue;
     if (step.part == kBegin) {

@@ -71,6 +71,9 @@ inline int driver_version = 13000;
 inline bool has_code = true;  // for the device
 inline bool is_capturing = false;
 
+// Bytes that accesses of several elements have taken, since they were last asked for.
+inline std::atomic<int64_t> read_bytes{0}, written_bytes{0};
+
 inline std::set<const void*> loaded;                 // kernels
 inline std::map<const void*, size_t> allowed_bytes;  // of shared memory, where it was asked for
 
@@ -297,6 +300,7 @@ inline double __shfl_xor_sync(unsigned, double value, int mask) {
 template <class Word>
 Word __ldcs(const Word* p) {
   emulation::current->note_access(p);
+  emulation::read_bytes += sizeof(Word);
   return *p;
 }
 template <class Word>
@@ -306,6 +310,7 @@ Word __ldcg(const Word* p) {
 template <class Word>
 void __stcs(Word* p, Word value) {
   emulation::current->note_access(p);
+  emulation::written_bytes += sizeof(Word);
   *p = value;
 }
 
@@ -417,6 +422,12 @@ inline __attribute__((used, visibility("default"))) void emulation_play(int driv
   emulation::driver_version = driver_version;
   emulation::has_code = has_code;
   emulation::is_capturing = is_capturing;
+}
+
+inline __attribute__((used, visibility("default"))) void emulation_traffic(int64_t* read,
+                                                                           int64_t* written) {
+  *read = emulation::read_bytes.exchange(0);
+  *written = emulation::written_bytes.exchange(0);
 }
 
 // As in a new process.
