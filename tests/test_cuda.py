@@ -492,6 +492,30 @@ def test_begin_writes_nothing_of_rows_that_are_held(cls):
     assert (rows[:, 1] > 0).all()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("given", [False, True])
+def test_rows_whose_elements_are_elsewhere_have_betas_too(cls, given):
+    """As where columns are sharded and this rank has none: by the rows, or those of no elements."""
+    pair = [
+        make_optimizer(cls, [Group([(5, 20), (3,)])], name, beta_scope="row")
+        for name in ("reference", "cuda")
+    ]
+    rows = torch.rand(6, 2, dtype=torch.float64) if given else None
+    for step in range(3):
+        set_gradients(*pair, step=step)
+        for optimizer in pair:
+            (work,) = optimizer._collect()
+            for tensors in work.batch.lists()[: 2 + len(work.batch.memories)]:
+                tensors[0] = tensors[0][:, :0]
+            optimizer._finish(work.backend, work.batch, rows, None, None)
+        states = [optimizer.state[parameters(optimizer)[0]] for optimizer in pair]
+        for name in ("step", "prev_lr", "beta", "beta_prod"):
+            if name in states[0]:
+                torch.testing.assert_close(states[1][name], states[0][name], rtol=1e-6, atol=0.0)
+    assert states[1]["beta"].any() == given
+
+
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_scopes_in_one_batch_agree_with_the_reference(short_rows, cls):
     shapes = [(5, 60), (3, 900), (40,)]

@@ -90,8 +90,6 @@ struct Column {
 
   __device__ bool is_aligned() const { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-  __device__ void skip(int64_t count) { data += count; }
-
   // Each span of a piece in one access. One element may lie anywhere.
   template <Use kUse, int kSpan, int kCount>
   __device__ void load(Piece<kSpan, kCount> piece, T (&out)[kCount]) const {
@@ -155,8 +153,6 @@ struct Column<T, AnyType> {
 
   __device__ bool is_aligned() const { return false; }
 
-  __device__ void skip(int64_t count) { address += count * bytes_of(dtype); }
-
   template <Use kUse, int kSpan, int kCount>
   __device__ void load(Piece<kSpan, kCount> piece, T (&out)[kCount]) const {
     visit([&](auto* data) { out[0] = widen<T>(data[piece.k]); });
@@ -217,17 +213,6 @@ struct Elements {
 #pragma unroll
     for (int m = 0; m < kMemories; ++m)
       memories[m] = memories[m].at(address(2 + m), begin, b.dtypes[2 + m]);
-  }
-
-  // A run of so many elements that begins so far behind.
-  __device__ Elements at(int64_t begin, int count) const {
-    Elements result = *this;
-    result.param.skip(begin);
-    result.grad.skip(begin);
-#pragma unroll
-    for (auto& memory : result.memories) memory.skip(begin);
-    result.length = count;
-    return result;
   }
 
   // Calls f(piece) for each of the thread's pieces: kVector elements, or single ones where they are

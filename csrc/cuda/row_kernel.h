@@ -13,8 +13,6 @@ namespace am::cuda {
 
 extern __shared__ uint4 shared_memory[];
 
-// How many elements of a row a thread has, of those that the row may have at most.
-constexpr int kElementsEach = 8;
 // So that a team's access to a list takes whole sectors of 32 bytes.
 constexpr int kLeastTeam = 4;
 // The longest piece of a warp, and what a block holds at most of an element.
