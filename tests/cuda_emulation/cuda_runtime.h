@@ -113,6 +113,8 @@ class Block {
       random_ = random_ * 6364136223846793005u + 1442695040888963407u;
       const unsigned first = static_cast<unsigned>(random_ >> 40) % threads();
       const bool backwards = random_ >> 33 & 1;
+      // Now and then a warp gets as far ahead of the others as it can.
+      if (random_ >> 60 == 0) run_ahead(first / kWarp * kWarp);
       for (unsigned k = 0; k < threads(); ++k) {
         index_ = (first + (backwards ? threads() - k : k)) % threads();
         if (!fibers_[index_].is_done) resume(fibers_[index_]);
@@ -230,6 +232,16 @@ class Block {
       barrier.waiting = 0;
       ++barrier.round;
     }
+  }
+
+  void run_ahead(unsigned begin) {
+    const unsigned end = std::min(begin + kWarp, threads());
+    do {
+      has_moved_ = false;
+      for (index_ = begin; index_ < end; ++index_)
+        if (!fibers_[index_].is_done) resume(fibers_[index_]);
+    } while (has_moved_);
+    has_moved_ = true;
   }
 
   void resume(Fiber& fiber) {
