@@ -237,13 +237,48 @@ AM_INLINE void store(First<S> f, Pack<float> a) {
 template <class S>
 constexpr int kLanesOf = 64 / (sizeof(S) == 8 ? 8 : 4);
 
+#if defined(__AVX2__)
+// A register's lanes that are among the first n.
+AM_INLINE __m256i first_lanes(int64_t n, float) {
+  const __m256i lanes = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lanes);
+}
+AM_INLINE __m256i first_lanes(int64_t n, double) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_set_epi64x(3, 2, 1, 0));
+}
+AM_INLINE __m256 masked_load(const float* p, __m256i mask) { return _mm256_maskload_ps(p, mask); }
+AM_INLINE __m256d masked_load(const double* p, __m256i mask) { return _mm256_maskload_pd(p, mask); }
+AM_INLINE void masked_store(float* p, __m256i mask, __m256 a) { _mm256_maskstore_ps(p, mask, a); }
+AM_INLINE void masked_store(double* p, __m256i mask, __m256d a) { _mm256_maskstore_pd(p, mask, a); }
+
+template <class T, class = std::enable_if_t<std::is_floating_point_v<T> > >
+AM_INLINE Pack<T> load(First<const T> f) {
+  constexpr int kEach = Pack<T>::kRegisterLanes;
+  Pack<T> out;
+  for (int k = 0; k < Pack<T>::kRegisters; ++k)
+    out.r[k] = masked_load(f.p + k * kEach, first_lanes(f.n - k * kEach, T{}));
+  return out;
+}
+template <class T, class = std::enable_if_t<std::is_floating_point_v<T> > >
+AM_INLINE void store(First<T> f, Pack<T> a) {
+  constexpr int kEach = Pack<T>::kRegisterLanes;
+  for (int k = 0; k < Pack<T>::kRegisters; ++k)
+    masked_store(f.p + k * kEach, first_lanes(f.n - k * kEach, T{}), a.r[k]);
+}
 template <class S>
+constexpr bool kIsCopied = !std::is_floating_point_v<S>;
+#else
+template <class S>
+constexpr bool kIsCopied = true;
+#endif
+
+template <class S, class = std::enable_if_t<kIsCopied<S> >, class = void>
 AM_INLINE auto load(First<const S> f) {
   S all[kLanesOf<S>] = {};
   std::memcpy(all, f.p, f.n * sizeof(S));
   return load(all);
 }
-template <class S, class T>
+template <class S, class T, class = std::enable_if_t<kIsCopied<S> > >
 AM_INLINE void store(First<S> f, Pack<T> a) {
   S all[kLanesOf<S>];
   store(all, a);
