@@ -61,7 +61,15 @@ def small_blocks(monkeypatch):
     if INTERPRETED:
         from adamem_fused.triton_kernels.config import Config
 
-        config = Config(chunk=512, block=256, num_warps=1, partials=2, programs=3)
+        config = Config(
+            chunk=512,
+            block=256,
+            num_warps=1,
+            partials=2,
+            programs=3,
+            tile=128,
+            longest_row=256,
+        )
         monkeypatch.setattr(triton, "_config", lambda device: config)
 
 

@@ -51,7 +51,7 @@ ARGUMENTS = {
     "layout": "*i64",
     "hypers": "*fp64",
     "lrs": "*i64",
-    "chunk_tensors": "*i32",
+    "chunk_units": "*i32",
     "arrived": "*i32",
     "partials": "*fp64",
     "totals": "*fp64",
@@ -60,19 +60,33 @@ ARGUMENTS = {
     "grad_scale": "*fp32",
     "found_inf": "*fp32",
     "n": "i32",
+    "units": "i32",
     "chunks": "i32",
     "first_chunk": "i32",
     "last_chunk": "i32",
 }
 
 
+def config_of(target):
+    return config_for(target.backend, target.arch // 10 if target.backend == "cuda" else 9)
+
+
 @functools.cache
-def compile_kernel(kind, name, target, dtypes=DTYPES["float32"], seam=False, absent=(), decay=True):
+def compile_kernel(
+    kind,
+    name,
+    target,
+    dtypes=DTYPES["float32"],
+    seam=False,
+    absent=(),
+    decay=True,
+    row=1024,
+    half="WHOLE",
+):
     """The kernel compiled as the backend launches it on such a device, some arguments None."""
-    kernel = getattr(kernels, name)
-    major = target.arch // 10 if target.backend == "cuda" else 9
-    config = config_for(target.backend, major)
+    kernel, config = getattr(kernels, name), config_of(target)
     param, grad, memory = dtypes
+    tile, row_options = config.tile_of(row, memory)
     constants = {
         "PARAM": param,
         "GRAD": grad,
@@ -81,6 +95,10 @@ def compile_kernel(kind, name, target, dtypes=DTYPES["float32"], seam=False, abs
         "T": memory,
         "ADAMW": kind == "adamw",
         "SEAM": seam,
+        "ROWS_SEAM": seam,
+        "PASS": getattr(kernels, half),
+        "HEIGHT": tile // row,
+        "WIDTH": row,
         "DECAY": decay,
         "CHUNK": config.chunk,
         "BLOCK": config.block_of(memory),
@@ -94,6 +112,8 @@ def compile_kernel(kind, name, target, dtypes=DTYPES["float32"], seam=False, abs
     options = {"num_warps": 1 if name == "am_prepare" else config.num_warps}
     if name in ("am_begin", "am_finish"):
         options = config.options(memory)
+    if name == "am_rows":
+        options = row_options
     return triton.compile(
         ASTSource(kernel, signature=signature, constexprs=constants),
         target=target,
@@ -121,6 +141,11 @@ def check_spills(compiled, target, tmp_path, stack=0) -> None:
     # Spilled registers lie in local memory, on the stack.
     found = re.search(r"STACK:(\d+) .*LOCAL:0", usage)
     assert found is not None and int(found[1]) <= stack, usage
+
+
+def longest_row(target, memory) -> int:
+    longest = config_of(target).longest_row
+    return longest // 2 if memory == tl.float64 else longest
 
 
 def target_name(target) -> str:
@@ -159,6 +184,39 @@ def test_begin_without_a_scaler_compiles_without_spills(kind, decay, dtypes, tar
 def test_tensor_kernels_compile_without_spills(kind, name, absent, target, tmp_path):
     # Triton 3.6 has 8 bytes of stack in one of these, which is as good: a program is one tensor's.
     check_spills(compile_kernel(kind, name, target, absent=absent), target, tmp_path, stack=8)
+
+
+@pytest.mark.parametrize("target", [CUDA[1], HIP], ids=target_name)
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("row", [1, 16, 128, 1024, None])
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_rows_that_a_program_holds_are_held_in_registers(kind, row, dtypes, target, tmp_path):
+    """From the shortest to the longest."""
+    dtypes = DTYPES[dtypes]
+    row = row or longest_row(target, dtypes[-1])
+    compiled = compile_kernel(kind, "am_rows", target, dtypes, absent=("rows",), row=row)
+    check_spills(compiled, target, tmp_path)
+
+
+@pytest.mark.parametrize("target", CUDA, ids=target_name)
+@pytest.mark.parametrize("row", [16, 256, 1024])
+@pytest.mark.parametrize("kind, arrays", [("adamw", 4), ("sgd", 3)])
+def test_rows_are_accessed_16_bytes_at_a_time_and_once(kind, arrays, row, target):
+    """A thread's 16 elements of float32 rows are four accesses of 128 bits."""
+    ptx = compile_kernel(kind, "am_rows", target, absent=("rows",), row=row).asm["ptx"]
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 4 * arrays
+    assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == 4 * (arrays - 1)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("row", [16, 1024])
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_rows_in_halves_are_added_in_the_order_of_whole_ones(kind, row, dtypes):
+    whole, begin = (
+        reductions(kind, "am_rows", dtypes, absent=absent, row=row, half=half)
+        for half, absent in (("WHOLE", ("rows",)), ("BEGIN", ()))
+    )
+    assert len(begin) == 2 and whole[:2] == begin
 
 
 def vectors(counts, kind, name, seam) -> int:
@@ -312,9 +370,9 @@ def float_operations(kind, name, dtypes, seam=False, absent=()) -> Counter[str]:
     return Counter(re.findall(r"\b(?:fma|mul|add|div|sqrt)(?:\.\w+)*\.f(?:32|64)\b", ptx))
 
 
-def reductions(kind, name, dtypes, seam=False, absent=()) -> list[str]:
+def reductions(kind, name, dtypes, seam=False, absent=(), **rows) -> list[str]:
     """The sums over a block, each with how threads share it."""
-    ttgir = compile_kernel(kind, name, CUDA[1], dtypes, seam, absent).asm["ttgir"]
+    ttgir = compile_kernel(kind, name, CUDA[1], dtypes, seam, absent, **rows).asm["ttgir"]
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
     operands = re.findall(r'"tt\.reduce"\(.*?\}\) : \((.*?)\)', ttgir, re.DOTALL)
     return [re.sub(r"#\w+", lambda name: layouts[name.group()], each) for each in operands]

@@ -13,6 +13,8 @@ class Config(NamedTuple):
     num_warps: int
     partials: int  # partial sums that are added at a time
     programs: int  # on each multiprocessor; so many are launched of finish
+    tile: int  # elements of rows that num_warps hold at a time, half as many of float64
+    longest_row: int  # of which a program holds all elements; half as long of float64
     registers: int | None = None  # that a thread may take; None: the compiler's choice
 
     def block_of(self, arithmetic: tl.dtype) -> int:
@@ -23,6 +25,13 @@ class Config(NamedTuple):
         if self.registers is None or arithmetic == tl.float64:
             return {"num_warps": self.num_warps}
         return {"num_warps": self.num_warps, "maxnreg": self.registers}
+
+    def tile_of(self, row: int, arithmetic: tl.dtype) -> tuple[int, dict[str, int]]:
+        """How many elements of rows of this length a program holds; how it is compiled."""
+        least = self.tile // 2 if arithmetic == tl.float64 else self.tile
+        tile = max(least, row)
+        options = self.options(arithmetic)
+        return tile, {**options, "num_warps": options["num_warps"] * (tile // least)}
 
 
 # Predicted from data sheets and from what the compiler reports, not measured yet: `python -m
@@ -53,14 +62,37 @@ class Config(NamedTuple):
 CONFIGS: dict[tuple[str, int], Config] = {
     **{
         ("cuda", major): Config(
-            chunk=8192, block=1024, num_warps=4, partials=1024, programs=4, registers=128
+            chunk=8192,
+            block=1024,
+            num_warps=4,
+            partials=1024,
+            programs=4,
+            tile=2048,
+            longest_row=8192,
+            registers=128,
         )
         for major in (8, 9, 10)
     },
     # A warp has 64 threads here.
-    ("hip", 9): Config(chunk=8192, block=2048, num_warps=4, partials=1024, programs=2),
+    ("hip", 9): Config(
+        chunk=8192,
+        block=2048,
+        num_warps=4,
+        partials=1024,
+        programs=2,
+        tile=4096,
+        longest_row=8192,
+    ),
     # Triton's interpreter takes milliseconds a program, whatever its size, one after the other.
-    ("interpreter", 0): Config(chunk=16384, block=16384, num_warps=1, partials=512, programs=2),
+    ("interpreter", 0): Config(
+        chunk=16384,
+        block=16384,
+        num_warps=1,
+        partials=512,
+        programs=2,
+        tile=16384,
+        longest_row=16384,
+    ),
 }
 
 
