@@ -188,24 +188,25 @@ def test_tensor_kernels_compile_without_spills(kind, name, absent, target, tmp_p
 
 @pytest.mark.parametrize("target", [CUDA[1], HIP], ids=target_name)
 @pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("row", [1, 16, 128, 1024, None])
+@pytest.mark.parametrize("row", [16, 128, 1024, 2048, None])
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_rows_that_a_program_holds_are_held_in_registers(kind, row, dtypes, target, tmp_path):
-    """From the shortest to the longest."""
-    dtypes = DTYPES[dtypes]
-    row = row or longest_row(target, dtypes[-1])
-    compiled = compile_kernel(kind, "am_rows", target, dtypes, absent=("rows",), row=row)
-    check_spills(compiled, target, tmp_path)
+    """From short ones to the longest, of which in float64 some lie in L1."""
+    longest = longest_row(target, DTYPES[dtypes][-1])
+    compiled = compile_kernel(
+        kind, "am_rows", target, DTYPES[dtypes], absent=("rows",), row=row or longest
+    )
+    check_spills(compiled, target, tmp_path, stack=0 if row or dtypes != "float64" else 128)
 
 
 @pytest.mark.parametrize("target", CUDA, ids=target_name)
-@pytest.mark.parametrize("row", [16, 256, 1024])
+@pytest.mark.parametrize("row, accesses", [(16, 2), (256, 2), (1024, 2), (4096, 4)])
 @pytest.mark.parametrize("kind, arrays", [("adamw", 4), ("sgd", 3)])
-def test_rows_are_accessed_16_bytes_at_a_time_and_once(kind, arrays, row, target):
-    """A thread's 16 elements of float32 rows are four accesses of 128 bits."""
+def test_rows_are_accessed_16_bytes_at_a_time_and_once(kind, arrays, row, accesses, target):
+    """A thread's 8 or 16 elements of float32 rows are two or four accesses of 128 bits."""
     ptx = compile_kernel(kind, "am_rows", target, absent=("rows",), row=row).asm["ptx"]
-    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 4 * arrays
-    assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == 4 * (arrays - 1)
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == accesses * arrays
+    assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == accesses * (arrays - 1)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
@@ -217,6 +218,15 @@ def test_rows_in_halves_are_added_in_the_order_of_whole_ones(kind, row, dtypes):
         for half, absent in (("WHOLE", ("rows",)), ("BEGIN", ()))
     )
     assert len(begin) == 2 and whole[:2] == begin
+
+
+@pytest.mark.parametrize("target", CUDA, ids=target_name)
+@pytest.mark.parametrize("half, absent", [("WHOLE", ("rows",)), ("FINISH", ())])
+def test_a_row_is_written_when_all_of_its_threads_have_read(half, absent, target):
+    """Threads of several warps read one beta_prod, and before the elements."""
+    ptx = compile_kernel("adamw", "am_rows", target, absent=absent, half=half).asm["ptx"]
+    read = ptx.rindex("ld.global.v4")
+    assert "bar.sync" in ptx[read : ptx.index("st.global", read)]
 
 
 def vectors(counts, kind, name, seam) -> int:
@@ -290,14 +300,14 @@ def compiled(monkeypatch) -> list:
 
 def make_optimizer(cls, groups, **options):
     """Each group has one tensor."""
-    params = [torch.zeros(2000 * (i + 1), requires_grad=True) for i in range(groups)]
+    params = [torch.zeros(2000 * (i + 1), 60, requires_grad=True) for i in range(groups)]
     for param in params:
         param.grad = torch.ones_like(param)
     return cls([{"params": param} for param in params], backend="triton", **options)
 
 
 @pytest.mark.parametrize("cls", [AMAdamW, AMSGD])
-@pytest.mark.parametrize("scope, launches", [("tensor", 3), ("global", 5)])
+@pytest.mark.parametrize("scope, launches", [("tensor", 3), ("global", 5), ("row", 2)])
 def test_a_step_is_compiled_once_for_any_tensors_and_groups(compiled, cls, scope, launches):
     """Tables begin where they do: at multiples of 16 bytes, or not."""
     for groups in (1, 2, 3):
@@ -351,6 +361,8 @@ def test_a_chunk_that_arrives_is_ordered(kind, target):
         assert not re.search(
             r"\b(?:atom|red)\.", compile_kernel(kind, name, target, seam=seam).asm["ptx"]
         )
+    rows = compile_kernel(kind, "am_rows", target, absent=("rows",)).asm["ptx"]
+    assert not re.search(r"\b(?:atom|red)\.", rows)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])

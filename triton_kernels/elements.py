@@ -124,9 +124,8 @@ def adamw_coefficients(h, step, prev_lr, grad_scale):
 def adamw_corrected(c, beta_max, beta_prod):
     """The coefficients, of float64, with the bias_correction1 of segments with this beta_prod."""
     bias_correction1 = 1.0 - beta_max * beta_prod
-    return AdamWCoefficients(
-        *c[:3], c.root_scale * bias_correction1, c.eps * bias_correction1, *c[5:]
-    )
+    corrected = (c.root_scale * bias_correction1, c.eps * bias_correction1)
+    return AdamWCoefficients(*(c[:3] + corrected + c[5:]))
 
 
 @triton.jit

@@ -5,18 +5,20 @@ elsewhere), step, beta_prod where ADAMW, prev_lr, beta.
 
 prepare works out a unit's coefficients.
 
-A unit of rows is done by the rows kernel: a program loads as many rows as it can hold, takes their
+A unit of rows is done by the rows kernel. A program loads as many rows as it can hold, takes their
 num and den, and with their betas updates what it holds: one reading, with either plane, and nothing
 to repair. Where num and den are asked for, one launch writes them, and a later one takes what it
 finds in their place.
 
-Of an ordinary unit begin takes a chunk's num and den, and, where the unit guesses, updates the chunk
-with the cap for beta while it does so. The last program of a unit to arrive adds its partial sums in
-a fixed order, so that two runs give the same bits, writes its scalars, and leaves in coefficients
-what finish is to do: nothing, a repair, or the update. A unit of one chunk is finished by its program
-at once. With the SEAM begin leaves the partial sums alone, and the beta kernel does the rest.
+Of an ordinary unit begin takes a chunk's num and den, and, where the unit guesses, updates the
+chunk with the cap for beta while it does so. The last program of a unit to arrive adds its partial
+sums in a fixed order, so that two runs give the same bits, writes its scalars, and leaves in
+coefficients what finish is to do: nothing, a repair, or the update. A unit of one chunk is finished
+by its program at once. With the SEAM begin leaves the partial sums alone, and the beta kernel does
+the rest.
 
-No program waits for another. With found_inf not 0 nothing is written but scratch, and rows of zeros.
+No program waits for another. With found_inf not 0 nothing is written but scratch, and rows of
+zeros.
 """
 
 import triton
@@ -58,20 +60,23 @@ from adamem_fused.triton_kernels.tables import (
     column,
     data_pointer,
     ends,
+    find_scalar,
     is_aligned,
     is_skipped,
     load_elements,
+    load_scalars,
     load_tile,
     masked,
     place,
-    read_scalars,
+    read_scalar,
     rows_of,
     sgd_hyper,
     shared_of,
     store_elements,
+    store_scalars,
     store_tile,
     tile,
-    write_scalars,
+    write_scalar,
 )
 
 # Columns of coefficients; what the elements read lies behind them.
@@ -135,11 +140,11 @@ def _count_step(addresses, layout, row, n, units, i, ADAMW: tl.constexpr):
     """Writes the step and prev_lr of a unit's tensor."""
     step, lr = tl.load(row + STEP), tl.load(row + LR)
     if ADAMW:
-        write_scalars(addresses, layout, 4, 0, n, units, i, step + 1.0)
-        write_scalars(addresses, layout, 4, 2, n, units, i, lr)
+        write_scalar(addresses, layout, 4, 0, n, units, i, step + 1.0)
+        write_scalar(addresses, layout, 4, 2, n, units, i, lr)
     else:
-        write_scalars(addresses, layout, 3, 0, n, units, i, step + 1.0)
-        write_scalars(addresses, layout, 3, 1, n, units, i, lr)
+        write_scalar(addresses, layout, 3, 0, n, units, i, step + 1.0)
+        write_scalar(addresses, layout, 3, 1, n, units, i, lr)
 
 
 @triton.jit
@@ -156,12 +161,12 @@ def _set_beta(addresses, layout, row, n, units, i, num, den, ADAMW: tl.constexpr
         take = tl.where(guesses, (beta_max - beta) / tl.where(guesses, beta_max, 1.0), take)
         if not idle:
             beta_prod = tl.load(row + BETA_PROD) * beta
-            write_scalars(addresses, layout, 4, 1, n, units, i, beta_prod, segment)
-            write_scalars(addresses, layout, 4, 3, n, units, i, beta, segment)
+            write_scalar(addresses, layout, 4, 1, n, units, i, beta_prod, segment)
+            write_scalar(addresses, layout, 4, 3, n, units, i, beta, segment)
     else:
         rest = tl.where(idle, DONE, UPDATE)
         if not idle:
-            write_scalars(addresses, layout, 3, 2, n, units, i, beta, segment)
+            write_scalar(addresses, layout, 3, 2, n, units, i, beta, segment)
     if not idle:
         # Of a tensor of several units each writes the same.
         _count_step(addresses, layout, row, n, units, i, ADAMW)
@@ -369,13 +374,13 @@ def am_prepare(
     row = coefficients + COEFFICIENTS * i
     if ADAMW:
         h = adamw_hyper(hypers, lrs, group)
-        step = read_scalars(addresses, layout, 4, 0, n, units, i)
-        prev_lr = read_scalars(addresses, layout, 4, 2, n, units, i)
+        step = read_scalar(addresses, layout, 4, 0, n, units, i)
+        prev_lr = read_scalar(addresses, layout, 4, 2, n, units, i)
         # Those of rows are left to the rows kernel: with 0 nothing is corrected.
         beta_prod = tl.zeros((), tl.float64)
         if rows == NO_ROWS:
             segment = column(layout, ROW, units, i)
-            beta_prod = read_scalars(addresses, layout, 4, 1, n, units, i, segment)
+            beta_prod = read_scalar(addresses, layout, 4, 1, n, units, i, segment)
         c = adamw_coefficients(h, step, prev_lr, grad_scale)
         c = adamw_corrected(c, h.beta_max, beta_prod)
         # A repair reads the gradient once more: it may not be what was written.
@@ -386,8 +391,8 @@ def am_prepare(
         tl.store(row + GUESSES, guesses.to(tl.float64))
     else:
         h = sgd_hyper(hypers, lrs, group)
-        step = read_scalars(addresses, layout, 3, 0, n, units, i)
-        prev_lr = read_scalars(addresses, layout, 3, 1, n, units, i)
+        step = read_scalar(addresses, layout, 3, 0, n, units, i)
+        prev_lr = read_scalar(addresses, layout, 3, 1, n, units, i)
         c = sgd_coefficients(h, step, prev_lr, grad_scale)
     tl.store(row + STEP, step)
     tl.store(row + BETA_MAX, h.beta_max)
@@ -414,7 +419,7 @@ def am_rows(
     T: tl.constexpr, ADAMW: tl.constexpr, DECAY: tl.constexpr, PASS: tl.constexpr,
     CHUNK: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Rows of at most WIDTH elements, HEIGHT at a time, from first_chunk on. One program a chunk."""
+    """Rows of up to WIDTH elements, HEIGHT at a time, from first_chunk on. One program a chunk."""
     skipped = is_skipped(found_inf)
     if PASS != BEGIN:
         if skipped:
@@ -432,14 +437,17 @@ def am_rows(
     step, lr = tl.load(row + STEP), tl.load(row + LR)
     c = _load_coefficients(row, tl.float64, ADAMW)
     seam = 2 * (column(layout, FIRST_SEGMENT, units, i) + first)
+    if ADAMW:
+        beta_prods, is_double = find_scalar(addresses, layout, 4, 1, n, units, i)
+        betas, is_double_beta = find_scalar(addresses, layout, 4, 3, n, units, i)
+    else:
+        betas, is_double_beta = find_scalar(addresses, layout, 3, 2, n, units, i)
     for k in range(0, count, HEIGHT):
         places = k + tl.arange(0, HEIGHT)
         active = places < count
         own = c
         if ADAMW:
-            beta_prod = read_scalars(
-                addresses, layout, 4, 1, n, units, i, first + places, active
-            )  # fmt: skip
+            beta_prod = load_scalars(beta_prods, is_double, first + places, active)
             own = adamw_corrected(c, tl.load(row + BETA_MAX), beta_prod[:, None])
         own = _rounded(own, T, ADAMW)
         READS_PARAM: tl.constexpr = PASS != BEGIN or DECAY
@@ -476,14 +484,14 @@ def am_rows(
         else:
             beta, keep, take, idle = _mixture(row, num, den, ADAMW)
             active = active & (idle == 0)
+            # A row's beta_prod is read by all of its threads, and written by one of them.
+            tl.debug_barrier()
+            store_scalars(betas, is_double_beta, beta, first + places, active)
             if ADAMW:
-                write_scalars(
-                    addresses, layout, 4, 1, n, units, i, beta_prod * beta, first + places, active
-                )  # fmt: skip
-                write_scalars(addresses, layout, 4, 3, n, units, i, beta, first + places, active)
+                beta_prod = beta_prod * beta
+                store_scalars(beta_prods, is_double, beta_prod, first + places, active)
                 xs, ds = adamw_move(xs, terms, take.to(T)[:, None], own)
             else:
-                write_scalars(addresses, layout, 3, 2, n, units, i, beta, first + places, active)
                 xs, ds = sgd_update(
                     xs, gs, ds, keep.to(T)[:, None], take.to(T)[:, None], own
                 )  # fmt: skip

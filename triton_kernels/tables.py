@@ -1,7 +1,8 @@
 """How the kernels find a step's tensors: tables in device memory, and what lies behind them.
 
-The tables are laid out by adamem_fused/backends/tables.py. What has coefficients is a unit: an
-ordinary one is one segment, a tensor or a row of one; a unit of rows, each with a beta, is a tensor.
+The tables are laid out by adamem_fused/backends/tables.py. What has coefficients is a unit. An
+ordinary one is a single segment, a tensor or a row of one; a unit of rows is a tensor whose rows
+have betas.
 
     addresses  [lists, n] int64      data pointers of n tensors: param, grad, the memories, the
                                      scalars
@@ -94,7 +95,7 @@ def is_skipped(found_inf):
 
 
 @triton.jit
-def _load_scalars(address, is_double, at, mask):
+def load_scalars(address, is_double, at, mask):
     if is_double != 0:
         value = tl.load(address.to(tl.pointer_type(tl.float64)) + at, mask=mask)
     else:
@@ -103,30 +104,33 @@ def _load_scalars(address, is_double, at, mask):
 
 
 @triton.jit
-def _find_scalar(addresses, layout, first: tl.constexpr, k: tl.constexpr, n, units, i):
+def store_scalars(address, is_double, value, at, mask):
+    if is_double != 0:
+        tl.store(address.to(tl.pointer_type(tl.float64)) + at, value, mask=mask)
+    else:
+        tl.store(address.to(tl.pointer_type(tl.float32)) + at, value.to(tl.float32), mask=mask)
+
+
+@triton.jit
+def find_scalar(addresses, layout, first: tl.constexpr, k: tl.constexpr, n, units, i):
+    """Where scalar k of unit i's tensor lies, and whether in float64; the scalars' rows of
+    `addresses` start at `first`."""
     address = tl.load(addresses + (first + k) * n + column(layout, TENSOR, units, i))
     return address, (column(layout, DOUBLES, units, i) >> k) & 1
 
 
 @triton.jit
-def read_scalars(
-    addresses, layout, first: tl.constexpr, k: tl.constexpr, n, units, i, at=0, mask=None
-):  # fmt: skip
-    """Scalar k of unit i's tensor, or elements of it; the scalars' rows of `addresses` start at
-    `first`."""
-    address, is_double = _find_scalar(addresses, layout, first, k, n, units, i)
-    return _load_scalars(address, is_double, at, mask)
+def read_scalar(addresses, layout, first: tl.constexpr, k: tl.constexpr, n, units, i, at=0):
+    address, is_double = find_scalar(addresses, layout, first, k, n, units, i)
+    return load_scalars(address, is_double, at, None)
 
 
 @triton.jit
-def write_scalars(
-    addresses, layout, first: tl.constexpr, k: tl.constexpr, n, units, i, value, at=0, mask=None
+def write_scalar(
+    addresses, layout, first: tl.constexpr, k: tl.constexpr, n, units, i, value, at=0
 ):  # fmt: skip
-    address, is_double = _find_scalar(addresses, layout, first, k, n, units, i)
-    if is_double != 0:
-        tl.store(address.to(tl.pointer_type(tl.float64)) + at, value, mask=mask)
-    else:
-        tl.store(address.to(tl.pointer_type(tl.float32)) + at, value.to(tl.float32), mask=mask)
+    address, is_double = find_scalar(addresses, layout, first, k, n, units, i)
+    store_scalars(address, is_double, value, at, None)
 
 
 @triton.jit
@@ -135,7 +139,7 @@ def _read_lr(hypers, lrs, group, COLUMNS: tl.constexpr):
     if tagged == 0:
         lr = tl.load(hypers + group * COLUMNS)
     else:
-        lr = _load_scalars(tagged >> 1, tagged & 1, 0, None)
+        lr = load_scalars(tagged >> 1, tagged & 1, 0, None)
     return lr
 
 

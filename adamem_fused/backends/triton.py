@@ -6,11 +6,11 @@ for units that do not guess. Each further combination of dtypes takes one more o
 finish. Tensors whose rows have betas take one launch in the place of these two, for each
 combination of dtypes and each power of two that their rows' length is rounded up to.
 
-With the seam's rows, or a beta that tensors share, the sums of ordinary units or those that are
-shared, and beta, come between begin and finish; with the seam's rows the rows' kernel is launched in
-both halves, and reads all of them in both. Where no beta is shared, both ways give the same bits. No
-program waits for another. Strided tensors take copies. Nothing is read back from the device, a step
-can be captured in a CUDA graph, and two runs give the same bits.
+Where num and den are asked for, or a beta is shared by tensors, sums and beta come between begin
+and finish. Tensors whose rows have betas are read once in each half, if num and den are asked for.
+Where no beta is shared, both ways give the same bits. No program waits for another. Strided tensors
+take copies. Nothing is read back from the device, a step can be captured in a CUDA graph, and two
+runs give the same bits.
 
 Not yet run on a GPU. It was tested under Triton's interpreter, which TRITON_INTERPRET=1 turns
 on and which takes tensors on the CPU, and compiled ahead of time for sm_80, sm_90, sm_100 and
