@@ -69,6 +69,11 @@ def test_rows_match_the_reference_with_the_anchored_plane(backend, cls):
     assert any(0.001 < beta < 0.88 for beta in betas), betas
 
 
+def test_rows_with_an_eps_of_zero(backend):
+    """Beyond a row's end everything is 0, and so is the denominator."""
+    compare(backend, AMAdamW, make_params([(3, 20)]), steps=2, eps=0.0, **ROWS)
+
+
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_rows_at_learning_rates_that_touch_zero(backend, cls):
     params = make_params([(4, 20), (2, LONG)])

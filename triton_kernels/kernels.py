@@ -438,19 +438,19 @@ def am_rows(
     c = _load_coefficients(row, tl.float64, ADAMW)
     seam = 2 * (column(layout, FIRST_SEGMENT, units, i) + first)
     if ADAMW:
-        beta_prods, is_double = find_scalar(addresses, layout, 4, 1, n, units, i)
-        betas, is_double_beta = find_scalar(addresses, layout, 4, 3, n, units, i)
+        beta_prods, double_prods = find_scalar(addresses, layout, 4, 1, n, units, i)
+        betas, double_betas = find_scalar(addresses, layout, 4, 3, n, units, i)
     else:
-        betas, is_double_beta = find_scalar(addresses, layout, 3, 2, n, units, i)
+        betas, double_betas = find_scalar(addresses, layout, 3, 2, n, units, i)
+    READS_PARAM: tl.constexpr = PASS != BEGIN or DECAY
     for k in range(0, count, HEIGHT):
         places = k + tl.arange(0, HEIGHT)
         active = places < count
         own = c
         if ADAMW:
-            beta_prod = load_scalars(beta_prods, is_double, first + places, active)
+            beta_prod = load_scalars(beta_prods, double_prods, first + places, active)
             own = adamw_corrected(c, tl.load(row + BETA_MAX), beta_prod[:, None])
         own = _rounded(own, T, ADAMW)
-        READS_PARAM: tl.constexpr = PASS != BEGIN or DECAY
         if aligned:
             xs, gs, ds, vs = _load_rows(
                 x, g, d, v, k, count, numel, READS_PARAM, ADAMW, T, HEIGHT, WIDTH, True
@@ -486,10 +486,10 @@ def am_rows(
             active = active & (idle == 0)
             # A row's beta_prod is read by all of its threads, and written by one of them.
             tl.debug_barrier()
-            store_scalars(betas, is_double_beta, beta, first + places, active)
+            store_scalars(betas, double_betas, beta, first + places, active)
             if ADAMW:
                 beta_prod = beta_prod * beta
-                store_scalars(beta_prods, is_double, beta_prod, first + places, active)
+                store_scalars(beta_prods, double_prods, beta_prod, first + places, active)
                 xs, ds = adamw_move(xs, terms, take.to(T)[:, None], own)
             else:
                 xs, ds = sgd_update(
