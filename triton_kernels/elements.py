@@ -181,7 +181,7 @@ def sgd_first_den(lr, den):
     Weight decay left out, den is sum(g^2); the number that stands for it adds nothing to any other.
     """
     tiny = tl.full((), 1e-300, tl.float64)
-    return tl.where(tl.where(lr == 0, den, 0.0) != 0, tiny, 0.0)
+    return tl.where(lr == 0, tl.where(den != 0, tiny, 0.0), 0.0)
 
 
 # The element functions, as in csrc/am_math.h, which says more. Multiply-adds are written out, so

@@ -151,7 +151,6 @@ def _count_step(addresses, layout, row, n, units, i, ADAMW: tl.constexpr):
 def _set_beta(addresses, layout, row, n, units, i, num, den, ADAMW: tl.constexpr):
     """Writes an ordinary unit's beta and scalars; returns what is left to do: rest, keep, take."""
     beta, keep, take, idle = _mixture(row, num, den, ADAMW)
-    segment = column(layout, ROW, units, i)
     if ADAMW:
         beta_max = tl.load(row + BETA_MAX)
         guesses = tl.load(row + GUESSES) != 0
@@ -159,17 +158,18 @@ def _set_beta(addresses, layout, row, n, units, i, num, den, ADAMW: tl.constexpr
         done = idle | (guesses & ((beta == beta_max) | (den == 0)))
         rest = tl.where(done, DONE, tl.where(guesses, REPAIR, UPDATE))
         take = tl.where(guesses, (beta_max - beta) / tl.where(guesses, beta_max, 1.0), take)
-        if not idle:
-            beta_prod = tl.load(row + BETA_PROD) * beta
-            write_scalar(addresses, layout, 4, 1, n, units, i, beta_prod, segment)
-            write_scalar(addresses, layout, 4, 3, n, units, i, beta, segment)
     else:
         rest = tl.where(idle, DONE, UPDATE)
-        if not idle:
-            write_scalar(addresses, layout, 3, 2, n, units, i, beta, segment)
     if not idle:
         # Of a tensor of several units each writes the same.
         _count_step(addresses, layout, row, n, units, i, ADAMW)
+        segment = column(layout, ROW, units, i)
+        if ADAMW:
+            beta_prod = tl.load(row + BETA_PROD) * beta
+            write_scalar(addresses, layout, 4, 1, n, units, i, beta_prod, segment)
+            write_scalar(addresses, layout, 4, 3, n, units, i, beta, segment)
+        else:
+            write_scalar(addresses, layout, 3, 2, n, units, i, beta, segment)
     return rest, keep, take
 
 
