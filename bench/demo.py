@@ -26,9 +26,9 @@ from tqdm import tqdm
 from adamem_fused import AMAdamW
 from adamem_fused.backends import cpu
 from bench.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SEED, output_folder
-from bench.betas import share_at_cap
+from bench.betas import beta_by_tensor, share_at_cap
 from bench.demo_model import GPT, tensor_label
-from bench.demo_report import Comparison, Run, format_table, plot, write_json
+from bench.demo_report import ROWS_OF, Comparison, Run, format_table, plot, write_json
 from bench.demo_text import HELD_OUT_FILES, TRAINING_FILES, read_text, standard_library
 
 BASELINE = "AdamW"
@@ -39,6 +39,9 @@ CONTESTANTS: dict[str, Callable[..., Optimizer]] = {
     "AMAdamW level": partial(AMAdamW, betas=(BETA_CAP, 0.999), memory_plane="level", fused=True),
     "AMAdamW anchored": partial(
         AMAdamW, betas=(BETA_CAP, 0.999), memory_plane="anchored", fused=True
+    ),
+    "AMAdamW level, row": partial(
+        AMAdamW, betas=(BETA_CAP, 0.999), memory_plane="level", beta_scope="row", fused=True
     ),
 }
 
@@ -129,9 +132,9 @@ def held_out_loss(model: GPT, windows: Tensor) -> float:
 
 
 def last_betas(optimizer: Optimizer, params: Sequence[Tensor]) -> list[float]:
-    """Each tensor's beta1 of the last step."""
+    """Each tensor's beta1 of the last step; the mean over its rows where they have their own."""
     if isinstance(optimizer, AMAdamW):
-        return torch.stack([optimizer.state[p]["beta"] for p in params]).tolist()
+        return beta_by_tensor(optimizer, params)
     beta: float = optimizer.param_groups[0]["betas"][0]
     return [beta] * len(params)
 
@@ -155,10 +158,11 @@ def train(name: str, config: Config, training: bytes, held_out: bytes) -> Run:
         run.held_out_losses.append(loss)
         return True
 
+    looked_at = params[run.tensors.index(ROWS_OF)]
     batches = training_batches(training, config)
     smoothed = math.nan
     evaluate(0)
-    with tqdm(batches, desc=f"{name:16}", total=config.steps, unit="step") as bar:
+    with tqdm(batches, desc=f"{name:18}", total=config.steps, unit="step") as bar:
         for step, batch in enumerate(bar, start=1):
             loss = model(batch)
             value = loss.item()
@@ -178,6 +182,9 @@ def train(name: str, config: Config, training: bytes, held_out: bytes) -> Run:
             run.betas.append(betas)
             if isinstance(optimizer, AMAdamW):
                 run.at_cap.append(share_at_cap(optimizer))
+                beta = optimizer.state[looked_at]["beta"]
+                if beta.dim() > 0:
+                    run.row_betas.append(beta.clone())
 
             smoothed = value if step == 1 else SMOOTHING * smoothed + (1 - SMOOTHING) * value
             bar.set_postfix_str(
@@ -198,8 +205,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.demo",
         description="Trains a small byte-level GPT on source files of the Python standard "
-        "library with torch.optim.AdamW and with AMAdamW (memory_plane level and anchored), "
-        "all else equal, and compares them.",
+        "library with torch.optim.AdamW and with AMAdamW (memory_plane level and anchored, and "
+        "level with a beta for each row), all else equal, and compares them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 

@@ -15,12 +15,16 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from tabulate import tabulate
+from torch import Tensor
 
 from bench.demo_text import Text
 from bench.environment import environment
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73")
+# The matrix whose rows' betas are shown one by one: a row is a byte, and some bytes are rare.
+ROWS_OF = "embedding"
+PARTS, DECILES = 10, 10  # of the steps, and of the rows: what the JSON has of these betas
 HEAT_MAP_COLUMNS = 240  # a few pixels each; more would be merged unseen by the renderer
 
 
@@ -34,7 +38,8 @@ class Run:
         eval_steps: steps after which the held-out loss was measured, the first of them 0.
         held_out_losses: those losses, in nats a byte.
         train_losses: each step's training loss, in nats a byte.
-        betas: each step's beta1 of each tensor.
+        betas: each step's beta1 of each tensor, the mean over its rows where they have their own.
+        row_betas: each step's beta1 of each row of `ROWS_OF`; empty where these have none.
         at_cap: each step's share of the parameters whose beta was at its cap, of AMAdamW.
         optimizer_ms: each optimizer.step() alone, in milliseconds.
         diverged_at: the step at which a loss was not finite, where the run then ended.
@@ -47,6 +52,7 @@ class Run:
     held_out_losses: list[float] = field(default_factory=list)
     train_losses: list[float] = field(default_factory=list)
     betas: list[list[float]] = field(default_factory=list)
+    row_betas: list[Tensor] = field(default_factory=list)
     at_cap: list[float] = field(default_factory=list)
     optimizer_ms: list[float] = field(default_factory=list)
     diverged_at: int | None = None
@@ -124,6 +130,10 @@ class Comparison:
         if not base or len(run.optimizer_ms) != len(base):
             return None
         return sum(run.optimizer_ms) / sum(base)
+
+
+def _has_rows(run: Run) -> bool:
+    return len(run.row_betas) > 1
 
 
 def steps_to_reach(run: Run, target: float | None) -> int | None:
@@ -227,6 +237,7 @@ def _numbers(run: Run, comparison: Comparison) -> dict[str, Any]:
         "mean_train_losses_between": run.train_curve,
         "mean_beta": run.mean_beta,
         "mean_beta_by_tensor": dict(zip(run.tensors, run.mean_betas, strict=False)),
+        **({f"beta_by_row_of_{ROWS_OF}": _by_row(run.row_betas)} if _has_rows(run) else {}),
         "mean_at_cap": run.mean_at_cap,
         "optimizer_time_to_baseline": comparison.optimizer_ratio(run),
         "optimizer_ms_quartiles": run.optimizer_ms_quartiles,
@@ -234,17 +245,47 @@ def _numbers(run: Run, comparison: Comparison) -> dict[str, Any]:
     }
 
 
+def _rows_in_use(row_betas: list[Tensor]) -> tuple[Tensor, int]:
+    """The betas [rows, steps] of the rows that had a gradient, and how many had none.
+
+    Their beta is 0 but at the first step.
+    """
+    betas = torch.stack(row_betas, 1).double()
+    used = (betas[:, 1:] > 0).any(1)
+    return betas[used], int((~used).sum())
+
+
+def _by_row(row_betas: list[Tensor]) -> dict[str, Any]:
+    """Each row's mean over the steps, and in each part of the steps how the rows' means spread."""
+    betas, unused = _rows_in_use(row_betas)
+    parts = F.adaptive_avg_pool1d(betas, min(PARTS, betas.shape[1]))
+    deciles = parts.quantile(torch.linspace(0, 1, DECILES + 1, dtype=torch.float64), 0)
+    return {
+        "rows_without_a_gradient": unused,
+        "mean_by_other_row": [round(beta, 4) for beta in betas.mean(1).tolist()],
+        "deciles_of_the_rows_by_part_of_the_run": [
+            [round(beta, 4) for beta in of_part] for of_part in deciles.T.tolist()
+        ],
+    }
+
+
 # ---- picture --------------------------------------------------------------------------
 
 
 def plot(comparison: Comparison, path: Path) -> None:
-    """Draws losses at the left and, at the right, beta by tensor and step, as a PNG."""
+    """Draws losses and beta by row at the left and, at the right, beta by tensor, as a PNG."""
     heat_maps = [run for run in comparison.runs if run.name != comparison.baseline and run.betas]
-    figure = Figure(figsize=(14 if heat_maps else 7, 8.5), layout="constrained")
-    grid = figure.add_gridspec(2, 2 if heat_maps else 1, width_ratios=[4, 5][: 1 + bool(heat_maps)])
+    by_row = next(filter(_has_rows, comparison.runs), None)
+    height = 3 if by_row or len(heat_maps) > 2 else 2
+    figure = Figure(figsize=(14 if heat_maps else 7, 4.25 * height), layout="constrained")
+    grid = figure.add_gridspec(
+        height, 2 if heat_maps else 1, width_ratios=[4, 5][: 1 + bool(heat_maps)]
+    )
     losses = figure.add_subplot(grid[0, 0])
     _plot_losses(losses, comparison)
     _plot_differences(figure.add_subplot(grid[1, 0], sharex=losses), comparison)
+    if by_row:
+        _plot_rows(figure.add_subplot(grid[2, 0]), by_row, comparison.beta_cap)
     axes = [figure.add_subplot(grid[row, 1]) for row in range(len(heat_maps))]
     for ax, run in zip(axes, heat_maps, strict=True):
         image = _plot_betas(ax, run, comparison.beta_cap)
@@ -287,23 +328,39 @@ def _plot_differences(ax: Axes, comparison: Comparison) -> None:
     ax.grid(alpha=0.25)
 
 
-def _plot_betas(ax: Axes, run: Run, beta_cap: float) -> ScalarMappable:
-    betas = torch.tensor(run.betas).T  # [tensors, steps]
+def _heat_map(ax: Axes, betas: Tensor, beta_cap: float) -> ScalarMappable:
+    """Draws [lines, steps], the first line at the top."""
     columns = F.adaptive_avg_pool1d(betas, min(HEAT_MAP_COLUMNS, betas.shape[1]))
-    image = ax.imshow(
+    ax.set_xlabel("step")
+    return ax.imshow(
         columns.numpy(),
         aspect="auto",
         interpolation="nearest",
-        extent=(0, betas.shape[1], len(run.tensors) - 0.5, -0.5),
+        extent=(0, betas.shape[1], len(betas) - 0.5, -0.5),
         vmin=0.0,
         vmax=beta_cap,
         cmap="cividis",
     )
+
+
+def _plot_rows(ax: Axes, run: Run, beta_cap: float) -> None:
+    betas, unused = _rows_in_use(run.row_betas)
+    means = betas.mean(1)
+    _heat_map(ax, betas[means.argsort(descending=True)], beta_cap)
+    ax.set_ylabel("rows, by their mean")
+    ax.set_title(
+        f"{run.name}: beta by row of {ROWS_OF}\n"
+        f"(a row is a byte; means {means.min():.2f} to {means.max():.2f}; {unused} never came: 0)",
+        loc="left",
+    )
+
+
+def _plot_betas(ax: Axes, run: Run, beta_cap: float) -> ScalarMappable:
+    image = _heat_map(ax, torch.tensor(run.betas).T, beta_cap)
     layers = [label.split()[0] for label in run.tensors]
     for row, (above, below) in enumerate(pairwise(layers)):
         if above != below and (above.isdigit() or below.isdigit()):
             ax.axhline(row + 0.5, color="white", linewidth=1.5)
     ax.set_yticks(range(len(run.tensors)), run.tensors, fontsize=8)
-    ax.set_xlabel("step")
     ax.set_title(f"{run.name}: beta by tensor (mean {run.mean_beta:.2f})", loc="left")
     return image

@@ -33,6 +33,7 @@ def add_parser(commands: Any) -> None:
         "out: collecting the tensors, looking whether an address has changed, and making the "
         'tables anew where one has. "state replaced": everything, and the state is of new '
         "tensors, as after loading a checkpoint, whose predecessors are freed within the step. "
+        'All with one beta a tensor, and with one a "row", of which a tensor has four. '
         "Prints medians and quartiles, and writes host.json.",
     )
     parser.add_argument("--tensors", type=COUNT, default=1000, help="parameters (%(default)s)")
@@ -51,10 +52,12 @@ def run(args: argparse.Namespace) -> int:
         "environment": {**environment(), "device": device.name},
         "tensors": args.tensors,
         "seconds": {
-            cls.__name__: {
-                change: step_times(cls, change, args.tensors, args.steps) for change in CHANGES
+            f"{cls.__name__}{', row' if scope == 'row' else ''}": {
+                change: step_times(cls, change, args.tensors, args.steps, scope)
+                for change in CHANGES
             }
             for cls in (AMAdamW, AMSGD)
+            for scope in ("tensor", "row")
         },
     }
     print(tabulate(table_cells(result), headers=HEADERS, disable_numparse=True))
@@ -78,20 +81,21 @@ def table_cells(result: dict[str, Any]) -> list[list[str]]:
 
 
 def step_times(
-    cls: type[AMAdamW] | type[AMSGD], change: str, tensors: int, steps: int
+    cls: type[AMAdamW] | type[AMSGD], change: str, tensors: int, steps: int, scope: str
 ) -> list[float]:
     """Seconds of each step, after some to warm up.
 
     change: of which tensors the addresses are new at every step, one of CHANGES.
+    scope: the beta_scope.
     """
-    params = [torch.randn(4, 8).requires_grad_() for _ in range(tensors)]
+    params = [torch.randn(4, 16).requires_grad_() for _ in range(tensors)]
     grads = [[torch.randn_like(param) for param in params] for _ in range(2)]
     times = []
     with (
         mock.patch.object(triton, "unavailable", lambda device: None),
         mock.patch.object(triton, "_launch", lambda *args, **options: None),
     ):
-        optimizer = cls(params, backend="triton")
+        optimizer = cls(params, backend="triton", beta_scope=scope)
         set_gradients(params, grads[0])
         optimizer.step()  # makes the state
         memories = [[t.detach().clone() for t in tensors_of(optimizer)] for _ in range(2)]

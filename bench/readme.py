@@ -13,7 +13,7 @@ from tabulate import tabulate
 from bench import host, train
 from bench.kernels.contestants import ADAMW_BASELINE, is_ours_fused
 from bench.kernels.results import Report, Row, Spread, baseline
-from bench.kernels.tables import TARGET_HEADERS, format_ratio, format_reasons, target_cells
+from bench.kernels.tables import format_ratio, format_reasons, target_cells
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("bench/results")
@@ -91,14 +91,17 @@ def device_section(report: Report, folder: Path, root: Path) -> str:
         "A tilde marks a noisy one: another run may differ by 10%. Every sample is in "
         f"[kernels.json]({link}/kernels.json).\n",
     ]
-    targets = target_cells(report)
+    headers, targets = target_cells(report)
     if targets:
+        by_row = (
+            ' Row: `beta_scope="row"`, which guesses nothing either.' if "row" in headers else ""
+        )
         parts += [
             "Ratio and what was aimed at, caches warm, by the share of the elements whose beta "
             "`AMAdamW` had guessed wrong (the anchored plane guesses nothing, nor is anything "
-            "guessed of bfloat16 parameters). 20%: tensors of about that share; one tensor alone "
-            "is cut into fifths, one of which misses:\n",
-            _table(targets, TARGET_HEADERS),
+            f"guessed of bfloat16 parameters).{by_row} 20%: tensors of about that share; one "
+            "tensor alone is cut into fifths, one of which misses:\n",
+            _table(targets, headers),
         ]
     details = []
     names = _fused_contestants(report)

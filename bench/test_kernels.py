@@ -1,8 +1,9 @@
 """The kernels one by one, with pytest-benchmark: pytest bench --benchmark-only.
 
-A group is one kernel on one parameter list in one dtype, the backends side by side: what comes
-before the sums are there (begin), what is left then (finish), and both in one call (step), beside
-torch's fused optimizer. Runs on the GPU where there is one; not yet run on one.
+A group is one kernel on one parameter list in one dtype, the backends side by side, with one beta a
+tensor and one a row: what comes before the sums are there (begin), what is left then (finish), and
+both in one call (step), beside torch's fused optimizer. Runs on the GPU where there is one; not yet
+run on one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bench.kernels.sides import random_tensors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 AVAILABLE = [name for name, backend in BACKENDS.items() if backend.unavailable(DEVICE) is None]
-SHAPES = {"large": ((2**20,),), "many": ((1000,),) * 1000}
+SHAPES = {"large": ((2**10, 2**10),), "many": ((20, 50),) * 1000}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KINDS: dict[str, type[AMAdamW] | type[AMSGD]] = {"adamw": AMAdamW, "sgd": AMSGD}
 FUSED = {"adamw": "AdamW fused", "sgd": "SGD fused"}
@@ -39,9 +40,11 @@ def new_params(shapes: str, dtype: str) -> list[Tensor]:
     return list(params)
 
 
-def kernel_of(kind: str, kernel: str, backend: str, params: list[Tensor]) -> Callable[[], object]:
+def kernel_of(
+    kind: str, kernel: str, backend: str, scope: str, params: list[Tensor]
+) -> Callable[[], object]:
     """A kernel's call, on state that has seen two steps."""
-    optimizer = KINDS[kind](params, backend=backend)
+    optimizer = KINDS[kind](params, backend=backend, beta_scope=scope)
     for _ in range(2):
         optimizer.step()
     batch = optimizer._collect()[0].batch
@@ -69,13 +72,20 @@ def measure(benchmark: BenchmarkFixture, group: str, call: Callable[[], object])
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("scope", ["tensor", "row"])
 @pytest.mark.parametrize("backend", AVAILABLE)
 @pytest.mark.parametrize("kernel", ["begin", "finish", "step"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernel(
-    benchmark: BenchmarkFixture, kind: str, kernel: str, backend: str, shapes: str, dtype: str
+    benchmark: BenchmarkFixture,
+    kind: str,
+    kernel: str,
+    backend: str,
+    scope: str,
+    shapes: str,
+    dtype: str,
 ) -> None:
-    call = kernel_of(kind, kernel, backend, new_params(shapes, dtype))
+    call = kernel_of(kind, kernel, backend, scope, new_params(shapes, dtype))
     measure(benchmark, f"{kind} {kernel}, {shapes}, {dtype}", call)
 
 

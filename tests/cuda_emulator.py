@@ -46,7 +46,8 @@ def library() -> ctypes.CDLL:
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
-        compile_cpp(unfinished, "-shared", "-fPIC", "-x", "c++", *cuda_library.sources())
+        sources = [*cuda_library.sources(), HEADERS / "shared_memory.cpp"]
+        compile_cpp(unfinished, "-shared", "-fPIC", "-x", "c++", *sources)
         unfinished.replace(path)
     return ctypes.CDLL(str(path))
 
@@ -59,6 +60,13 @@ def set_blocks(resident: int, running: int) -> None:
 def play(driver: int = 13000, has_code: bool = True, is_capturing: bool = False) -> None:
     """The driver's version, whether the library has code for the device, and a graph's capture."""
     library().emulation_play(driver, has_code, is_capturing)
+
+
+def traffic() -> tuple[int, int]:
+    """The bytes read and written since the last call, by accesses of several elements."""
+    read, written = ctypes.c_int64(), ctypes.c_int64()
+    library().emulation_traffic(ctypes.byref(read), ctypes.byref(written))
+    return read.value, written.value
 
 
 @contextmanager
@@ -76,6 +84,7 @@ def emulate(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(cuda, "_on", _on)
     patch.setattr(cuda, "unavailable", _unavailable)
     cuda._kernels.cache_clear()
+    cuda._longest_row.cache_clear()
     set_blocks(resident=3, running=1)
     play()
 

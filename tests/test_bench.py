@@ -11,7 +11,7 @@ from adamem_fused import AMAdamW
 from adamem_fused.backends import ops
 from bench import demo
 from bench.arguments import output_folder
-from bench.betas import share_at_cap
+from bench.betas import beta_by_tensor, share_at_cap
 from bench.demo_report import Comparison, Run, format_table, steps_to_reach
 from bench.demo_text import HELD_OUT_FILES, TRAINING_FILES, Text, read_text, standard_library
 from bench.environment import cache_sizes, environment
@@ -19,6 +19,7 @@ from bench.environment import cache_sizes, environment
 needs_extension = pytest.mark.skipif(ops.unavailable is not None, reason=str(ops.unavailable))
 
 # Quicker than --quick.
+ADAPTIVE = ["AMAdamW level", "AMAdamW anchored", "AMAdamW level, row"]
 SHORT = ["--quick", "--steps", "6", "--eval-every", "4", "--eval-windows", "8"]
 
 
@@ -48,7 +49,7 @@ def test_the_demo_says_at_once_that_it_needs_the_extension(monkeypatch, tmp_path
 def test_quick_demo_writes_numbers_of_every_contestant(demo_run):
     _, status, report = demo_run
     assert status == 0
-    assert list(report["contestants"]) == ["AdamW", "AMAdamW level", "AMAdamW anchored"]
+    assert list(report["contestants"]) == ["AdamW", *ADAPTIVE]
     assert report["unfinished"] == []
     assert report["config"]["seed"] == 0
     assert report["environment"]["torch"] == torch.__version__
@@ -68,14 +69,14 @@ def test_contestants_start_from_the_same_loss_and_then_differ(demo_run):
     assert len({curve[0] for curve in curves}) == 1
     # An untrained model knows nothing of bytes.
     assert curves[0][0] == pytest.approx(math.log(256), abs=0.2)
-    assert len({curve[-1] for curve in curves}) == 3
+    assert len({curve[-1] for curve in curves}) == 4
 
 
 @needs_extension
 def test_beta_of_adamw_is_fixed_and_that_of_am_adamw_is_not(demo_run):
     contestants = demo_run[2]["contestants"]
     assert list(contestants["AdamW"]["mean_beta_by_tensor"].values()) == pytest.approx([0.9] * 22)
-    for name in ("AMAdamW level", "AMAdamW anchored"):
+    for name in ADAPTIVE:
         betas = contestants[name]["mean_beta_by_tensor"]
         assert len(betas) == 22
         assert all(0 <= beta <= demo.BETA_CAP + 1e-6 for beta in betas.values())
@@ -87,7 +88,7 @@ def test_the_share_at_the_cap_and_the_optimizers_time_are_told(demo_run):
     contestants = demo_run[2]["contestants"]
     assert contestants["AdamW"]["mean_at_cap"] is None
     assert contestants["AdamW"]["optimizer_time_to_baseline"] == 1.0
-    for name in ("AMAdamW level", "AMAdamW anchored"):
+    for name in ADAPTIVE:
         assert 1 / 6 <= contestants[name]["mean_at_cap"] <= 1  # that of the first step is 1
         assert contestants[name]["optimizer_time_to_baseline"] > 0
 
@@ -98,6 +99,29 @@ def test_elements_at_the_cap_are_counted():
     for param, beta in zip(params, (0.89, 0.8899, 0.5), strict=False):
         optimizer.state[param]["beta"] = torch.tensor(beta)
     assert share_at_cap(optimizer) == pytest.approx(0.4)  # and one has not had a gradient yet
+
+
+def test_a_beta_of_a_row_is_for_the_elements_of_the_row():
+    vector, matrix, empty = (torch.zeros(*s, requires_grad=True) for s in ((40,), (3, 20), (0, 20)))
+    optimizer = AMAdamW([vector, matrix, empty], betas=(0.9, 0.99), beta_scope="row")
+    optimizer.state[vector]["beta"] = torch.tensor(0.3)
+    optimizer.state[matrix]["beta"] = torch.tensor([0.9, 0.0, 0.9])
+    optimizer.state[empty]["beta"] = torch.empty(0)
+    assert share_at_cap(optimizer) == pytest.approx(0.4)
+    assert beta_by_tensor(optimizer, [vector, matrix]) == pytest.approx([0.3, 0.6])
+
+
+@needs_extension
+def test_betas_by_row_are_told_of_one_matrix(demo_run):
+    for name, numbers in demo_run[2]["contestants"].items():
+        found = numbers.get("beta_by_row_of_embedding")
+        assert (found is not None) is (name == "AMAdamW level, row")
+    means, deciles = found["mean_by_other_row"], found["deciles_of_the_rows_by_part_of_the_run"]
+    assert len(means) + found["rows_without_a_gradient"] == 256  # a byte each
+    assert 10 < len(means) < 200 and len(set(means)) > 5
+    assert [len(of_part) for of_part in deciles] == [11] * 6  # steps
+    assert all(of_part == sorted(of_part) for of_part in deciles)
+    assert deciles[0] == pytest.approx([demo.BETA_CAP] * 11, abs=1e-4)
 
 
 @needs_extension
@@ -116,7 +140,7 @@ def test_same_seed_gives_the_same_losses_and_another_seed_others(demo_run, tmp_p
 def test_picture_is_a_png_of_a_readable_size(demo_run):
     content = (demo_run[0] / "demo.png").read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", content[16:24]) == (2100, 1275)
+    assert struct.unpack(">II", content[16:24]) == (2100, 1912)
     assert len(content) > 20_000
 
 
@@ -133,9 +157,9 @@ def test_interrupted_demo_keeps_the_runs_that_finished(tmp_path, monkeypatch, ca
     status, report = run_demo(tmp_path)
     assert status == 130
     assert list(report["contestants"]) == ["AdamW"]
-    assert report["unfinished"] == ["AMAdamW level", "AMAdamW anchored"]
+    assert report["unfinished"] == ADAPTIVE
     assert (tmp_path / "demo.png").exists()
-    assert "Interrupted. Not finished: AMAdamW level, AMAdamW anchored." in capsys.readouterr().out
+    assert f"Interrupted. Not finished: {', '.join(ADAPTIVE)}." in capsys.readouterr().out
 
 
 def test_demo_interrupted_at_once_says_so_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -156,7 +180,7 @@ def test_diverging_contestant_is_a_row_that_says_when(tmp_path, capsys):
         assert numbers["final_held_out_loss"] is None
         assert numbers["steps_to_baseline_loss"] is None
         assert 1 <= numbers["diverged_at"] <= 6
-    assert capsys.readouterr().out.count("diverged at step") == 3
+    assert capsys.readouterr().out.count("diverged at step") == 4
 
 
 def test_quick_yields_to_options_that_are_given(tmp_path):

@@ -12,11 +12,12 @@ from bench import host
 
 
 @pytest.mark.parametrize("cls", [AMAdamW, AMSGD])
+@pytest.mark.parametrize("scope", ["tensor", "row"])
 @pytest.mark.parametrize(
     ("change", "new"),
     [("nothing", 0), ("gradients", 1), ("everything", None), ("state replaced", None)],
 )
-def test_the_addresses_are_new_of_which_it_is_said(monkeypatch, cls, change, new):
+def test_the_addresses_are_new_of_which_it_is_said(monkeypatch, cls, scope, change, new):
     """new: how many of a parameter's tensors, None for all."""
     addresses = []
     open_tables = tables.open_tables
@@ -27,7 +28,7 @@ def test_the_addresses_are_new_of_which_it_is_said(monkeypatch, cls, change, new
         return opened
 
     monkeypatch.setattr("adamem_fused.backends.triton.open_tables", watched)
-    assert len(host.step_times(cls, change, tensors=3, steps=4)) == 4
+    assert len(host.step_times(cls, change, tensors=3, steps=4, scope=scope)) == 4
     timed = addresses[1:]  # the first step makes the state
     assert len(timed) == 9
     if new is None:
@@ -37,9 +38,10 @@ def test_the_addresses_are_new_of_which_it_is_said(monkeypatch, cls, change, new
 
 def test_the_command_prints_quartiles_and_writes_every_sample(tmp_path, capsys):
     assert commands.main(["host", "--tensors", "2", "--steps", "3", "--out", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.count("gradients") == 2
+    assert capsys.readouterr().out.count("gradients") == 4
     seconds = json.loads((tmp_path / "host.json").read_text())["seconds"]
-    assert [list(changes) for changes in seconds.values()] == [list(host.CHANGES)] * 2
+    assert list(seconds) == ["AMAdamW", "AMAdamW, row", "AMSGD", "AMSGD, row"]
+    assert [list(changes) for changes in seconds.values()] == [list(host.CHANGES)] * 4
     assert all(len(times) == 3 for changes in seconds.values() for times in changes.values())
 
 

@@ -133,10 +133,22 @@ def test_lists_are_as_large_as_their_names_say():
     assert lists["l2"].numel * 20 <= 3 * 2**18
     assert len(lists["decoder-300"].shapes) == 300
     for tensors, numel in ((5000, 100), (5000, 1000), (20000, 64)):
-        assert lists[f"{tensors}x{numel}"].shapes == ((numel,),) * tensors
+        assert len(lists[f"{tensors}x{numel}"].shapes) == tensors
+        assert lists[f"{tensors}x{numel}"].numel == tensors * numel
     for power in (20, 22, 24, 26, 28):
-        assert lists[f"2^{power}"].shapes == ((2**power,),)
+        assert lists[f"2^{power}"].numel == 2**power
     assert all(parameters.name == name for name, parameters in lists.items())
+
+
+def test_lists_of_no_model_are_of_matrices():
+    lists = parameter_lists.parameter_lists(l2=2**21, last_level=2**25)
+    assert lists["2^28"].shapes == ((16384, 16384),)
+    assert [shape[0] for shape in lists["half-llc"].shapes] == [1024]
+    assert lists["5000x100"].shapes == ((10, 10),) * 5000
+    for name, parameters in lists.items():
+        if not parameters.scalable:
+            assert {len(shape) for shape in parameters.shapes} == {2}
+            assert name.startswith("5000") or {s[1] % 16 for s in parameters.shapes} == {0}
 
 
 def test_a_model_that_does_not_fit_is_scaled_and_says_so():
@@ -183,6 +195,11 @@ def test_a_users_model_gives_its_trainable_parameters(monkeypatch):
         ("AMAdamW cpu", torch.float64, False, 16, 56),
         ("AMAdamW cpu, all missed", torch.float64, False, 16, 104),
         ("AMAdamW cpu, anchored", torch.float64, False, 16, 88),
+        ("AMAdamW cpu, row", torch.float32, True, 8, 28),
+        ("AMAdamW cpu, row", torch.bfloat16, True, 8, 22),
+        ("AMAdamW cpu, anchored, row", torch.float32, True, 8, 28),
+        ("AMAdamW cpu, anchored, row", torch.bfloat16, True, 8, 22),
+        ("AMAdamW cpu, anchored, row", torch.float32, False, 8, 44),  # a vector has no rows
         ("AdamW fused", torch.float32, False, 8, 28),
         ("AdamW fused", torch.bfloat16, False, 4, 14),
         ("AMSGD cpu", torch.float32, False, 4, 28),
@@ -195,6 +212,25 @@ def test_bytes_a_parameter_are_those_of_the_algorithm(name, dtype, in_cache, sta
     last_level = 2**20 if in_cache else 2**10
     moved = bytes_to_move(contestant, ((1000,),), dtype, 1000 * state, last_level)
     assert moved == 1000 * expected
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("variant", "shape", "dtype", "expected"),
+    [
+        (", row", (1000, 100), torch.float32, 28),
+        (", row", (1000, 100), torch.bfloat16, 22),
+        (", anchored, row", (1000, 100), torch.float32, 28),
+        (", anchored, row", (1000, 10, 10), torch.bfloat16, 22),
+        (", anchored", (1000, 100), torch.float32, 44),
+        (", anchored, row", (10, 10000), torch.float32, 44),  # rows that are larger than the cache
+        (", anchored, row", (10000, 10), torch.float32, 44),  # and too short to have a beta
+    ],
+)
+def test_a_row_stays_in_a_cache_that_does_not_hold_its_tensor(variant, shape, dtype, expected):
+    contestant = by_name()[f"AMAdamW cpu{variant}"]
+    moved = bytes_to_move(contestant, (shape,), dtype, 8 * 10**5, 2**16)
+    assert moved == 10**5 * expected
 
 
 @needs_extension
@@ -543,7 +579,8 @@ def test_the_share_is_in_the_rows(capsys):
     names = [f"AMAdamW cpu{variant}" for variant in VARIANTS]
     lists = [ParameterList("first", ((1000,),) * 10, "")]
     suite, _ = run_suite(new_plan(*(by_name()[name] for name in names), lists=lists))
-    assert [row.missed for row in suite.rows] == [None, 0.0, pytest.approx(0.2), 1.0, None]
+    assert [row.missed for row in suite.rows[:5]] == [None, 0.0, pytest.approx(0.2), 1.0, None]
+    assert [row.missed for row in suite.rows[5:]] == [None, None]  # by row nothing is guessed
     table = format_report(Report({}, {}, {}, suite.rows))
     assert re.search(r"AMAdamW cpu, 20% missed .* 20% ", table)
 
@@ -690,9 +727,14 @@ def test_of_floor_is_the_time_of_a_copy_over_the_time_taken():
 def test_a_target_stands_beside_its_figure():
     seconds = {"AdamW fused": 1.0, "AMAdamW cpu": 1.0, "AMAdamW cpu, 20% missed": 1.21}
     rows = [new_row(name, [[step] * 3] * 2) for name, step in seconds.items()]
-    (cells,) = target_cells(Report({}, {}, {}, rows))
+    headers, (cells,) = target_cells(Report({}, {}, {}, rows))
+    assert headers[3:] == ["nothing missed", "20% missed"]
     assert cells[:3] == ["8-llc", "float32", "AMAdamW cpu / AdamW fused"]
-    assert cells[3:] == ["1.00 of 1.00", "1.21 of 1.20, not met", "-", "-"]
+    assert cells[3:] == ["1.00 of 1.00", "1.21 of 1.20, not met"]
+    rows += [new_row(name, [[1.3] * 3] * 2, "l2") for name in ("AdamW fused", "AMAdamW cpu, row")]
+    headers, (cells, of_l2) = target_cells(Report({}, {}, {}, rows))
+    assert headers[3:] == ["nothing missed", "20% missed", "row"]
+    assert (cells[5], of_l2[3:]) == ("-", ["-", "-", "1.00 of 1.30"])
 
 
 def test_every_target_is_of_a_contestant_and_a_list():

@@ -65,14 +65,34 @@ def test_numbers_targets_and_reasons_are_in_the_section(results):
         for line in text.splitlines()
         if "AMAdamW cpu / AdamW fused" in line or "| parameters" in line
     ][:3]
-    assert targets[3:] == ["nothing missed", "20% missed", "all missed", "anchored"]
+    # Nothing of what was not measured: an older report has no betas by row.
+    assert targets[3:] == ["nothing missed", "20% missed", "anchored"]
+    assert "beta_scope" not in text
     assert row[:3] == ["8-llc", "float32", "AMAdamW cpu / AdamW fused"]
-    assert row[3:] == ["1.50 of 1.00, not met", "1.20 of 1.20", "-", "1.80 of 1.90"]
+    assert row[3:] == ["1.50 of 1.00, not met", "1.20 of 1.20", "1.80 of 1.90"]
     assert ratios[7:] == ["AMAdamW cpu", "AMAdamW cpu, 20% missed", "AMAdamW cpu, anchored"]
     assert "| 1.50 (1.50 to 1.50) | 1.20 (1.20 to 1.20)       | 1.80 (1.80 to 1.80)" in text
     assert "- a peer: ValueError: no. On 8-llc (float32)" in text
     assert "- another peer: not installed" in text
     assert ".png" not in text  # none is there
+
+
+def test_betas_by_row_are_in_the_section_where_they_were_measured(results):
+    path = results / "bench/results/a-cpu/kernels.json"
+    report = Report.read(path)
+    took = {"AdamW fused": 0.002, "AMAdamW cpu, row": 0.0026, "AMAdamW cpu, anchored, row": 0.002}
+    report.rows += [
+        Row("l2", 10**6, 1, "float32", "warm", contestant, "adamw", step=[[seconds]] * 2)
+        for contestant, seconds in took.items()
+    ]
+    report.write(path)
+    text = performance(results)
+    table = [line.split("|") for line in text.splitlines() if line.startswith("|")]
+    headers, of_l2 = table[0], next(row for row in table if row[1].strip() == "l2")
+    cells = {h.strip(): cell.strip() for h, cell in zip(headers, of_l2, strict=True)}
+    assert (cells["row"], cells["anchored, row"]) == ("1.30 of 1.30", "1.00 of 1.30")
+    assert cells["nothing missed"] == "-"
+    assert 'Row: `beta_scope="row"`' in text
 
 
 def test_pictures_that_are_there_are_in_the_section(results):
@@ -103,10 +123,11 @@ def test_training_writes_the_optimizers_time_and_the_share_at_the_cap(tmp_path, 
             steps, own = measured["step_seconds"], measured["optimizer_seconds"]
             assert len(steps) == len(own) == 3
             assert all(0 < b < a for a, b in zip(steps, own, strict=True))
-            assert len(measured["at_cap"]) == (3 if name == "AMAdamW fused" else 0)
+            assert len(measured["at_cap"]) == (3 if name.startswith("AMAdamW fused") else 0)
             assert measured["at_cap"][:1] in ([], [1.0])  # the first step's beta is the cap
     lines = capsys.readouterr().out.splitlines()
-    assert [line.count("AMAdamW fused") for line in lines].count(1) == 2
+    assert [line.count("AMAdamW fused") for line in lines].count(1) == 4
+    assert [line.count("AMAdamW fused, row") for line in lines].count(1) == 2
 
 
 @pytest.mark.parametrize(
@@ -120,12 +141,14 @@ def test_a_training_is_told_in_means(own, ratio):
     contestants = {
         "AdamW fused": measured([0.02, 0.04], []),
         "AMAdamW fused": measured([own, 2 * own], [0.8, 0.9]),
+        "AMAdamW fused, row": measured([0.03, 0.06], [0.5, 0.6]),  # without a target
     }
     model = {"parameters": 2e6, "tokens": 30, "config": {"steps": 600}, "contestants": contestants}
     rows = train.table_cells({"models": {"a GPT": model}})
     assert rows[0][:5] == ["a GPT", "2.00 M", "600", "AdamW fused", "100"]
     assert rows[0][5:] == ["300.00", "30.000", "10.0%", "-", "-"]
     assert rows[1][-2:] == ["85%", ratio]
+    assert rows[2][-2:] == ["55%", "1.50 (1.50 to 1.50)"]
 
 
 def test_means_are_of_parts_in_order():

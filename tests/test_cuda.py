@@ -14,6 +14,7 @@ import torch
 from cases import (
     OPTIMIZERS,
     Group,
+    assert_lockstep,
     assert_same_bits,
     copy_state,
     make_optimizer,
@@ -57,6 +58,7 @@ def emulated(monkeypatch):
             "or two_million and dtype0)",
         ],
         ["test_idle_steps.py", "test_lifetimes.py", "-k", "cuda"],
+        ["test_rows.py", "-k", "cuda and not random"],
     ],
     ids=lambda selection: selection[0],
 )
@@ -109,10 +111,10 @@ def step_through_the_seam(optimizer) -> None:
     optimizer._finish(work.backend, work.batch, rows, None, None)
 
 
-def step_both_ways(cls, groups, **options) -> list[float]:
+def step_both_ways(cls, groups, scope="tensor", **options) -> list[float]:
     """Steps at once and in two halves, asserts that they give the same bits; returns the betas."""
     whole, halves = (
-        make_optimizer(cls, groups, "cuda", beta_scope="tensor", **options) for _ in range(2)
+        make_optimizer(cls, groups, "cuda", beta_scope=scope, **options) for _ in range(2)
     )
     betas = []
     for step in range(4):
@@ -123,7 +125,8 @@ def step_both_ways(cls, groups, **options) -> list[float]:
         for optimizer in (whole, halves):
             (cache,) = optimizer._caches.values()
             assert not cache["tables"].layout.arrived.any()
-        betas += [whole.state[p]["beta"].item() for p in parameters(whole) if p.numel() > 1]
+        for param in parameters(whole):
+            betas += whole.state[param]["beta"].reshape(-1).tolist() if param.numel() > 1 else []
     return betas
 
 
@@ -228,11 +231,12 @@ def test_the_number_of_launches_does_not_grow_with_the_tensors(monkeypatch, cls,
     sharing = ["share_rows", f"{kind}_beta"] if scope == "global" else []
     expected = [f"{kind}_prepare", f"{kind}_begin", *sharing, f"{kind}_finish"]
     set_gradients(optimizer, step=0)
-    assert calls.of_step(optimizer) == [f"{kind}_load", *expected]
+    assert calls.of_step(optimizer) == ["longest_row", f"{kind}_load", *expected]
     assert calls.of_step(optimizer) == expected
     calls.names = []
     step_through_the_seam(optimizer)
-    assert calls.names == [f"{kind}_{name}" for name in ("prepare", "begin", "beta", "finish")]
+    seam = ("prepare", "begin", "prepare", "beta", "finish")
+    assert calls.names == [f"{kind}_{name}" for name in seam]
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -280,29 +284,290 @@ def test_a_new_list_of_tensors_gets_tables_of_its_own(cls):
             assert optimizer.state[ours]["step"] == expected.state[theirs]["step"]
 
 
+# ---- rows -------------------------------------------------------------------------------
+
+LONGEST = 700  # of the rows that are held, in place of what fits
+# Teams of a few lanes, of a warp, of several; one and many chunks; none and single elements.
+ROW_SHAPES = [
+    *[(40, 16), (3, 17), (5, 3, 3, 7), (600, 24), (9, 256), (70, 260), (7, 700), (1, 40)],
+    *[(0, 20), (4, 5), (50,), ()],
+    *[(2, 5000), (3, 701), (1, CHUNK + 1), (2, 2, 9000)],  # ordinary units
+]
+
+
+@pytest.fixture
+def short_rows(monkeypatch):
+    """Rows are long from LONGEST elements on."""
+    monkeypatch.setattr(cuda, "_longest_row", lambda device: LONGEST)
+
+
+def rows_in_use(optimizer) -> list[int]:
+    """The buckets' longest rows; 0: ordinary units."""
+    (cache,) = optimizer._caches.values()
+    return [bucket.row for bucket in cache["tables"].layout.buckets]
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("plane", ["level", "anchored"])
+def test_rows_agree_with_the_reference(short_rows, cls, dtype, plane):
+    groups = [Group(ROW_SHAPES, dtype)]
+    reference, ours = (
+        make_optimizer(
+            cls, groups, name, beta_scope="row", lr=0.01, weight_decay=0.1, memory_plane=plane
+        )
+        for name in ("reference", "cuda")
+    )
+    assert_lockstep(reference, ours, 4, conditioned=True)
+    assert {0, 16, 64, 256, 512, 1024} <= set(rows_in_use(ours))
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("plane", ["level", "anchored"])
+def test_the_two_halves_of_rows_give_the_bits_of_the_step(short_rows, cls, dtype, plane):
+    betas = step_both_ways(cls, [Group(ROW_SHAPES, dtype)], "row", lr=0.01, memory_plane=plane)
+    assert {0.0 < beta < 0.8 for beta in betas} == {False, True}
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rows_as_long_as_a_block_can_hold_agree_with_the_reference(cls, dtype):
+    """Those of float64 are taken in two readings."""
+    longest = cuda._longest_row(torch.device("cpu"))
+    assert longest == 14336
+    groups = [Group([(2, longest), (2, longest - 1), (2, 4097), (2, longest + 1)], dtype)]
+    reference, ours = (
+        make_optimizer(cls, groups, name, beta_scope="row", weight_decay=0.1)
+        for name in ("reference", "cuda")
+    )
+    assert_lockstep(reference, ours, 3, conditioned=True)
+    assert sorted(rows_in_use(ours)) == [0, 8192, 16384]
+    step_both_ways(cls, groups, "row")
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("plane", ["level", "anchored"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("numel", [32, 256, 768, 4096, 14336])
+def test_a_step_reads_and_writes_an_element_of_a_row_once(cls, plane, dtype, numel):
+    rows = 3
+    optimizer = make_optimizer(
+        cls, [Group([(rows, numel)], dtype)], "cuda", beta_scope="row", memory_plane=plane
+    )
+    memories = 4 * (2 if cls is OPTIMIZERS[0] else 1)
+    for step in range(3):
+        set_gradients(optimizer, step=step)
+        cuda_emulator.traffic()
+        optimizer.step()
+        each = rows * numel
+        written = each * (dtype.itemsize + memories)
+        assert cuda_emulator.traffic() == (written + each * dtype.itemsize, written)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("resident, running", [(1, 1), (7, 2), (40, 5)])
+def test_any_number_of_blocks_gives_the_same_bits_of_rows(short_rows, cls, resident, running):
+    groups = [Group(ROW_SHAPES), Group([(900, 33), (2, 1500)], torch.bfloat16)]
+    first, second = (make_optimizer(cls, groups, "cuda", beta_scope="row") for _ in range(2))
+    for step in range(3):
+        set_gradients(first, second, step=step)
+        cuda_emulator.set_blocks(resident, running)
+        first.step()
+        cuda_emulator.set_blocks(resident=3, running=1)
+        second.step()
+        assert_same_bits(first, second)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numel", [24, 200, 768])
+def test_alignment_does_not_change_bits_of_rows(cls, dtype, numel):
+    aligned = make_optimizer(
+        cls, [Group([(30, numel)], dtype)], "cuda", beta_scope="row", weight_decay=0.1
+    )
+    (param,) = parameters(aligned)
+    shifted = torch.empty(param.numel() + 3, dtype=dtype)[3:].view(param.shape)
+    shifted.copy_(param.detach())
+    other = cls([shifted.requires_grad_()], backend="cuda", beta_scope="row", weight_decay=0.1)
+    for step in range(3):
+        set_gradients(aligned, other, step=step)
+        aligned.step()
+        other.step()
+        assert_same_bits(other, aligned)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("numel", [16, 200, 700, 3000])
+def test_the_bits_of_a_row_are_its_own(short_rows, cls, numel):
+    """Whichever of a tensor's rows it is, and whatever the others have."""
+    whole = make_optimizer(cls, [Group([(21, numel)])], "cuda", beta_scope="row")
+    (param,) = parameters(whole)
+    part = param.detach()[13:].clone().requires_grad_()
+    other = cls([part], backend="cuda", beta_scope="row")
+    for step in range(4):
+        set_gradients(whole, step=step)
+        part.grad = param.grad[13:].clone()
+        param.grad[:13] *= 3
+        param.grad[2] = torch.nan
+        whole.step()
+        other.step()
+        assert torch.equal(part, param[13:])
+        for name, value in other.state[part].items():
+            ours = whole.state[param][name]
+            assert torch.equal(value, ours[13:] if ours.dim() else ours), name
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("way", ["whole", "halves"])
+@pytest.mark.parametrize("numel", [20, 400, 3000])
+@pytest.mark.parametrize("idle", [[1], [0, 2], [0, 1, 2]])
+def test_a_first_step_at_lr_0_is_none_for_rows_without_a_gradient(
+    short_rows, cls, way, numel, idle
+):
+    """And for the tensor, where no row has one. The next step is the first of those."""
+    groups = [Group([(3, numel), (0, numel)])]
+    reference, ours = (
+        make_optimizer(cls, groups, name, beta_scope="row", lr=0.0)
+        for name in ("reference", "cuda")
+    )
+    for step in range(4):
+        set_gradients(reference, ours, step=step)
+        if step == 0:
+            for optimizer in (reference, ours):
+                parameters(optimizer)[0].grad[idle] = 0.0
+        else:
+            for optimizer in (reference, ours):
+                optimizer.param_groups[0]["lr"] = 0.01
+        before = snapshot(ours)
+        reference.step()
+        if way == "whole":
+            ours.step()
+        else:
+            step_through_the_seam(ours)
+        if step == 0:
+            after = snapshot(ours)
+            for row in idle:
+                for name in before[0].keys() & after[0].keys():
+                    if after[0][name].dim() > 0 and name in before[0]:
+                        assert torch.equal(after[0][name][row], before[0][name][row]), name
+            steps = [ours.state[param]["step"].item() for param in parameters(ours)]
+            assert steps == [float(len(idle) < 3), 0.0]
+        for a, b in zip(parameters(ours), parameters(reference), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+            assert ours.state[a]["step"] == reference.state[b]["step"]
+            assert ours.state[a]["prev_lr"] == reference.state[b]["prev_lr"]
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("lr", [0.0, 0.01])
+@pytest.mark.parametrize("taken", [0, 2])
+def test_a_skipped_step_of_rows_writes_nothing(short_rows, cls, lr, taken):
+    optimizer = make_optimizer(cls, [Group(ROW_SHAPES)], "cuda", beta_scope="row", lr=lr)
+    for step in range(taken):
+        set_gradients(optimizer, step=step)
+        optimizer.step()
+    set_gradients(optimizer, step=5)
+    (work,) = optimizer._collect()
+    before = snapshot(optimizer)
+    found_inf = torch.tensor(1.0)
+    optimizer._finish(work.backend, work.batch, None, None, found_inf)
+    rows = optimizer._begin(work.backend, work.batch, None, found_inf)
+    assert not rows.any()
+    optimizer._finish(work.backend, work.batch, rows + 1, None, found_inf)
+    for old, new in zip(before, snapshot(optimizer), strict=True):
+        assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_begin_writes_nothing_of_rows_that_are_held(cls):
+    optimizer = make_optimizer(cls, [Group([(9, 40), (3, 2000)])], "cuda", beta_scope="row")
+    for step in range(2):
+        set_gradients(optimizer, step=step)
+        before = snapshot(optimizer)
+        _, rows = begin(optimizer)
+        for old, new in zip(before, snapshot(optimizer), strict=True):
+            assert all(torch.equal(old[name], new[name]) for name in old)
+        optimizer.step()
+    assert (rows[:, 1] > 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("given", [False, True])
+def test_rows_whose_elements_are_elsewhere_have_betas_too(cls, given):
+    """As where columns are sharded and this rank has none: by the rows, or those of no elements."""
+    pair = [
+        make_optimizer(cls, [Group([(5, 20), (3,)])], name, beta_scope="row")
+        for name in ("reference", "cuda")
+    ]
+    rows = torch.rand(6, 2, dtype=torch.float64) if given else None
+    for step in range(3):
+        set_gradients(*pair, step=step)
+        for optimizer in pair:
+            (work,) = optimizer._collect()
+            for tensors in work.batch.lists()[: 2 + len(work.batch.memories)]:
+                tensors[0] = tensors[0][:, :0]
+            optimizer._finish(work.backend, work.batch, rows, None, None)
+        states = [optimizer.state[parameters(optimizer)[0]] for optimizer in pair]
+        for name in ("step", "prev_lr", "beta", "beta_prod"):
+            if name in states[0]:
+                torch.testing.assert_close(states[1][name], states[0][name], rtol=1e-6, atol=0.0)
+    assert states[1]["beta"].any() == given
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_scopes_in_one_batch_agree_with_the_reference(short_rows, cls):
+    shapes = [(5, 60), (3, 900), (40,)]
+    groups = [
+        Group(shapes, options={"beta_scope": scope, "weight_decay": 0.1 * i})
+        for i, scope in enumerate(["row", "global", "tensor", "row", "global"])
+    ]
+    reference, ours = (make_optimizer(cls, groups, name) for name in ("reference", "cuda"))
+    assert_lockstep(reference, ours, 4, conditioned=True)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("n", [1, 2000])
+def test_rows_take_no_second_launch(monkeypatch, cls, n):
+    monkeypatch.setattr(cuda, "_call", lambda *args: None)
+    monkeypatch.setattr(cuda, "_longest_row", lambda device: LONGEST)
+    calls = Calls(monkeypatch)
+    optimizer = make_optimizer(cls, [Group([(3, 20), (2, 600)] * n)], "cuda", beta_scope="row")
+    kind = kind_of(cls)
+    set_gradients(optimizer, step=0)
+    optimizer.step()
+    assert calls.of_step(optimizer) == [f"{kind}_{name}" for name in ("prepare", "begin", "begin")]
+    calls.names = []
+    step_through_the_seam(optimizer)
+    seam = ("prepare", "begin", "begin", "prepare", "beta", "finish", "finish")
+    assert calls.names == [f"{kind}_{name}" for name in seam]
+
+
 # ---- CUDA graphs ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("scope", ["tensor", "global", "row"])
 def test_kernels_are_loaded_before_a_capture(monkeypatch, cls, dtype, scope):
     """Those too that no step before has launched: CUDA loads a kernel when it is first wanted."""
     cuda_emulator.library().emulation_unload()
     monkeypatch.setattr(cuda_library, "unavailable", lambda: None)
     assert cuda._find_reason(GPU) is None  # as choosing the backend does
-    optimizer = make_optimizer(cls, [Group([(3,), (300,)], dtype)], "cuda", beta_scope=scope)
+    groups = [Group([(3,), (300,), (2, 40)], dtype)]
+    optimizer = make_optimizer(cls, groups, "cuda", beta_scope=scope)
     set_gradients(optimizer, step=0)
     calls = Calls(monkeypatch)
     whole, halves = optimizer.step, partial(step_through_the_seam, optimizer)
-    before, captured = (whole, halves) if scope == "tensor" else (halves, whole)
+    before, captured = (halves, whole) if scope == "global" else (whole, halves)
     before()
     launched = set(calls.names)
     cuda_emulator.play(is_capturing=True)
     monkeypatch.setattr(tables, "is_capturing", lambda device: True)
     captured()
     assert set(calls.names) - launched == (
-        {f"{kind_of(cls)}_beta"} if scope == "tensor" else {"share_rows"}
+        {"share_rows"} if scope == "global" else {f"{kind_of(cls)}_beta"}
     )
 
 

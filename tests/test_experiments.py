@@ -12,8 +12,8 @@ from adamem_fused.backends import ops
 from bench.demo_model import GPT
 from bench.experiments import __main__ as experiments
 from bench.experiments import data, gpt2
-from bench.experiments.contestants import CONTESTANTS
-from bench.experiments.grid import FULL, Cell, Grid, quick_grid
+from bench.experiments.contestants import BY_ROW, CONTESTANTS
+from bench.experiments.grid import FULL, ROW, Cell, Grid, quick_grid
 from bench.experiments.report import REPORT, write_report
 from bench.experiments.results import Results, Run, from_json, to_json
 from bench.experiments.runner import lr_factor, train
@@ -57,7 +57,7 @@ def numbers(run):
 # ---- grid -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grid", [FULL, quick_grid()], ids=["full", "quick"])
+@pytest.mark.parametrize("grid", [FULL, quick_grid(), ROW], ids=["full", "quick", "row"])
 def test_every_contestant_gets_every_task_seed_and_learning_rate_of_its_family(grid):
     cells = grid.cells()
     assert len(set(cells)) == len(cells)
@@ -184,6 +184,23 @@ def finished(tmp_path_factory):
 def test_all_runs_of_the_grid_are_in_the_results_once(finished):
     cells = [run.cell for run in Results(finished)]
     assert Counter(cells) == Counter(small_grid().cells())
+
+
+def test_betas_by_row_have_a_grid_and_a_report_of_their_own(tmp_path, monkeypatch):
+    row = replace(ROW, tasks=small_grid().tasks, seeds=1)
+    monkeypatch.setattr(experiments, "ROW", row)
+    assert experiments.main(["run", "--row", "--workers", "1", "--out", str(tmp_path)]) == 0
+    runs = list(Results(tmp_path))
+    assert Counter(run.cell for run in runs) == Counter(row.cells())
+    of_rows = [run for run in runs if run.cell.contestant in BY_ROW]
+    assert {run.cell.contestant for run in of_rows} == {
+        f"{kind} {plane} row{suffix}"
+        for kind, suffix in (("AM-AdamW", " lambda 0.1"), ("AM-SGD", ""))
+        for plane in ("level", "anchored")
+    }
+    assert all(0 <= run.beta <= 0.9 for run in of_rows)
+    report = (tmp_path / REPORT).read_text()
+    assert all(f"| {name} " in report for name in row.contestants)
 
 
 def test_interrupted_run_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):

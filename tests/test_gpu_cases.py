@@ -61,7 +61,7 @@ def small_blocks(monkeypatch):
     if INTERPRETED:
         from adamem_fused.triton_kernels.config import Config
 
-        config = Config(chunk=512, block=256, num_warps=1, partials=2, programs=3)
+        config = Config(chunk=512, block=256, num_warps=1, partials=2, programs=3, longest_row=256)
         monkeypatch.setattr(triton, "_config", lambda device: config)
 
 
@@ -145,7 +145,7 @@ def compare(
             for name in state:
                 close(state[name], expected[name], tolerance)
             if expected:
-                betas.append(expected["beta"].item())
+                betas += expected["beta"].flatten().tolist()
             with torch.no_grad():
                 param.copy_(other)
                 for name in state:
@@ -169,6 +169,63 @@ def test_matches_the_reference_for_both_planes_and_scopes(backend, cls, scope, p
     options = {"beta_scope": scope, "memory_plane": plane, "weight_decay": 0.0}
     betas = compare(backend, cls, params, lr=0.05, **options)
     assert any(0.001 < beta < 0.88 for beta in betas), betas
+
+
+# Rows that lie several to a warp, rows that fill one and that no block holds; one row; no row; and
+# tensors that are one segment.
+ROW_SHAPES = [(6, 20), (5, 3, 9), (3, 300), (1, 40), (0, 16), (6, 15), (33,)]
+if not INTERPRETED:
+    ROW_SHAPES += [(3, 5000), (2, 40000)]
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("plane", ["level", "anchored"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_matches_the_reference_with_a_beta_a_row(backend, cls, plane, dtype):
+    params = make_params(ROW_SHAPES, dtype)
+    options = {"beta_scope": "row", "memory_plane": plane, "weight_decay": 0.1}
+    betas = compare(backend, cls, params, lr=0.05, **options)
+    rows = [6, 5, 3, 1, 0, 1, 1, *([] if INTERPRETED else [3, 2])]
+    assert len(betas) == 3 * sum(rows)
+    inside = {beta for beta in betas if 0.001 < beta < 0.88}
+    assert len(inside) > 4, f"betas that are not cut off are few: {betas}"
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_rows_that_do_not_lie_in_one_piece(backend, cls):
+    params = [
+        tensor.requires_grad_()
+        for tensor in (random(20, 4).t(), random(3, 40)[:, ::2], random(4, 2, 3, 3)[1:])
+    ]
+    params.append(random(4, 2, 3, 3).to(memory_format=torch.channels_last).requires_grad_())
+    compare(backend, cls, params, steps=2, lr=0.05, beta_scope="row")
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_beta_a_row_beside_one_a_tensor_and_one_for_all(backend, cls):
+    params = make_params([(4, 30)] * 4)
+    others = [param.detach().clone().requires_grad_() for param in params]
+    scopes = ("row", "global", "tensor", "row")
+    ours, reference = (
+        cls(
+            [
+                {"params": [param], "beta_scope": scope}
+                for param, scope in zip(own, scopes, strict=True)
+            ],
+            backend=name,
+        )
+        for own, name in ((params, backend), (others, "reference"))
+    )
+    for step in range(2):
+        set_grads(params, step)
+        for param, other in zip(params, others, strict=True):
+            other.grad = param.grad.clone()
+        ours.step()
+        reference.step()
+    for param, other in zip(params, others, strict=True):
+        close(param.detach(), other.detach(), 1e-5)
+        close(ours.state[param]["beta"], reference.state[other]["beta"], 1e-5)
+    assert [ours.state[param]["beta"].numel() for param in params] == [4, 1, 1, 4]
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)

@@ -75,8 +75,9 @@ def test_the_whole_check(tmp_path):
     # A row of each table.
     assert "cuda     AMSGD tiny float32 " in output
     assert "gpt2-small, AMAdamW, float32, below " in output
+    assert "gpt2-small, AMAdamW anchored, float32, row " in output
     assert "triton  2^28, chunk=128 block=64 " in output
-    assert "gpt2-small, triton " in output
+    assert "gpt2-small, triton " in output and "gpt2-small, triton, row " in output
     assert "side by side: 2 passed, 0 failed, 0 error, 1 skipped" in output
     assert "triton   memcheck, planted            it is found" in output
     # The sizes of the CUDA kernels are fixed here: that is said, and fails nothing.
@@ -167,6 +168,7 @@ def test_llamas_layers_fit_the_memory(gib, layers):
         ("AMAdamW", ((2**25,),) * 8, torch.float32, 0.12, 30.76),
         ("AMAdamW", ((1000, 1000), (300,)), torch.float32, 1.0, 28),  # all of it stays in L2
         ("AMAdamW", ((2**28,),), torch.bfloat16, 0.0, 33.88),
+        ("AMAdamW", ((2**14, 2**14),), torch.bfloat16, 0.0, 33.88),
         ("AMSGD", ((10,),), torch.float32, 0.0, 20),
         ("AMSGD", ((2**20,),) * 256, torch.float32, 0.0, 27.88),  # one beta, over all of them
     ],
@@ -174,6 +176,17 @@ def test_llamas_layers_fit_the_memory(gib, layers):
 def test_predicted_bytes(optimizer, shapes, dtype, missed, expected):
     found = gpu_cases.predicted_bytes(optimizer, shapes, dtype, 50 * 2**20, missed)
     assert found == pytest.approx(expected, abs=0.005)
+
+
+@pytest.mark.parametrize("name", ["gpt2-small", "llama-2-7b", "resnet-50"])
+@pytest.mark.parametrize("dtype, expected", [(torch.float32, 28), (torch.bfloat16, 22)])
+def test_predicted_bytes_of_a_model_by_row_are_those_of_one_reading(name, dtype, expected):
+    shapes = gpu_cases.cases(80 * 2**30)[name].shapes
+    found = gpu_cases.predicted_bytes("AMAdamW", shapes, dtype, 0, missed=0.0, by_row=True)
+    assert found == pytest.approx(expected, rel=0.03)
+    long = ((3, 2**20),)  # no block holds such a row
+    found = gpu_cases.predicted_bytes("AMAdamW", long, torch.bfloat16, 0, 0.0, by_row=True)
+    assert found == 34
 
 
 # ---- records and processes ------------------------------------------------------------
@@ -345,7 +358,7 @@ def test_tests_that_were_all_skipped_have_not_passed():
 def test_the_files_with_tests_marked_gpu_are_run():
     command = suite.command("gpu and slow", 0, ["cuda"])
     files = [Path(word).name for word in command if word.endswith(".py")]
-    assert files == ["test_gpu.py", "test_gpu_cases.py", "test_gpu_launches.py"]
+    assert files == ["test_gpu.py", "test_gpu_cases.py", "test_gpu_launches.py", "test_gpu_rows.py"]
     assert command[command.index("-k") + 1] == "not cuda"
 
 
@@ -355,9 +368,8 @@ def test_the_sanitizer_looks_at_all_triton_kernels():
 
     names = [name for name, value in vars(kernels).items() if hasattr(value, "arg_names")]
     launched = [name for name in names if name.startswith(sanitizer.KERNELS["triton"])]
-    assert {"am_prepare", "am_begin", "am_beta", "am_finish", "sum_rows", "sum_shared"} <= {
-        *launched
-    }
+    own = ["am_prepare", "am_begin", "am_beta", "am_finish", "am_rows", "sum_rows", "sum_shared"]
+    assert {*own} <= {*launched}
 
 
 # ---- sizes --------------------------------------------------------------------------------

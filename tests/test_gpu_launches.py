@@ -21,6 +21,9 @@ OPTIMIZERS = [AMAdamW, AMSGD]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # With tensors that L2 holds and one that it does not, of many chunks each.
 SHAPES = [(0,), (), (3,), (2048,), (2049,), (1000, 1000), (77,), (3000, 6000), (300, 70)]
+# Rows that several are held of, of lengths that allow 16-byte accesses or not; longer ones; none.
+ROWS = [(7,), (5000, 16), (64, 3, 7, 7), (500, 768), (300, 4608), (100, 8192), (9, 20_000), (0, 20)]
+BY_SCOPE = [("tensor", SHAPES), ("row", ROWS)]
 
 
 @pytest.fixture(params=["triton", "cuda"])
@@ -55,18 +58,39 @@ def train(params, optimizer, steps=3) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("dtypes", [*((dtype,) for dtype in DTYPES), DTYPES], ids=str)
-def test_a_step_with_a_seam_gives_the_bits_of_one_without(backend, cls, dtypes, monkeypatch):
-    whole = train(*make(backend, cls, dtypes=dtypes))
+@pytest.mark.parametrize("scope, shapes", BY_SCOPE)
+def test_a_step_with_a_seam_gives_the_bits_of_one_without(
+    backend, cls, dtypes, scope, shapes, monkeypatch
+):
+    whole = train(*make(backend, cls, shapes, dtypes, beta_scope=scope))
     with_seam(backend, monkeypatch)
-    assert all(map(torch.equal, whole, train(*make(backend, cls, dtypes=dtypes))))
+    halves = train(*make(backend, cls, shapes, dtypes, beta_scope=scope))
+    assert all(map(torch.equal, whole, halves))
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_many_steps_give_the_same_bits_again(backend, cls):
+@pytest.mark.parametrize("scope, shapes", BY_SCOPE)
+def test_many_steps_give_the_same_bits_again(backend, cls, scope, shapes):
     """A program that reads what another has not finished writing would show here."""
-    first = train(*make(backend, cls), steps=30)
+    first = train(*make(backend, cls, shapes, beta_scope=scope), steps=30)
     for _ in range(3):
-        assert all(map(torch.equal, first, train(*make(backend, cls), steps=30)))
+        again = train(*make(backend, cls, shapes, beta_scope=scope), steps=30)
+        assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_rows_give_the_same_bits_wherever_they_begin(backend, cls):
+    """With 16-byte accesses and without: the order of a row's sums is one."""
+    results = []
+    for offset in (0, 1):
+        params = []
+        for shape in ((30, 64), (3, 4608)):
+            numel = shape[0] * shape[1]
+            generator = torch.Generator().manual_seed(0)
+            buffer = torch.empty(numel + 1, device="cuda")[offset : numel + offset].view(shape)
+            params.append(buffer.copy_(torch.randn(shape, generator=generator)).requires_grad_())
+        results.append(train(params, cls(params, lr=0.05, backend=backend, beta_scope="row")))
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)

@@ -15,10 +15,11 @@ each_option = pytest.mark.parametrize(
     "options",
     [
         {"beta_scope": "tensor"},
+        {"beta_scope": "row"},
         {"beta_scope": "global"},
         {"beta_scope": "global", "gap": "loss"},
     ],
-    ids=["tensor", "global", "loss"],
+    ids=["tensor", "row", "global", "loss"],
 )
 
 
@@ -30,7 +31,8 @@ def backend(request, monkeypatch):
 
 
 def make(cls, backend, **options):
-    return make_optimizer(cls, [Group([(3, 4), ()]), Group([(5,)])], backend, **options)
+    groups = [Group([(3, 16), (), (5, 4, 4)]), Group([(5,), (2, 17)])]
+    return make_optimizer(cls, groups, backend, **options)
 
 
 def tensors(optimizer):
@@ -52,6 +54,16 @@ def test_a_step_with_fake_tensors(cls, backend, options):
             optimizer.step(lambda: 1.0)
         for values in tensors(optimizer):
             assert all(isinstance(value, FakeTensor) for value in values.values())
+
+
+@both
+def test_fake_sums_are_by_segment(cls, backend):
+    with FakeTensorMode(), torch.no_grad():
+        optimizer = make(cls, backend, beta_scope="row")
+        set_gradients(optimizer, step=0)
+        (work,) = optimizer._collect()
+        rows = optimizer._begin(work.backend, work.batch, None, None)
+        assert rows.shape == (3 + 1 + 5 + 1 + 2, 2)
 
 
 @both

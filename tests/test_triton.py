@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.parametrize(
     "selection",
-    [["test_gpu_cases.py"], ["test_versions.py", "-k", "triton"]],
+    [["test_gpu_cases.py"], ["test_gpu_rows.py"], ["test_versions.py", "-k", "triton"]],
     ids=lambda selection: selection[0],
 )
 def test_kernels_under_the_interpreter(selection):
@@ -47,6 +47,7 @@ class Launches:
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.lengths: list[int] = []
         self.addresses: torch.Tensor | None = None
         self.uploads = 0
 
@@ -54,6 +55,7 @@ class Launches:
         assert programs > 0
         assert set(triton._kernel(name).arg_names) <= arguments.keys()
         self.names.append(name)
+        self.lengths += [arguments["WIDTH"]] if name == "am_rows" else []
         self.addresses = arguments["addresses"]
 
     def step(self, optimizer) -> list[list[int]]:
@@ -133,6 +135,33 @@ def test_one_launch_more_of_each_for_each_combination_of_dtypes(launches, cls, r
         launches.step(optimizer)
     seam = ["sum_rows", "am_beta"] if rows else []
     assert launches.names == ["am_prepare", *["am_begin"] * 3, *seam, *["am_finish"] * 3]
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("halves", [False, True])
+def test_rows_take_one_launch_for_each_power_of_2_of_their_length(launches, cls, halves):
+    """Beside those of what is one segment, or too long to be held."""
+    shapes = [(3, 60), (5, 20), (2, 3, 4, 5), (4, 17), (7,), (2, 20_000)]
+    params = [param for shape in shapes for param in make_params(1, shape)]
+    optimizer = cls(params, backend="triton", beta_scope="row")
+    if halves:
+        (work,) = optimizer._collect()
+        rows = optimizer._begin(triton, work.batch, None, None)
+        assert rows.shape == (3 + 5 + 2 + 4 + 1 + 2, 2)
+        optimizer._finish(triton, work.batch, rows, None, None)
+    else:
+        launches.step(optimizer)
+    begin = ["am_prepare", "am_begin", "am_rows", "am_rows"]
+    seam = ["sum_rows", "am_beta", "am_rows", "am_rows"] if halves else []
+    assert launches.names == [*begin, *seam, "am_finish"]
+    assert launches.lengths == [64, 32] * (2 if halves else 1)
+    assert layout_of(optimizer).units == 5 + 2
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_rows_alone_take_two_launches(launches, cls):
+    launches.step(cls(make_params(3, (4, 20)), backend="triton", beta_scope="row"))
+    assert launches.names == ["am_prepare", "am_rows"]
 
 
 def test_a_list_without_elements_is_only_prepared(launches):

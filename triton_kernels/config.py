@@ -13,6 +13,7 @@ class Config(NamedTuple):
     num_warps: int
     partials: int  # partial sums that are added at a time
     programs: int  # on each multiprocessor; so many are launched of finish
+    longest_row: int  # elements that a program can hold of a row; half as many of float64
     registers: int | None = None  # that a thread may take; None: the compiler's choice
 
     def block_of(self, arithmetic: tl.dtype) -> int:
@@ -23,6 +24,15 @@ class Config(NamedTuple):
         if self.registers is None or arithmetic == tl.float64:
             return {"num_warps": self.num_warps}
         return {"num_warps": self.num_warps, "maxnreg": self.registers}
+
+    def tile_of(self, row: int, arithmetic: tl.dtype) -> tuple[int, dict[str, int]]:
+        """How many elements of rows of this length a program holds; how it is compiled.
+
+        As many as of a block; of rows that are longer twice as many a thread.
+        """
+        block, options = self.block_of(arithmetic), self.options(arithmetic)
+        tile = max(block, row)
+        return tile, {**options, "num_warps": options["num_warps"] * max(1, tile // (2 * block))}
 
 
 # Predicted from data sheets and from what the compiler reports, not measured yet: `python -m
@@ -49,18 +59,51 @@ class Config(NamedTuple):
 # bandwidth of a copy, by its own bytes. Twice the chunk leaves a matrix of a million elements on
 # half of the multiprocessors; half of it doubles the partial sums.
 #
+# Rows: 28 bytes an element in float32 and 22 with 16-bit parameters and gradients, with either
+# plane, and 12 a row; through the seam up to 16 and 12 more an element, as each half reads. 27
+# instructions of float32 an element. Up to 1,024 elements, of one row or of several, are 8 a
+# thread; compiled for sm_90 they take up to 128 registers, and four programs have 64 KB under way
+# as begin has: the same share of the bandwidth is predicted, 95 %. Of longer rows a thread holds 16
+# elements in as many registers: two programs of 256 threads where a row has 4,096, and one of 512
+# where it has 8,192 (128 KB). While that one computes, for a fourth of the time that its bytes
+# take, nothing else is read: some 80 % of the bandwidth is predicted. 16,384 do not fit: 1,024
+# threads have 64 registers each, and would put 82 more into local memory. Where a length is not a
+# power of two the rest of a tile idles: no bytes, but up to half of the registers. Rows that no
+# program holds are ordinary units; where the guess misses, or with the "anchored" plane, they are
+# read twice as other tensors are.
+#
 # By (vendor, major compute capability); an unknown device takes its vendor's last line.
 CONFIGS: dict[tuple[str, int], Config] = {
     **{
         ("cuda", major): Config(
-            chunk=8192, block=1024, num_warps=4, partials=1024, programs=4, registers=128
+            chunk=8192,
+            block=1024,
+            num_warps=4,
+            partials=1024,
+            programs=4,
+            longest_row=8192,
+            registers=128,
         )
         for major in (8, 9, 10)
     },
     # A warp has 64 threads here.
-    ("hip", 9): Config(chunk=8192, block=2048, num_warps=4, partials=1024, programs=2),
+    ("hip", 9): Config(
+        chunk=8192,
+        block=2048,
+        num_warps=4,
+        partials=1024,
+        programs=2,
+        longest_row=8192,
+    ),
     # Triton's interpreter takes milliseconds a program, whatever its size, one after the other.
-    ("interpreter", 0): Config(chunk=16384, block=16384, num_warps=1, partials=512, programs=2),
+    ("interpreter", 0): Config(
+        chunk=16384,
+        block=16384,
+        num_warps=1,
+        partials=512,
+        programs=2,
+        longest_row=16384,
+    ),
 }
 
 

@@ -4,7 +4,7 @@ Notation, as in Topollai & Choromanska (arXiv 2510.04988): g gradient, d memory 
 momentum_buffer), v exp_avg_sq, x parameter, P Adam's denominator, M = 1 / (P (1 + lambda P)),
 e = d - g, eta learning rate, mu weight decay, kappa = 1 for the "anchored" plane.
 
-Scalars of a tensor are float64; the elements' arithmetic is in the type T of the memory.
+Scalars of a segment are float64; the elements' arithmetic is in the type T of the memory.
 """
 
 from typing import NamedTuple
@@ -48,8 +48,8 @@ class AdamWCoefficients(NamedTuple):
     grad_factor: tl.tensor  # -1 for maximize, over grad_scale
     beta2: tl.tensor
     one_minus_beta2: tl.tensor
-    root_scale: tl.tensor  # bias_correction1 / sqrt(bias_correction2)
-    eps: tl.tensor  # times bias_correction1
+    root_scale: tl.tensor  # 1 / sqrt(bias_correction2); a segment's times its bias_correction1
+    eps: tl.tensor  # a segment's times its bias_correction1
     memory_lambda: tl.tensor
     weight_decay: tl.tensor
     gap_grad: tl.tensor  # c_g - c_d and c_d, times (1 + mu eta) / eta
@@ -97,19 +97,18 @@ def _gap_factors(prev_lr, lr, scale, anchored, loss_gap):
 
 
 @triton.jit
-def adamw_coefficients(h, step, beta_prod, prev_lr, grad_scale):
-    """step: the number of steps before this one."""
+def adamw_coefficients(h, step, prev_lr, grad_scale):
+    """step: the number of steps before this one. Without the segment's bias_correction1."""
     scale = 1.0 + h.weight_decay * h.lr
     gap_grad, gap_memory = _gap_factors(prev_lr, h.lr, scale, h.anchored, h.loss_gap)
-    bias_correction1 = 1.0 - h.beta_max * beta_prod
     # beta2^t through its logarithm, which the host takes: Triton has no float64 power.
     bias_correction2 = 1.0 - tl.exp((step + 1.0) * h.log_beta2)
     return AdamWCoefficients(
         grad_factor=_grad_factor(h.maximize, grad_scale),
         beta2=h.beta2,
         one_minus_beta2=1.0 - h.beta2,
-        root_scale=bias_correction1 / tl.sqrt(bias_correction2),
-        eps=bias_correction1 * h.eps,
+        root_scale=1.0 / tl.sqrt(bias_correction2),
+        eps=h.eps,
         memory_lambda=h.memory_lambda,
         weight_decay=h.weight_decay,
         gap_grad=gap_grad,
@@ -119,6 +118,14 @@ def adamw_coefficients(h, step, beta_prod, prev_lr, grad_scale):
         cap_take=1.0 - h.beta_max,
         lambda_over_cap=h.memory_lambda / tl.where(h.beta_max > 0, h.beta_max, 1.0),
     )
+
+
+@triton.jit
+def adamw_corrected(c, beta_max, beta_prod):
+    """The coefficients, of float64, with the bias_correction1 of segments with this beta_prod."""
+    bias_correction1 = 1.0 - beta_max * beta_prod
+    corrected = (c.root_scale * bias_correction1, c.eps * bias_correction1)
+    return AdamWCoefficients(*(c[:3] + corrected + c[5:]))
 
 
 @triton.jit
@@ -161,10 +168,10 @@ def clipped_beta(num, den, beta_max):
 def is_idle(step, lr, den):
     """Whether a step is none: at eta = 0 and without a gradient, before any other.
 
-    Checkpoint tools make state by such steps, so nothing of them stays. den is that of the tensor
-    alone.
+    Checkpoint tools make state by such steps, so nothing of them stays. den is that of the segment
+    alone; the step of a tensor of many counts where that of one does.
     """
-    return (step == 0) & (lr == 0) & (den == 0)
+    return tl.where((step == 0) & (lr == 0), den, 1.0) == 0
 
 
 @triton.jit
@@ -174,7 +181,7 @@ def sgd_first_den(lr, den):
     Weight decay left out, den is sum(g^2); the number that stands for it adds nothing to any other.
     """
     tiny = tl.full((), 1e-300, tl.float64)
-    return tl.where((lr == 0) & (den != 0), tiny, 0.0)
+    return tl.where(lr == 0, tl.where(den != 0, tiny, 0.0), 0.0)
 
 
 # The element functions, as in csrc/am_math.h, which says more. Multiply-adds are written out, so
@@ -189,41 +196,59 @@ def adamw_root(g, v, c):
     return v, tl.sqrt(v)
 
 
+class AdamWTerms(NamedTuple):
+    """What the sums and the update of an element take of it: P, e, e M and (1 + lambda P) d M."""
+
+    p: tl.tensor
+    e: tl.tensor
+    weighted: tl.tensor
+    slope: tl.tensor
+
+
 @triton.jit
-def _denominators(root, c):
-    """P, 1 + lambda P, and M."""
+def adamw_terms(g, d, root, c):
+    """g: with grad_factor."""
     P = tl.fma(root, c.root_scale, c.eps)
     damping = tl.fma(P, c.memory_lambda, 1.0)
-    return P, damping, 1.0 / (P * damping)
+    M = 1.0 / (P * damping)
+    e = g - d
+    return AdamWTerms(P, e, e * M, d * damping * M)
 
 
 @triton.jit
-def adamw_sums(x, g, d, root, num, den, c, DECAY: tl.constexpr):
-    """num, the gap included, and den with an element's parts added.
+def adamw_add(x, g, terms, num, den, c, DECAY: tl.constexpr):
+    """num, the gap included, and den with an element's parts added. g: with grad_factor.
 
     With D = (1 + lambda P) d, e = g - d and u = c_g g - c_d d + e, num is u (M D + mu x) + e^2 M.
     """
-    g = g * c.grad_factor
-    _, damping, M = _denominators(root, c)
-    e = g - d
-    u = tl.fma(g, c.gap_grad, tl.fma(e, c.gap_memory, e))
-    e2 = e * M * e
-    slope = d * damping * M
+    u = tl.fma(g, c.gap_grad, tl.fma(terms.e, c.gap_memory, terms.e))
+    e2 = terms.weighted * terms.e
+    slope = terms.slope
     if DECAY:
         slope = tl.fma(x, c.weight_decay, slope)
     return tl.fma(u, slope, num + e2), den + e2
 
 
 @triton.jit
-def adamw_update(x, g, d, root, take, c):
+def adamw_move(x, terms, take, c):
     """The new x and d. With n the new d before its division by 1 + lambda P: d / P = n M.
 
     take: 1 - beta, rounded once; beta may be near 1.
     """
+    step = tl.fma(terms.weighted, take, terms.slope)
+    return tl.fma(step, -c.lr, x * c.decay), step * terms.p
+
+
+@triton.jit
+def adamw_sums(x, g, d, root, num, den, c, DECAY: tl.constexpr):
     g = g * c.grad_factor
-    P, damping, M = _denominators(root, c)
-    step = tl.fma(g - d, take, d * damping) * M
-    return tl.fma(step, -c.lr, x * c.decay), step * P
+    return adamw_add(x, g, adamw_terms(g, d, root, c), num, den, c, DECAY)
+
+
+@triton.jit
+def adamw_update(x, g, d, root, take, c):
+    """The new x and d."""
+    return adamw_move(x, adamw_terms(g * c.grad_factor, d, root, c), take, c)
 
 
 @triton.jit

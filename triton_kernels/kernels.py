@@ -1,15 +1,24 @@
-"""The kernels of a step: prepare, begin, beta where tensors wait for one another's, and finish.
+"""The kernels of a step: prepare, begin, rows, beta where it waits for other sums, and finish.
 
-Rows of addresses: param, grad, the memories (exp_avg and exp_avg_sq where ADAMW, momentum_buffer
+Lists of addresses: param, grad, the memories (exp_avg and exp_avg_sq where ADAMW, momentum_buffer
 elsewhere), step, beta_prod where ADAMW, prev_lr, beta.
 
-prepare works out a tensor's coefficients. begin takes a chunk's num and den, and, where the tensor
-guesses, updates the chunk with the cap for beta while it does so. The last program of a tensor to
-arrive adds its partial sums in a fixed order, so that two runs give the same bits, writes the
-tensor's scalars, and leaves in coefficients what finish is to do: nothing, a repair, or the update.
-A tensor of one chunk is finished by its program at once. With the SEAM begin leaves the partial
-sums alone, and the beta kernel does the rest. No program waits for another. With found_inf not 0
-nothing is written but scratch, and rows of zeros.
+prepare works out a unit's coefficients.
+
+A unit of rows is done by the rows kernel. A program loads as many rows as it can hold, takes their
+num and den, and with their betas updates what it holds: one reading, with either plane, and nothing
+to repair. Where num and den are asked for, one launch writes them, and a later one takes what it
+finds in their place.
+
+Of an ordinary unit begin takes a chunk's num and den, and, where the unit guesses, updates the
+chunk with the cap for beta while it does so. The last program of a unit to arrive adds its partial
+sums in a fixed order, so that two runs give the same bits, writes its scalars, and leaves in
+coefficients what finish is to do: nothing, a repair, or the update. A unit of one chunk is finished
+by its program at once. With the SEAM begin leaves the partial sums alone, and the beta kernel does
+the rest.
+
+No program waits for another. With found_inf not 0 nothing is written but scratch, and rows of
+zeros.
 """
 
 import triton
@@ -18,11 +27,15 @@ import triton.language as tl
 from adamem_fused.triton_kernels.elements import (
     AdamWCoefficients,
     SGDCoefficients,
+    adamw_add,
     adamw_coefficients,
+    adamw_corrected,
     adamw_guesses,
+    adamw_move,
     adamw_repair,
     adamw_root,
     adamw_sums,
+    adamw_terms,
     adamw_update,
     clipped_beta,
     is_idle,
@@ -35,21 +48,34 @@ from adamem_fused.triton_kernels.sums import complete, num_den, store_partials, 
 from adamem_fused.triton_kernels.tables import (
     ANY_LIST,
     EXACT,
+    FIRST_SEGMENT,
     GROUP,
+    NO_ROWS,
     NUMEL,
+    ROW,
+    ROWS,
+    TENSOR,
     adamw_hyper,
     chunks_of,
+    column,
     data_pointer,
     ends,
+    find_scalar,
     is_aligned,
     is_skipped,
     load_elements,
+    load_scalars,
+    load_tile,
     masked,
     place,
     read_scalar,
+    rows_of,
     sgd_hyper,
     shared_of,
     store_elements,
+    store_scalars,
+    store_tile,
+    tile,
     write_scalar,
 )
 
@@ -71,6 +97,11 @@ DONE = tl.constexpr(0)
 REPAIR = tl.constexpr(1)
 UPDATE = tl.constexpr(2)
 
+# What the rows kernel does: all; sums, to `rows`; or the update, by the sums in `rows`.
+WHOLE = tl.constexpr(0)
+BEGIN = tl.constexpr(1)
+FINISH = tl.constexpr(2)
+
 # How many chunks a program of finish looks at together.
 LOOK = tl.constexpr(32)
 
@@ -86,35 +117,59 @@ def _load_coefficients(row, T: tl.constexpr, ADAMW: tl.constexpr):
 
 
 @triton.jit
-def _set_beta(addresses, layout, row, n, i, num, den, ADAMW: tl.constexpr):
-    """Writes tensor i's beta and scalars; returns what is left to do for it: rest, keep, take."""
+def _mixture(row, num, den, ADAMW: tl.constexpr):
+    """Of segments with these sums: beta; what the new memory keeps of the old, and takes of the
+    gradient; whether the step is none of theirs."""
     step, lr, beta_max = tl.load(row + STEP), tl.load(row + LR), tl.load(row + BETA_MAX)
-    idle = is_idle(step, lr, den)
     beta = clipped_beta(num, den, beta_max)
     if ADAMW:
         # There is no earlier iterate at the first step.
         beta = tl.where(step == 0, beta_max, beta)
+        keep = beta
+        take = 1.0 - beta
+    else:
+        beta = tl.where(step == 0, 0.0, beta)
+        memory_lambda = tl.load(row + MEMORY_LAMBDA)
+        keep = tl.where(step == 0, 0.0, (beta + memory_lambda) / (1.0 + memory_lambda))
+        take = tl.where(step == 0, 1.0, (1.0 - beta) / (1.0 + memory_lambda))
+    return beta, keep, take, is_idle(step, lr, den)
+
+
+@triton.jit
+def _count_step(addresses, layout, row, n, units, i, ADAMW: tl.constexpr):
+    """Writes the step and prev_lr of a unit's tensor."""
+    step, lr = tl.load(row + STEP), tl.load(row + LR)
+    if ADAMW:
+        write_scalar(addresses, layout, 4, 0, n, units, i, step + 1.0)
+        write_scalar(addresses, layout, 4, 2, n, units, i, lr)
+    else:
+        write_scalar(addresses, layout, 3, 0, n, units, i, step + 1.0)
+        write_scalar(addresses, layout, 3, 1, n, units, i, lr)
+
+
+@triton.jit
+def _set_beta(addresses, layout, row, n, units, i, num, den, ADAMW: tl.constexpr):
+    """Writes an ordinary unit's beta and scalars; returns what is left to do: rest, keep, take."""
+    beta, keep, take, idle = _mixture(row, num, den, ADAMW)
+    if ADAMW:
+        beta_max = tl.load(row + BETA_MAX)
         guesses = tl.load(row + GUESSES) != 0
         # Where den = 0, d equals g, and any beta gives the same.
         done = idle | (guesses & ((beta == beta_max) | (den == 0)))
         rest = tl.where(done, DONE, tl.where(guesses, REPAIR, UPDATE))
-        keep = beta
-        take = tl.where(guesses, (beta_max - beta) / tl.where(guesses, beta_max, 1.0), 1.0 - beta)
-        if not idle:
-            write_scalar(addresses, layout, 4, 0, n, i, step + 1.0)
-            write_scalar(addresses, layout, 4, 1, n, i, tl.load(row + BETA_PROD) * beta)
-            write_scalar(addresses, layout, 4, 2, n, i, lr)
-            write_scalar(addresses, layout, 4, 3, n, i, beta)
+        take = tl.where(guesses, (beta_max - beta) / tl.where(guesses, beta_max, 1.0), take)
     else:
-        beta = tl.where(step == 0, 0.0, beta)
-        memory_lambda = tl.load(row + MEMORY_LAMBDA)
         rest = tl.where(idle, DONE, UPDATE)
-        keep = tl.where(step == 0, 0.0, (beta + memory_lambda) / (1.0 + memory_lambda))
-        take = tl.where(step == 0, 1.0, (1.0 - beta) / (1.0 + memory_lambda))
-        if not idle:
-            write_scalar(addresses, layout, 3, 0, n, i, step + 1.0)
-            write_scalar(addresses, layout, 3, 1, n, i, lr)
-            write_scalar(addresses, layout, 3, 2, n, i, beta)
+    if not idle:
+        # Of a tensor of several units each writes the same.
+        _count_step(addresses, layout, row, n, units, i, ADAMW)
+        segment = column(layout, ROW, units, i)
+        if ADAMW:
+            beta_prod = tl.load(row + BETA_PROD) * beta
+            write_scalar(addresses, layout, 4, 1, n, units, i, beta_prod, segment)
+            write_scalar(addresses, layout, 4, 3, n, units, i, beta, segment)
+        else:
+            write_scalar(addresses, layout, 3, 2, n, units, i, beta, segment)
     return rest, keep, take
 
 
@@ -126,21 +181,35 @@ def _store_rest(row, rest, keep, take):
 
 
 @triton.jit
+def _open(
+    addresses, n, tensor, start,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, MEMORY: tl.constexpr, SQUARE: tl.constexpr,
+    ADAMW: tl.constexpr,
+):  # fmt: skip
+    """A tensor's x, g, d and v from element `start` on, and whether 16-byte accesses may be."""
+    x = data_pointer(addresses, 0, n, tensor, PARAM) + start
+    g = data_pointer(addresses, 1, n, tensor, GRAD) + start
+    d = data_pointer(addresses, 2, n, tensor, MEMORY) + start
+    v = d
+    if ADAMW:
+        v = data_pointer(addresses, 3, n, tensor, SQUARE) + start
+    return x, g, d, v, is_aligned(x, g, d, v)
+
+
+@triton.jit
 def _open_chunk(
-    addresses, layout, n, i, chunk,
+    addresses, layout, n, units, i, chunk,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MEMORY: tl.constexpr, SQUARE: tl.constexpr,
     ADAMW: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A chunk's x, g, d and v, where its 16-byte accesses end, and its length."""
-    start = chunk * CHUNK
-    x = data_pointer(addresses, 0, n, i, PARAM) + start
-    g = data_pointer(addresses, 1, n, i, GRAD) + start
-    d = data_pointer(addresses, 2, n, i, MEMORY) + start
-    v = d
-    if ADAMW:
-        v = data_pointer(addresses, 3, n, i, SQUARE) + start
-    numel = tl.load(layout + NUMEL * n + i)
-    middle, end = ends(is_aligned(x, g, d, v), start, numel, BLOCK, CHUNK)
+    numel, start = column(layout, NUMEL, units, i), chunk * CHUNK
+    tensor = column(layout, TENSOR, units, i)
+    x, g, d, v, aligned = _open(
+        addresses, n, tensor, column(layout, ROW, units, i) * numel + start,
+        PARAM, GRAD, MEMORY, SQUARE, ADAMW,
+    )  # fmt: skip
+    middle, end = ends(aligned, start, numel, BLOCK, CHUNK)
     return x, g, d, v, middle, end
 
 
@@ -233,35 +302,97 @@ def _finish_chunk(
             )  # fmt: skip
 
 
+# ---- rows -----------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_rows(
+    x, g, d, v, first, count, numel,
+    READS_PARAM: tl.constexpr, ADAMW: tl.constexpr, T: tl.constexpr, HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    offsets, mask = tile(first, count, numel, HEIGHT, WIDTH, VECTOR)
+    gs = load_tile(g, offsets, mask, VECTOR, T)
+    ds = load_tile(d, offsets, mask, VECTOR, T)
+    xs = gs
+    if READS_PARAM:
+        xs = load_tile(x, offsets, mask, VECTOR, T)
+    vs = ds
+    if ADAMW:
+        vs = load_tile(v, offsets, mask, VECTOR, T)
+    return xs, gs, ds, vs
+
+
+@triton.jit
+def _rounded(c, T: tl.constexpr, ADAMW: tl.constexpr):
+    """Coefficients of float64 in the type of the arithmetic."""
+    if ADAMW:
+        return AdamWCoefficients(*[c[k].to(T) for k in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)])
+    else:
+        return SGDCoefficients(*[c[k].to(T) for k in (0, 1, 2, 3, 4, 5, 6)])
+
+
+@triton.jit
+def _are_zero(rows, layout, units, i, BLOCK: tl.constexpr):
+    """Whether den is 0 in all of a unit's lines of the seam's rows."""
+    first, count = column(layout, FIRST_SEGMENT, units, i), column(layout, ROWS, units, i)
+    others = tl.zeros([BLOCK], tl.int32)
+    for k in range(0, count, BLOCK):
+        places = k + tl.arange(0, BLOCK)
+        den = tl.load(rows + 2 * (first + places) + 1, mask=places < count, other=0.0)
+        others |= (den != 0).to(tl.int32)
+    return tl.max(others) == 0
+
+
+@triton.jit
+def _store_rows(
+    x, d, v, xs, ds, vs, active, first, count, numel,
+    ADAMW: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    offsets, mask = tile(first, count, numel, HEIGHT, WIDTH, VECTOR)
+    mask = mask & active[:, None]
+    store_tile(x, offsets, xs, mask, VECTOR)
+    store_tile(d, offsets, ds, mask, VECTOR)
+    if ADAMW:
+        store_tile(v, offsets, vs, mask, VECTOR)
+
+
 # ---- kernels --------------------------------------------------------------------------
 
 
 @triton.jit(**ANY_LIST)
 def am_prepare(
-    addresses, layout, hypers, lrs, coefficients, grad_scale, found_inf, n,
-    ADAMW: tl.constexpr, SEAM: tl.constexpr,
+    addresses, layout, hypers, lrs, coefficients, grad_scale, found_inf, n, units,
+    ADAMW: tl.constexpr, SEAM: tl.constexpr, ROWS_SEAM: tl.constexpr,
 ):  # fmt: skip
-    """Every tensor's coefficients. One program a tensor."""
+    """Every unit's coefficients. One program a unit."""
     if is_skipped(found_inf):
         return
     i = tl.program_id(0).to(tl.int64)
-    group = tl.load(layout + GROUP * n + i)
+    group = column(layout, GROUP, units, i)
+    rows = column(layout, ROWS, units, i)
     row = coefficients + COEFFICIENTS * i
     if ADAMW:
         h = adamw_hyper(hypers, lrs, group)
-        step = read_scalar(addresses, layout, 4, 0, n, i)
-        beta_prod = read_scalar(addresses, layout, 4, 1, n, i)
-        prev_lr = read_scalar(addresses, layout, 4, 2, n, i)
-        c = adamw_coefficients(h, step, beta_prod, prev_lr, grad_scale)
+        step = read_scalar(addresses, layout, 4, 0, n, units, i)
+        prev_lr = read_scalar(addresses, layout, 4, 2, n, units, i)
+        # Those of rows are left to the rows kernel: with 0 nothing is corrected.
+        beta_prod = tl.zeros((), tl.float64)
+        if rows == NO_ROWS:
+            segment = column(layout, ROW, units, i)
+            beta_prod = read_scalar(addresses, layout, 4, 1, n, units, i, segment)
+        c = adamw_coefficients(h, step, prev_lr, grad_scale)
+        c = adamw_corrected(c, h.beta_max, beta_prod)
         # A repair reads the gradient once more: it may not be what was written.
-        is_own = tl.load(addresses + i) != tl.load(addresses + n + i)
-        guesses = adamw_guesses(h, step, is_own & (tl.load(layout + EXACT * n + i) != 0))
+        tensor = column(layout, TENSOR, units, i)
+        is_own = tl.load(addresses + tensor) != tl.load(addresses + n + tensor)
+        guesses = adamw_guesses(h, step, is_own & (column(layout, EXACT, units, i) != 0))
         tl.store(row + BETA_PROD, beta_prod)
         tl.store(row + GUESSES, guesses.to(tl.float64))
     else:
         h = sgd_hyper(hypers, lrs, group)
-        step = read_scalar(addresses, layout, 3, 0, n, i)
-        prev_lr = read_scalar(addresses, layout, 3, 1, n, i)
+        step = read_scalar(addresses, layout, 3, 0, n, units, i)
+        prev_lr = read_scalar(addresses, layout, 3, 1, n, units, i)
         c = sgd_coefficients(h, step, prev_lr, grad_scale)
     tl.store(row + STEP, step)
     tl.store(row + BETA_MAX, h.beta_max)
@@ -269,17 +400,119 @@ def am_prepare(
     tl.store(row + LR, h.lr)
     for k in tl.static_range(len(c)):
         tl.store(row + READ + k, c[k])
+    tl.debug_barrier()
     if not SEAM:
         # A tensor without elements has no chunk whose program would do this.
-        if tl.load(layout + NUMEL * n + i) == 0:
-            tl.debug_barrier()
+        if (rows == NO_ROWS) & (column(layout, NUMEL, units, i) == 0):
             zero = tl.zeros((), tl.float64)
-            _set_beta(addresses, layout, row, n, i, zero, zero, ADAMW)
+            _set_beta(addresses, layout, row, n, units, i, zero, zero, ADAMW)
+    if not ROWS_SEAM:
+        # No other unit reads these scalars. A step that may be none is left to the rows.
+        if (rows != NO_ROWS) & ((step != 0) | (h.lr != 0)):
+            _count_step(addresses, layout, row, n, units, i, ADAMW)
+
+
+@triton.jit(**ANY_LIST)
+def am_rows(
+    addresses, layout, chunk_units, rows, coefficients, found_inf, n, units, first_chunk,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, MEMORY: tl.constexpr, SQUARE: tl.constexpr,
+    T: tl.constexpr, ADAMW: tl.constexpr, DECAY: tl.constexpr, PASS: tl.constexpr,
+    CHUNK: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Rows of up to WIDTH elements, HEIGHT at a time, from first_chunk on. One program a chunk."""
+    skipped = is_skipped(found_inf)
+    if PASS != BEGIN:
+        if skipped:
+            return
+    i, chunk = place(layout, chunk_units, first_chunk + tl.program_id(0).to(tl.int64), units)
+    numel = column(layout, NUMEL, units, i)
+    first, count = rows_of(layout, units, i, chunk, CHUNK)
+    x, g, d, v, aligned = _open(
+        addresses, n, column(layout, TENSOR, units, i), first * numel,
+        PARAM, GRAD, MEMORY, SQUARE, ADAMW,
+    )  # fmt: skip
+    aligned = aligned & (numel % 8 == 0)
+    numel = numel.to(tl.int32)
+    row = coefficients + COEFFICIENTS * i
+    step, lr = tl.load(row + STEP), tl.load(row + LR)
+    c = _load_coefficients(row, tl.float64, ADAMW)
+    seam = 2 * (column(layout, FIRST_SEGMENT, units, i) + first)
+    if ADAMW:
+        beta_prods, double_prods = find_scalar(addresses, layout, 4, 1, n, units, i)
+        betas, double_betas = find_scalar(addresses, layout, 4, 3, n, units, i)
+    else:
+        betas, double_betas = find_scalar(addresses, layout, 3, 2, n, units, i)
+    READS_PARAM: tl.constexpr = PASS != BEGIN or DECAY
+    for k in range(0, count, HEIGHT):
+        places = k + tl.arange(0, HEIGHT)
+        active = places < count
+        own = c
+        if ADAMW:
+            beta_prod = load_scalars(beta_prods, double_prods, first + places, active)
+            own = adamw_corrected(c, tl.load(row + BETA_MAX), beta_prod[:, None])
+        own = _rounded(own, T, ADAMW)
+        if aligned:
+            xs, gs, ds, vs = _load_rows(
+                x, g, d, v, k, count, numel, READS_PARAM, ADAMW, T, HEIGHT, WIDTH, True
+            )  # fmt: skip
+        else:
+            xs, gs, ds, vs = _load_rows(
+                x, g, d, v, k, count, numel, READS_PARAM, ADAMW, T, HEIGHT, WIDTH, False
+            )  # fmt: skip
+        if ADAMW:
+            vs, root = adamw_root(gs, vs, own)
+            gs = gs * own.grad_factor
+            terms = adamw_terms(gs, ds, root, own)
+        if PASS == FINISH:
+            num = tl.load(rows + seam + 2 * places, mask=active, other=0.0)
+            den = tl.load(rows + seam + 2 * places + 1, mask=active, other=0.0)
+        else:
+            zero = tl.zeros([HEIGHT, WIDTH], T)
+            if ADAMW:
+                num, den = adamw_add(xs, gs, terms, zero, zero, own, DECAY)
+            else:
+                num, den = sgd_sums(xs, gs, ds, zero, zero, own, DECAY)
+            inside = tl.arange(0, WIDTH)[None, :] < numel
+            num = tl.sum(tl.where(inside, num, 0.0), 1).to(tl.float64)
+            den = tl.sum(tl.where(inside, den, 0.0), 1).to(tl.float64)
+            if not ADAMW:
+                num = tl.where(step == 0, 0.0, num)
+                den = tl.where(step == 0, sgd_first_den(lr, den), den)
+        if PASS == BEGIN:
+            tl.store(rows + seam + 2 * places, tl.where(skipped, 0.0, num), mask=active)
+            tl.store(rows + seam + 2 * places + 1, tl.where(skipped, 0.0, den), mask=active)
+        else:
+            beta, keep, take, idle = _mixture(row, num, den, ADAMW)
+            active = active & (idle == 0)
+            # A row's beta_prod is read by all of its threads, and written by one of them.
+            tl.debug_barrier()
+            store_scalars(betas, double_betas, beta, first + places, active)
+            if ADAMW:
+                beta_prod = beta_prod * beta
+                store_scalars(beta_prods, double_prods, beta_prod, first + places, active)
+                xs, ds = adamw_move(xs, terms, take.to(T)[:, None], own)
+            else:
+                xs, ds = sgd_update(
+                    xs, gs, ds, keep.to(T)[:, None], take.to(T)[:, None], own
+                )  # fmt: skip
+            if aligned:
+                _store_rows(
+                    x, d, v, xs, ds, vs, active, k, count, numel, ADAMW, HEIGHT, WIDTH, True
+                )  # fmt: skip
+            else:
+                _store_rows(
+                    x, d, v, xs, ds, vs, active, k, count, numel, ADAMW, HEIGHT, WIDTH, False
+                )  # fmt: skip
+        if PASS == WHOLE:
+            # Whether a step that may be none is one, and prepare has left it: all write the same.
+            if (step == 0) & (lr == 0):
+                if tl.max(active.to(tl.int32)) != 0:
+                    _count_step(addresses, layout, row, n, units, i, ADAMW)
 
 
 @triton.jit(**ANY_LIST)
 def am_begin(
-    addresses, layout, chunk_tensors, arrived, partials, coefficients, found_inf, n, chunks,
+    addresses, layout, chunk_units, arrived, partials, coefficients, found_inf, n, units, chunks,
     first_chunk,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MEMORY: tl.constexpr, SQUARE: tl.constexpr,
     T: tl.constexpr, ADAMW: tl.constexpr, DECAY: tl.constexpr, SEAM: tl.constexpr,
@@ -289,11 +522,11 @@ def am_begin(
     if is_skipped(found_inf):
         return
     at = first_chunk + tl.program_id(0).to(tl.int64)
-    i, chunk = place(layout, chunk_tensors, at, n)
+    i, chunk = place(layout, chunk_units, at, units)
     row = coefficients + COEFFICIENTS * i
     c = _load_coefficients(row, T, ADAMW)
     x, g, d, v, middle, end = _open_chunk(
-        addresses, layout, n, i, chunk, PARAM, GRAD, MEMORY, SQUARE, ADAMW, CHUNK, BLOCK
+        addresses, layout, n, units, i, chunk, PARAM, GRAD, MEMORY, SQUARE, ADAMW, CHUNK, BLOCK
     )  # fmt: skip
     if ADAMW:
         if tl.load(row + GUESSES) != 0:
@@ -309,12 +542,12 @@ def am_begin(
     if SEAM:
         store_partials(partials, chunks, at, num, den)
     else:
-        count = chunks_of(layout, n, i, CHUNK)
+        count = chunks_of(layout, units, i, CHUNK)
         is_last, num, den = complete(
-            layout, arrived, partials, n, chunks, i, at, count, num, den, CHUNK, PARTIALS
+            layout, arrived, partials, units, chunks, i, at, count, num, den, CHUNK, PARTIALS
         )  # fmt: skip
         if is_last:
-            rest, keep, take = _set_beta(addresses, layout, row, n, i, num, den, ADAMW)
+            rest, keep, take = _set_beta(addresses, layout, row, n, units, i, num, den, ADAMW)
             if count > 1:
                 _store_rest(row, rest, keep, take)
             else:
@@ -326,24 +559,27 @@ def am_begin(
 
 @triton.jit(**ANY_LIST)
 def sum_rows(
-    layout, partials, rows, found_inf, n, chunks, CHUNK: tl.constexpr, PARTIALS: tl.constexpr
+    layout, partials, rows, found_inf, units, chunks, CHUNK: tl.constexpr, PARTIALS: tl.constexpr
 ):  # fmt: skip
-    """rows [n, 2]: every tensor's num and den; zeros for a step that is skipped.
+    """Every ordinary unit's num and den in rows [segments, 2]; zeros for a step that is skipped.
 
-    One program a tensor.
+    One program a unit.
     """
     i = tl.program_id(0).to(tl.int64)
+    if column(layout, ROWS, units, i) != NO_ROWS:
+        return
     num = tl.zeros((), tl.float64)
     den = tl.zeros((), tl.float64)
     if not is_skipped(found_inf):
-        num, den = sum_partials(partials, layout, chunks, n, i, CHUNK, PARTIALS)
-    tl.store(rows + 2 * i, num)
-    tl.store(rows + 2 * i + 1, den)
+        num, den = sum_partials(partials, layout, chunks, units, i, CHUNK, PARTIALS)
+    segment = column(layout, FIRST_SEGMENT, units, i)
+    tl.store(rows + 2 * segment, num)
+    tl.store(rows + 2 * segment + 1, den)
 
 
 @triton.jit(**ANY_LIST)
 def sum_shared(
-    layout, hypers, chunk_tensors, partials, totals, n, chunks, ADAMW: tl.constexpr,
+    layout, hypers, chunk_units, partials, totals, units, chunks, ADAMW: tl.constexpr,
     PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """totals [2]: num and den over all tensors that share one beta. One program."""
@@ -352,8 +588,8 @@ def sum_shared(
     for k in range(0, chunks, PARTIALS):
         chunk = k + tl.arange(0, PARTIALS)
         mask = chunk < chunks
-        i = tl.load(chunk_tensors + chunk, mask=mask, other=0)
-        group = tl.load(layout + GROUP * n + i, mask=mask, other=0)
+        i = tl.load(chunk_units + chunk, mask=mask, other=0)
+        group = tl.load(layout + GROUP * units + i, mask=mask, other=0)
         shared = tl.load(shared_of(hypers, group, ADAMW), mask=mask, other=0.0) != 0
         # Not masked by what is shared: that is known three loads later.
         num += tl.where(shared, tl.load(partials + chunk, mask=mask, other=0.0), 0.0)
@@ -364,25 +600,33 @@ def sum_shared(
 
 @triton.jit(**ANY_LIST)
 def am_beta(
-    addresses, layout, hypers, partials, totals, rows, coefficients, found_inf, n, chunks,
+    addresses, layout, hypers, partials, totals, rows, coefficients, found_inf, n, units, chunks,
     ADAMW: tl.constexpr, CHUNK: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
-    """Every tensor's beta and scalars, where they wait for the sums of others. One program each."""
+    """Every ordinary unit's beta and scalars, where they wait for the sums of others; of a unit of
+    rows, whose rows kernel waits for them as well, the step. One program a unit."""
     if is_skipped(found_inf):
         return
     i = tl.program_id(0).to(tl.int64)
     row = coefficients + COEFFICIENTS * i
-    num, den = num_den(
-        rows, totals, hypers, partials, layout, chunks, n, i, tl.load(row + STEP), ADAMW, CHUNK,
-        PARTIALS,
-    )  # fmt: skip
-    rest, keep, take = _set_beta(addresses, layout, row, n, i, num, den, ADAMW)
-    _store_rest(row, rest, keep, take)
+    if column(layout, ROWS, units, i) == NO_ROWS:
+        num, den = num_den(
+            rows, totals, hypers, partials, layout, chunks, units, i, tl.load(row + STEP), ADAMW,
+            CHUNK, PARTIALS,
+        )  # fmt: skip
+        rest, keep, take = _set_beta(addresses, layout, row, n, units, i, num, den, ADAMW)
+        _store_rest(row, rest, keep, take)
+    elif rows is not None:
+        idle = (tl.load(row + STEP) == 0) & (tl.load(row + LR) == 0)
+        if idle:
+            idle = _are_zero(rows, layout, units, i, PARTIALS)
+        if not idle:
+            _count_step(addresses, layout, row, n, units, i, ADAMW)
 
 
 @triton.jit(**ANY_LIST)
 def am_finish(
-    addresses, layout, chunk_tensors, coefficients, found_inf, n, first_chunk, last_chunk,
+    addresses, layout, chunk_units, coefficients, found_inf, n, units, first_chunk, last_chunk,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MEMORY: tl.constexpr, SQUARE: tl.constexpr,
     T: tl.constexpr, ADAMW: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -395,19 +639,19 @@ def am_finish(
         # A look at many chunks takes no longer than at one.
         chunks = at - stride * tl.arange(0, LOOK)
         mask = chunks >= first_chunk
-        tensors = tl.load(chunk_tensors + chunks, mask=mask, other=0).to(tl.int64)
-        rests = tl.load(coefficients + COEFFICIENTS * tensors + REST, mask=mask, other=0.0)
+        own = tl.load(chunk_units + chunks, mask=mask, other=0).to(tl.int64)
+        rests = tl.load(coefficients + COEFFICIENTS * own + REST, mask=mask, other=0.0)
         end = at - stride * LOOK
         if tl.max(rests) != DONE:
             while at > tl.maximum(end, first_chunk - 1):
-                i, chunk = place(layout, chunk_tensors, at, n)
+                i, chunk = place(layout, chunk_units, at, units)
                 row = coefficients + COEFFICIENTS * i
                 rest, keep, take = tl.load(row + REST), tl.load(row + KEEP), tl.load(row + TAKE)
                 if rest != DONE:
                     c = _load_coefficients(row, T, ADAMW)
                     x, g, d, v, middle, length = _open_chunk(
-                        addresses, layout, n, i, chunk, PARAM, GRAD, MEMORY, SQUARE, ADAMW, CHUNK,
-                        BLOCK,
+                        addresses, layout, n, units, i, chunk, PARAM, GRAD, MEMORY, SQUARE, ADAMW,
+                        CHUNK, BLOCK,
                     )  # fmt: skip
                     _finish_chunk(x, g, d, v, middle, length, rest, keep, take, c, ADAMW, T, BLOCK)
                 at -= stride

@@ -1,19 +1,26 @@
 """How the kernels find a step's tensors: tables in device memory, and what lies behind them.
 
-The tables are laid out by adamem_fused/backends/tables.py, with one column a tensor (n of them):
+The tables are laid out by adamem_fused/backends/tables.py. What has coefficients is a unit. An
+ordinary one is a single segment, a tensor or a row of one; a unit of rows is a tensor whose rows
+have betas.
 
-    addresses  [rows, n] int64   data pointers: param, grad, the memories, the scalars
-    layout     [5, n]    int64   number of elements, group, first chunk, which scalars are
-                                 float64 (a bit each), whether parameter and memories are
-                                 stored in the type of the arithmetic
+    addresses  [lists, n] int64      data pointers of n tensors: param, grad, the memories, the
+                                     scalars
+    layout     [9, units] int64      number of elements (of a row), group, first chunk, which
+                                     scalars are float64 (a bit each), whether parameter and
+                                     memories are stored in the type of the arithmetic, tensor,
+                                     which row of it an ordinary unit is (0 where it is all of
+                                     it), number of rows (NO_ROWS: an ordinary unit), first line
+                                     in the seam's rows
     hypers     [groups, columns] float64, in the order of elements.AdamWHyper, SGDHyper;
                                  lrs [groups] int64: the address of a group's lr on the
                                  device, times 2, plus 1 for float64; 0: it is in hypers
 
-A chunk is CHUNK elements of one tensor, or what is left of it: chunk_tensors [chunks] int32
-names its tensor. Sums of a chunk go to partials [2, chunks] float64, and arrived [n] int32 counts
-those of a tensor. What is worked out of a tensor's scalars is in coefficients [n, columns]
-float64. Offsets are 64 bits wide throughout.
+A chunk is CHUNK elements of an ordinary unit, or what is left of it; or, of a unit of rows, as many
+whole rows as fit, and one at least: chunk_units [chunks] int32 names its unit. Sums of an ordinary
+unit's chunk go to partials [2, chunks] float64, and arrived [units] int32 counts those of a unit.
+What is worked out of its scalars is in coefficients [units, columns] float64. Offsets are 64 bits
+wide but within a chunk.
 """
 
 import triton
@@ -27,6 +34,12 @@ GROUP = tl.constexpr(1)
 FIRST_CHUNK = tl.constexpr(2)
 DOUBLES = tl.constexpr(3)
 EXACT = tl.constexpr(4)
+TENSOR = tl.constexpr(5)
+ROW = tl.constexpr(6)
+ROWS = tl.constexpr(7)
+FIRST_SEGMENT = tl.constexpr(8)
+
+NO_ROWS = tl.constexpr(-1)
 
 # Columns of `hypers`.
 ADAMW_HYPERS = tl.constexpr(len(AdamWHyper._fields))
@@ -35,17 +48,23 @@ SGD_HYPERS = tl.constexpr(len(SGDHyper._fields))
 # Arguments that change with the list of tensors: one compiled kernel for all their values, and for
 # tables wherever they begin.
 ANY_LIST = {
-    "do_not_specialize": ["n", "chunks", "first_chunk", "last_chunk"],
+    "do_not_specialize": ["n", "units", "chunks", "first_chunk", "last_chunk"],
     "do_not_specialize_on_alignment": [
-        *["addresses", "layout", "hypers", "lrs", "chunk_tensors", "arrived"],
+        *["addresses", "layout", "hypers", "lrs", "chunk_units", "arrived"],
         *["partials", "totals", "rows", "coefficients", "grad_scale", "found_inf"],
     ],
 }
 
 
 @triton.jit
-def data_pointer(addresses, row: tl.constexpr, n, i, DTYPE: tl.constexpr):
-    return tl.load(addresses + row * n + i).to(tl.pointer_type(DTYPE))
+def column(layout, row: tl.constexpr, units, i):
+    """What the layout says of unit i."""
+    return tl.load(layout + row * units + i)
+
+
+@triton.jit
+def data_pointer(addresses, row: tl.constexpr, n, tensor, DTYPE: tl.constexpr):
+    return tl.load(addresses + row * n + tensor).to(tl.pointer_type(DTYPE))
 
 
 @triton.jit
@@ -76,33 +95,42 @@ def is_skipped(found_inf):
 
 
 @triton.jit
-def _load_scalar(address, is_double):
+def load_scalars(address, is_double, at, mask):
     if is_double != 0:
-        value = tl.load(address.to(tl.pointer_type(tl.float64)))
+        value = tl.load(address.to(tl.pointer_type(tl.float64)) + at, mask=mask)
     else:
-        value = tl.load(address.to(tl.pointer_type(tl.float32))).to(tl.float64)
+        value = tl.load(address.to(tl.pointer_type(tl.float32)) + at, mask=mask).to(tl.float64)
     return value
 
 
 @triton.jit
-def _store_scalar(address, value, is_double):
+def store_scalars(address, is_double, value, at, mask):
     if is_double != 0:
-        tl.store(address.to(tl.pointer_type(tl.float64)), value)
+        tl.store(address.to(tl.pointer_type(tl.float64)) + at, value, mask=mask)
     else:
-        tl.store(address.to(tl.pointer_type(tl.float32)), value.to(tl.float32))
+        tl.store(address.to(tl.pointer_type(tl.float32)) + at, value.to(tl.float32), mask=mask)
 
 
 @triton.jit
-def read_scalar(addresses, layout, first: tl.constexpr, k: tl.constexpr, n, i):
-    """Scalar k of tensor i; the scalars' rows of `addresses` start at `first`."""
-    address = tl.load(addresses + (first + k) * n + i)
-    return _load_scalar(address, (tl.load(layout + DOUBLES * n + i) >> k) & 1)
+def find_scalar(addresses, layout, first: tl.constexpr, k: tl.constexpr, n, units, i):
+    """Where scalar k of unit i's tensor lies, and whether in float64; the scalars' rows of
+    `addresses` start at `first`."""
+    address = tl.load(addresses + (first + k) * n + column(layout, TENSOR, units, i))
+    return address, (column(layout, DOUBLES, units, i) >> k) & 1
 
 
 @triton.jit
-def write_scalar(addresses, layout, first: tl.constexpr, k: tl.constexpr, n, i, value):
-    address = tl.load(addresses + (first + k) * n + i)
-    _store_scalar(address, value, (tl.load(layout + DOUBLES * n + i) >> k) & 1)
+def read_scalar(addresses, layout, first: tl.constexpr, k: tl.constexpr, n, units, i, at=0):
+    address, is_double = find_scalar(addresses, layout, first, k, n, units, i)
+    return load_scalars(address, is_double, at, None)
+
+
+@triton.jit
+def write_scalar(
+    addresses, layout, first: tl.constexpr, k: tl.constexpr, n, units, i, value, at=0
+):  # fmt: skip
+    address, is_double = find_scalar(addresses, layout, first, k, n, units, i)
+    store_scalars(address, is_double, value, at, None)
 
 
 @triton.jit
@@ -111,7 +139,7 @@ def _read_lr(hypers, lrs, group, COLUMNS: tl.constexpr):
     if tagged == 0:
         lr = tl.load(hypers + group * COLUMNS)
     else:
-        lr = _load_scalar(tagged >> 1, tagged & 1)
+        lr = load_scalars(tagged >> 1, tagged & 1, 0, None)
     return lr
 
 
@@ -159,16 +187,25 @@ def shared_of(hypers, group, ADAMW: tl.constexpr):
 
 
 @triton.jit
-def place(layout, chunk_tensors, chunk, n):
-    """A chunk's tensor, and which of the tensor's chunks it is."""
-    i = tl.load(chunk_tensors + chunk).to(tl.int64)
-    return i, chunk - tl.load(layout + FIRST_CHUNK * n + i)
+def place(layout, chunk_units, chunk, units):
+    """A chunk's unit, and which of the unit's chunks it is."""
+    i = tl.load(chunk_units + chunk).to(tl.int64)
+    return i, chunk - column(layout, FIRST_CHUNK, units, i)
 
 
 @triton.jit
-def chunks_of(layout, n, i, CHUNK: tl.constexpr):
-    """A tensor's number of chunks."""
-    return tl.cdiv(tl.load(layout + NUMEL * n + i), CHUNK)
+def chunks_of(layout, units, i, CHUNK: tl.constexpr):
+    """An ordinary unit's number of chunks."""
+    return tl.cdiv(column(layout, NUMEL, units, i), CHUNK)
+
+
+@triton.jit
+def rows_of(layout, units, i, chunk, CHUNK: tl.constexpr):
+    """A chunk's first row, and how many it has."""
+    numel = column(layout, NUMEL, units, i)
+    most = tl.maximum(CHUNK // tl.maximum(numel, 1), 1)
+    first = chunk * most
+    return first, tl.minimum(column(layout, ROWS, units, i) - first, most).to(tl.int32)
 
 
 @triton.jit
@@ -191,3 +228,32 @@ def masked(value, old, offsets, numel, VECTOR: tl.constexpr):
     if not VECTOR:
         value = tl.where(offsets < numel, value, old)
     return value
+
+
+# ---- rows -----------------------------------------------------------------------------
+
+
+@triton.jit
+def tile(first, count, numel, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
+    """Where the elements of HEIGHT rows lie, from the first of `count` on; which are there."""
+    if VECTOR:
+        numel = numel // 8 * 8  # which it is: so the compiler sees that 16 bytes are there or not
+    rows = first + tl.arange(0, HEIGHT)[:, None]
+    places = tl.arange(0, WIDTH)[None, :]
+    return rows * numel + places, (rows < count) & (places < numel)
+
+
+@triton.jit
+def load_tile(pointer, offsets, mask, VECTOR: tl.constexpr, T: tl.constexpr):
+    pointers = pointer + offsets
+    if VECTOR:
+        pointers = tl.multiple_of(pointers, (1, 16))
+    return tl.load(pointers, mask=mask, other=0.0).to(T)
+
+
+@triton.jit
+def store_tile(pointer, offsets, value, mask, VECTOR: tl.constexpr):
+    pointers = pointer + offsets
+    if VECTOR:
+        pointers = tl.multiple_of(pointers, (1, 16))
+    tl.store(pointers, value.to(pointer.dtype.element_ty), mask=mask)

@@ -1,9 +1,11 @@
 """The cuda backend: the kernels of csrc/cuda, for tensors on an NVIDIA GPU.
 
 A step is three launches: prepare, begin, finish, where begin's blocks take beta too. Through the
-seam, prepare and begin leave the rows, and beta and finish go on from them; where tensors share a
-beta, share_rows is in between. Where they share none, all ways give the same bits. Each further
-combination of dtypes takes one more of begin and of finish, and strided tensors take copies.
+seam, prepare and begin leave the rows, and prepare, beta and finish go on from them; where tensors
+share a beta, share_rows and beta are in between. Where they share none, all ways give the same
+bits. Each further combination of dtypes takes one more of begin and of finish, and strided tensors
+take copies. Tensors whose rows have betas of their own are done when begin is, and take one more
+launch of it for each power of 2 of elements that their rows may have.
 Nothing is read back from the device, a step can be captured in a CUDA graph, and two runs give the
 same bits.
 
@@ -87,7 +89,7 @@ class _Step(ctypes.Structure):
         ("layout", ctypes.c_void_p),
         ("hypers", ctypes.c_void_p),
         ("lrs", ctypes.c_void_p),
-        ("chunk_tensors", ctypes.c_void_p),
+        ("chunk_units", ctypes.c_void_p),
         ("partials", ctypes.c_void_p),
         ("arrived", ctypes.c_void_p),
         ("rows", ctypes.c_void_p),
@@ -95,7 +97,9 @@ class _Step(ctypes.Structure):
         ("grad_scale", ctypes.c_void_p),
         ("found_inf", ctypes.c_void_p),
         ("tensors", ctypes.c_int64),
+        ("units", ctypes.c_int64),
         ("device", ctypes.c_int64),
+        ("part", ctypes.c_int64),
     )
 
 
@@ -105,16 +109,20 @@ class _Bucket(ctypes.Structure):
     _fields_ = (
         ("first_chunk", ctypes.c_int64),
         ("chunks", ctypes.c_int64),
+        ("row", ctypes.c_int64),
         ("dtypes", ctypes.c_int32 * 4),
     )
 
+
+# Part of csrc/cuda/tables.h.
+_WHOLE, _BEGIN, _FINISH = range(3)
 
 # DType of csrc/cuda/tables.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 class _Kernels(NamedTuple):
-    """An optimizer's launches, and the columns of a tensor's row of coefficients."""
+    """An optimizer's launches, and the columns of a unit's row of coefficients."""
 
     prepare: Any
     begin: Any
@@ -172,7 +180,7 @@ def _bucket(bucket: Bucket) -> _Bucket:
     codes = [_DTYPES[dtype] for dtype in bucket.dtypes]
     # AM-SGD has one memory; its kernels do not look at a second.
     codes += codes[-1:] * (4 - len(codes))
-    return _Bucket(bucket.first_chunk, bucket.chunks, (ctypes.c_int32 * 4)(*codes))
+    return _Bucket(bucket.first_chunk, bucket.chunks, bucket.row, (ctypes.c_int32 * 4)(*codes))
 
 
 def _float(scalar: Tensor | None) -> Tensor | None:
@@ -186,6 +194,7 @@ def _address(tensor: Tensor | None) -> int | None:
 def _step(
     batch: Batch,
     tables: Tables,
+    part: int,
     rows: Tensor | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
@@ -196,7 +205,7 @@ def _step(
         layout=layout.table.data_ptr(),
         hypers=tables.hypers.data_ptr(),
         lrs=tables.lrs.data_ptr(),
-        chunk_tensors=layout.chunk_tensors.data_ptr(),
+        chunk_units=layout.chunk_units.data_ptr(),
         partials=layout.partials.data_ptr(),
         arrived=layout.arrived.data_ptr(),
         rows=_address(rows),
@@ -204,13 +213,23 @@ def _step(
         grad_scale=_address(grad_scale),
         found_inf=_address(found_inf),
         tensors=len(batch.params),
+        units=layout.units,
         device=batch.params[0].device.index or 0,
+        part=part,
     )
 
 
+@functools.cache
+def _longest_row(device: torch.device) -> int:
+    """How many elements a row may have that a block takes in one reading."""
+    longest = ctypes.c_int()
+    _call(_library().adamem_longest_row, device.index or 0, ctypes.byref(longest))
+    return longest.value
+
+
 def _open(batch: Batch, kernels: _Kernels, updated: bool, again: bool = False) -> Opened:
-    chunk = _library().adamem_chunk()
-    opened = open_tables(batch, chunk, kernels.coefficients, updated, again)
+    chunk, longest_row = _library().adamem_chunk(), _longest_row(batch.params[0].device)
+    opened = open_tables(batch, chunk, longest_row, kernels.coefficients, updated, again)
     layout = opened.tables.layout
     if batch.cache.get("loaded") is not layout:
         # Before a step is captured in a CUDA graph: a new layout is refused then.
@@ -221,16 +240,21 @@ def _open(batch: Batch, kernels: _Kernels, updated: bool, again: bool = False) -
     return opened
 
 
+def _empty_rows(batch: Batch) -> Tensor:
+    segments = sum(map(Tensor.numel, batch.betas))
+    return torch.empty(segments, 2, dtype=torch.float64, device=batch.params[0].device)
+
+
 def _begin(
     batch: Batch, kernels: _Kernels, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> Tensor:
     device = batch.params[0].device
-    rows = torch.empty(len(batch.params), 2, dtype=torch.float64, device=device)
+    rows = _empty_rows(batch)
     grad_scale, found_inf = _float(grad_scale), _float(found_inf)
     with _on(device) as stream:
         # Kept to the end of the launches: it owns the copies that they read.
         opened = _open(batch, kernels, updated=False)
-        step = _step(batch, opened.tables, rows, grad_scale, found_inf)
+        step = _step(batch, opened.tables, _BEGIN, rows, grad_scale, found_inf)
         _launch_begin(kernels, step, opened, stream)
         if isinstance(batch, AdamWBatch):
             opened.store(batch)
@@ -250,18 +274,21 @@ def _finish(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    device, n = batch.params[0].device, len(batch.params)
+    device = batch.params[0].device
     given = rows is not None
     if rows is not None:
         check_rows(rows, batch)
         rows = rows.contiguous()
     elif any(batch.shared):
-        rows = torch.empty(n, 2, dtype=torch.float64, device=device)
+        rows = _empty_rows(batch)
     grad_scale, found_inf = _float(grad_scale), _float(found_inf)
     with _on(device) as stream:
         opened = _open(batch, kernels, updated=True, again=given)
-        step = _step(batch, opened.tables, rows, grad_scale, found_inf)
-        if not given:
+        part = _FINISH if given else _WHOLE
+        step = _step(batch, opened.tables, part, rows, grad_scale, found_inf)
+        if given:
+            _call(kernels.prepare, step, stream)
+        else:
             _launch_begin(kernels, step, opened, stream)
             if rows is not None:
                 lists = 2 + len(batch.memories)
@@ -270,7 +297,8 @@ def _finish(
         if rows is not None:
             _call(kernels.beta, step, stream)
         for bucket in reversed(opened.tables.layout.buckets):
-            _call(kernels.finish, step, _bucket(bucket), stream)
+            if given or bucket.row == 0:
+                _call(kernels.finish, step, _bucket(bucket), stream)
         opened.store(batch)
 
 
@@ -280,7 +308,7 @@ def _finish(
 
 
 def adamw_begin(batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
-    """num and den of every tensor, [tensors, 2] float64; updates by the guess where one is made."""
+    """num and den of every segment, [segments, 2] float64; updates where it guesses."""
     if torch.compiler.is_compiling() or ops.is_traced():
         return cpu.adamw_begin(batch, grad_scale, found_inf)
     return _begin(batch, _kernels("adamw"), grad_scale, found_inf)
@@ -297,7 +325,7 @@ def adamw_finish(
 
 
 def sgd_begin(batch: SGDBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
-    """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
+    """num and den of every segment, [segments, 2] float64. Writes nothing else."""
     if torch.compiler.is_compiling() or ops.is_traced():
         return cpu.sgd_begin(batch, grad_scale, found_inf)
     return _begin(batch, _kernels("sgd"), grad_scale, found_inf)

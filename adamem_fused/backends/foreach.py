@@ -5,16 +5,18 @@ Pure Python, nothing to compile. Reads nothing back from the device, and needs n
 A step of AM-AdamW is some 20 operations, each a pass over its operands. Small tensors are worked
 on together, as one vector, and large ones in slices, so that on a CPU the operands stay in its
 cache: memory is read once for the sums and the update, and twice (44 bytes a float32 parameter)
-for tensors of several slices and where betas are shared. Temporaries are of a slice's size.
+for tensors of several slices and where betas are shared. Where each row has a beta a slice is of
+whole rows, and read once. Temporaries are of a slice's size.
 On two cores a step takes 1.5 to 2.5 times as long as torch.optim.AdamW(foreach=True)'s, one of
 AM-SGD as long; on other devices it is not measured.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,28 +66,77 @@ def _most_small(device: torch.device) -> int:
     return _most_elements(device) // 32
 
 
-# Small tensors, or a slice of one: from each of a batch's lists (parameters, gradients, memories).
-_Piece = list[list[Tensor]]
+class _Chunk(NamedTuple):
+    """What is worked on at once: small tensors, a large one, or rows of it that fit the cache."""
+
+    tensors: list[int]  # indices in the batch
+    rows: tuple[int, int] | None = None  # of the only tensor the first, and how many; None: all
 
 
 class _Part(NamedTuple):
-    """Tensors of one group and one dtype of arithmetic."""
+    """Tensors of one group and one dtype of arithmetic, whose segments are rows or themselves."""
 
     h: Any  # the group's hyperparameters
     dtype: torch.dtype
-    chunks: list[list[int]]  # indices in the batch: of small tensors, or of one that is not
+    by_row: bool
+    chunks: list[_Chunk]
+    tensors: list[int]  # indices in the batch, in the order of the chunks
+    counts: list[int]  # how many segments each tensor has
+
+    def chunk_counts(self) -> list[int]:
+        """How many segments each chunk has."""
+        own = dict(zip(self.tensors, self.counts, strict=True))
+        return [
+            chunk.rows[1] if chunk.rows is not None else sum(own[i] for i in chunk.tensors)
+            for chunk in self.chunks
+        ]
+
+    def join(self, values: list[Tensor]) -> Tensor:
+        """A vector over the segments from what each tensor has of them."""
+        return torch.cat(values) if self.by_row else torch.stack(values)
+
+    def split(self, vector: Tensor) -> Sequence[Tensor]:
+        """`join`'s inverse."""
+        return vector.split_with_sizes(self.counts) if self.by_row else vector.unbind()
+
+    def spread(self, vector: Tensor) -> Tensor:
+        """A vector over the segments from one over the tensors."""
+        if not self.by_row:
+            return vector
+        return torch.cat(list(map(Tensor.expand, vector.unbind(), self.counts)))
+
+    def every(self, vector: Tensor) -> Tensor:
+        """Of which tensors each segment is true."""
+        if not self.by_row:
+            return vector
+        return torch.stack([own.all() for own in self.split(vector)])
+
+
+class _Piece(NamedTuple):
+    """A chunk's tensors, or a slice of its only one: from each of a batch's lists.
+
+    The lists are those of parameters, gradients and memories.
+    """
+
+    lists: list[list[Tensor]]
+    # Where segments are rows: how many and how long, of neighbours with rows of one length.
+    matrices: list[tuple[int, int]] | None
 
 
 def _parts(batch: Batch) -> Iterator[_Part]:
     for group, place in enumerate(group_slices(batch)):
-        by_dtype: dict[torch.dtype, list[int]] = {}
+        by_kind: dict[tuple[torch.dtype, bool], list[int]] = {}
         for i in range(place.start, place.stop):
             dtype = torch.float32
             for tensors in (batch.params, *batch.memories.values()):
                 dtype = torch.promote_types(dtype, tensors[i].dtype)
-            by_dtype.setdefault(dtype, []).append(i)
-        for dtype, indices in by_dtype.items():
-            yield _Part(_hyper(batch, group), dtype, _chunks(batch.params, indices))
+            by_kind.setdefault((dtype, batch.betas[i].dim() > 0), []).append(i)
+        for (dtype, by_row), indices in by_kind.items():
+            chunks = _chunks(batch.params, indices, by_row)
+            # Of a tensor's chunks each follows the one before.
+            ordered = list(dict.fromkeys(i for chunk in chunks for i in chunk.tensors))
+            counts = [batch.betas[i].numel() for i in ordered]
+            yield _Part(_hyper(batch, group), dtype, by_row, chunks, ordered, counts)
 
 
 def _hyper(batch: Batch, group: int) -> Any:
@@ -100,31 +151,60 @@ def _hyper(batch: Batch, group: int) -> Any:
     return h._replace(lr=torch.full((), h.lr, dtype=bookkeeping_dtype(device), device=device))
 
 
-def _chunks(params: list[Tensor], indices: list[int]) -> list[list[int]]:
+def _chunks(params: list[Tensor], indices: list[int], by_row: bool) -> list[_Chunk]:
     """The indices by chunk, large tensors first."""
-    chunks: list[list[int]] = []
+    chunks: list[_Chunk] = []
     most = _most_small(params[0].device)
     room = -1  # so that an empty tensor, too, begins a chunk
-    for i in indices:
+    # Rows of one length beside each other are one matrix.
+    for i in sorted(indices, key=lambda i: _row(params[i])) if by_row else indices:
         numel = params[i].numel()
         if numel > most:
-            chunks.insert(0, [i])
+            chunks[:0] = _chunks_of_rows(i, params[i]) if by_row else [_Chunk([i])]
         elif numel > room:
-            chunks.append([i])
+            chunks.append(_Chunk([i]))
             room = most - numel
         else:
-            chunks[-1].append(i)
+            chunks[-1].tensors.append(i)
             room -= numel
     return chunks
 
 
-def _pieces(batch: Batch, chunk: list[int]) -> list[_Piece]:
+def _row(tensor: Tensor) -> int:
+    """Elements of a row."""
+    return math.prod(tensor.shape[1:])
+
+
+def _chunks_of_rows(i: int, tensor: Tensor) -> list[_Chunk]:
+    """As many rows as a slice holds, or else one, which is then read twice."""
+    rows = tensor.shape[0]
+    count = -(-rows // max(1, _most_elements(tensor.device) // _row(tensor)))
+    bounds = [rows * k // count for k in range(count + 1)]
+    return [_Chunk([i], (start, stop - start)) for start, stop in itertools.pairwise(bounds)]
+
+
+def _pieces(batch: Batch, chunk: _Chunk, by_row: bool) -> list[_Piece]:
     """All of the chunk's tensors, or the slices of the only one."""
-    lists = [_pick(ts, chunk) for ts in (batch.params, batch.grads, *batch.memories.values())]
-    if len(chunk) > 1:
-        return [lists]
-    slices = zip(*(_slices(tensor) for (tensor,) in lists), strict=True)
-    return [[[tensor] for tensor in piece] for piece in slices]
+    tensors = (batch.params, batch.grads, *batch.memories.values())
+    lists = [_pick(ts, chunk.tensors) for ts in tensors]
+    if chunk.rows is not None:
+        lists = [[tensor.narrow(0, *chunk.rows)] for (tensor,) in lists]
+    if len(chunk.tensors) > 1:
+        pieces = [lists]
+    else:
+        slices = zip(*(_slices(tensor) for (tensor,) in lists), strict=True)
+        pieces = [[[tensor] for tensor in own] for own in slices]
+    return [_Piece(lists, _matrices(lists[0]) if by_row else None) for lists in pieces]
+
+
+def _matrices(tensors: list[Tensor]) -> list[tuple[int, int]]:
+    matrices: list[tuple[int, int]] = []
+    for tensor in tensors:
+        rows, length = tensor.shape[0], _row(tensor)
+        if matrices and matrices[-1][1] == length:
+            rows += matrices.pop()[0]
+        matrices.append((rows, length))
+    return matrices
 
 
 def _slices(tensor: Tensor) -> Sequence[Tensor]:
@@ -161,25 +241,46 @@ def _by_tensor(flat: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
     return flat.split_with_sizes([tensor.numel() for tensor in tensors], -1)
 
 
+def _by_segment(flat: Tensor, piece: _Piece) -> list[Tensor]:
+    """Views of what is a segment, or of matrices whose rows are."""
+    if piece.matrices is None:
+        return list(_by_tensor(flat, piece.lists[0]))
+    parts = flat.split_with_sizes([math.prod(shape) for shape in piece.matrices], -1)
+    return [p.view(*p.shape[:-1], *shape) for p, shape in zip(parts, piece.matrices, strict=True)]
+
+
+def _by_factor(values: Tensor, piece: _Piece) -> list[Tensor]:
+    """What each of `_by_segment`'s views is to be scaled with."""
+    if piece.matrices is None:
+        return list(values.unbind())
+    return list(values.unsqueeze(1).split_with_sizes([rows for rows, _ in piece.matrices]))
+
+
 def _sums(pairs: list[tuple[Tensor, Tensor]], piece: _Piece) -> Tensor:
-    """The sums of the pairs' products over each tensor: [tensors, pairs]."""
-    if piece[0][0].numel() > _most_small(pairs[0][0].device):
+    """The sums of the pairs' products over each segment: [segments, pairs]."""
+    if piece.lists[0][0].numel() <= _most_small(pairs[0][0].device):
+        products = torch.stack([a * b for a, b in pairs])
+        own = [products.sum(-1) for products in _by_segment(products, piece)]
+        sums = torch.stack(own) if piece.matrices is None else torch.cat(own, 1).t()
+    elif piece.matrices is None:
         sums = torch.stack([torch.dot(*pair) for pair in pairs]).unsqueeze(0)
     else:
-        products = torch.stack([a * b for a, b in pairs])
-        sums = torch.stack([own.sum(1) for own in _by_tensor(products, piece[0])])
+        # torch.bmm and einsum take twice as long where rows are long, and sum less exactly.
+        (shape,) = piece.matrices
+        sums = torch.stack([(a * b).view(shape).sum(1) for a, b in pairs], 1)
     return sums.to(bookkeeping_dtype(sums.device))
 
 
 def _scale(flat: Tensor, factors: Tensor, piece: _Piece) -> Tensor:
-    """Multiplies each tensor's elements by its own factor, in place."""
-    torch._foreach_mul_(_by_tensor(flat, piece[0]), factors.to(flat.dtype).unbind())
+    """Multiplies each segment's elements by its own factor, in place."""
+    views = _by_segment(flat, piece)
+    torch._foreach_mul_(views, _by_factor(factors.to(flat.dtype), piece))
     return flat
 
 
 # ---- scalars ------------------------------------------------------------------------
 
-# Vectors with an element for each tensor of a part.
+# Vectors with an element for each segment of a part.
 _Columns = tuple[Tensor, ...]
 
 
@@ -202,13 +303,17 @@ def _is_zero(lr: Lr, device: torch.device) -> Tensor | None:
     return torch.ones((), dtype=torch.bool, device=device) if lr == 0 else None
 
 
-def _idle(lr: Lr, is_first: Tensor, rows: Tensor) -> Tensor | None:
-    """Which tensors' step is none: at lr 0 and without a gradient, before any other.
+def _is_nothing(rows: Tensor) -> Tensor:
+    return rows.select(1, 1) == 0
+
+
+def _idle(lr: Lr, is_first: Tensor, is_nothing: Tensor) -> Tensor | None:
+    """Whose step is none: at lr 0 and without a gradient, before any other.
 
     None where no step can be, as the lr is not 0.
     """
-    is_zero = _is_zero(lr, rows.device)
-    return None if is_zero is None else is_first & is_zero & (rows.select(1, 1) == 0)
+    is_zero = _is_zero(lr, is_nothing.device)
+    return None if is_zero is None else is_first & is_zero & is_nothing
 
 
 def _pairs(
@@ -248,27 +353,26 @@ def _step_x(x: Tensor, step: Tensor, lr: Lr) -> None:
 # ---- a step -------------------------------------------------------------------------
 
 
-def _scalars(batch: Batch, part: _Part) -> list[list[Tensor]]:
-    """The scalar state in the order of the chunks: steps, maybe beta_prods, prev_lrs, betas."""
-    indices = [i for chunk in part.chunks for i in chunk]
-    return [_pick(tensors, indices) for tensors in batch.lists()[2 + len(batch.memories) :]]
+def _columns(
+    part: _Part, lists: Sequence[list[Tensor]], join: Callable[[list[Tensor]], Tensor]
+) -> list[Tensor]:
+    """The scalars of each list as a vector, over the part's tensors or its segments."""
+    dtype = bookkeeping_dtype(lists[0][0].device)
+    return [join(_pick(scalars, part.tensors)).to(dtype) for scalars in lists]
 
 
-def _columns(scalars: list[list[Tensor]]) -> list[Tensor]:
-    dtype = bookkeeping_dtype(scalars[0][0].device)
-    return [torch.stack(tensors).to(dtype) for tensors in scalars]
-
-
-def _steps(kind: Any, part: _Part, columns: Sequence[Tensor]) -> Iterator[_AdamW | _SGD]:
+def _steps(
+    kind: Any, part: _Part, t: Tensor, prev_lr: Tensor, *beta_prod: Tensor
+) -> Iterator[_AdamW | _SGD]:
     """A step for each chunk, of the kind `_AdamW` or `_SGD`."""
-    sizes = [len(chunk) for chunk in part.chunks]
-    vectors = kind.columns(part.h, *columns[:-1])
-    for own in zip(*(vector.split_with_sizes(sizes) for vector in vectors), strict=True):
+    vectors = kind.columns(part.h, part.spread(t), part.spread(prev_lr), *beta_prod)
+    counts = part.chunk_counts()
+    for own in zip(*(vector.split_with_sizes(counts) for vector in vectors), strict=True):
         yield kind(part.h, part.dtype, *own)
 
 
 def _begin_chunk(step: _AdamW | _SGD, pieces: list[_Piece]) -> Tensor:
-    """num and den of its tensors. Writes nothing."""
+    """num and den of its segments. Writes nothing."""
     rows = [step.rows(piece, step.terms(piece, in_place=False)) for piece in pieces]
     return torch.stack(rows).sum(0)
 
@@ -285,46 +389,73 @@ def _begin(batch: Batch, kind: Any) -> Tensor:
     check(batch)
     rows: dict[int, Tensor] = {}
     for part in _parts(batch):
-        steps = _steps(kind, part, _columns(_scalars(batch, part)))
-        for step, chunk in zip(steps, part.chunks, strict=True):
-            own = _begin_chunk(step, _pieces(batch, chunk))
-            rows.update(zip(chunk, own.unbind(), strict=True))
+        scalars = _columns(part, batch.scalars, torch.stack)
+        *beta_prod, _ = _columns(part, batch.row_scalars, part.join)
+        steps = _steps(kind, part, *scalars, *beta_prod)
+        own = [
+            _begin_chunk(step, _pieces(batch, chunk, part.by_row))
+            for step, chunk in zip(steps, part.chunks, strict=True)
+        ]
+        by_tensor = torch.cat(own).split_with_sizes(part.counts)
+        rows.update(zip(part.tensors, by_tensor, strict=True))
     # An index on the host would make a GPU's step wait.
-    return torch.stack([rows[i] for i in range(len(rows))])
+    return torch.cat([rows[i] for i in range(len(rows))])
 
 
 def _finish(batch: Batch, rows: Tensor | None, kind: Any) -> None:
+    given = None
     if rows is None:
         check(batch)
-    given = None if rows is None else rows.unbind()
+    else:
+        given = rows.split_with_sizes([beta.numel() for beta in batch.betas])
     for part in _parts(batch):
-        scalars = _scalars(batch, part)
-        columns = _columns(scalars)
-        betas, used = [], []
-        steps = _steps(kind, part, columns)
-        for step, chunk in zip(steps, part.chunks, strict=True):
-            pieces = _pieces(batch, chunk)
-            own = None if given is None else torch.stack(_pick(given, chunk))
-            if own is None and len(pieces) > 1:
-                own = _begin_chunk(step, pieces)
-            own, *_ = [_finish_piece(step, piece, own) for piece in pieces]
-            betas.append(step.beta(own))
-            used.append(own)
-        t, *beta_prod, prev_lr, _ = columns
-        beta, lr = torch.cat(betas), torch.zeros_like(prev_lr) + _lr(part.h, prev_lr)
-        new = [t + 1, *(prod * beta for prod in beta_prod), lr, beta]
-        idle = _idle(part.h.lr, t == 0, torch.cat(used))
-        if idle is not None:
-            new = [torch.where(idle, *both) for both in zip(columns, new, strict=True)]
-        for tensors, column in zip(scalars, new, strict=True):
-            torch._foreach_copy_(tensors, column.unbind())
+        own: Sequence[Tensor | None] = [None] * len(part.chunks)
+        if given is not None:
+            own = torch.cat(_pick(given, part.tensors)).split_with_sizes(part.chunk_counts())
+        _finish_part(batch, part, own, kind)
+
+
+def _finish_part(batch: Batch, part: _Part, rows: Sequence[Tensor | None], kind: Any) -> None:
+    t, prev_lr = _columns(part, batch.scalars, torch.stack)
+    *beta_prod, last_beta = _columns(part, batch.row_scalars, part.join)
+    steps = _steps(kind, part, t, prev_lr, *beta_prod)
+    betas, used = [], []
+    for step, chunk, own in zip(steps, part.chunks, rows, strict=True):
+        pieces = _pieces(batch, chunk, part.by_row)
+        if own is None and len(pieces) > 1:
+            own = _begin_chunk(step, pieces)
+        own, *_ = [_finish_piece(step, piece, own) for piece in pieces]
+        betas.append(step.beta(own))
+        used.append(own)
+    beta, lr = torch.cat(betas), torch.zeros_like(prev_lr) + _lr(part.h, prev_lr)
+    is_first, is_nothing = t == 0, _is_nothing(torch.cat(used))
+    idle = _idle(part.h.lr, part.spread(is_first), is_nothing)
+    new = [*(prod * beta for prod in beta_prod), beta]
+    _store_scalars(part, batch.row_scalars, part.split, [*beta_prod, last_beta], new, idle)
+    if idle is not None:
+        idle = _idle(part.h.lr, is_first, part.every(is_nothing))
+    _store_scalars(part, batch.scalars, Tensor.unbind, [t, prev_lr], [t + 1, lr], idle)
+
+
+def _store_scalars(
+    part: _Part,
+    lists: Sequence[list[Tensor]],
+    split: Callable[[Tensor], Sequence[Tensor]],
+    old: list[Tensor],
+    new: list[Tensor],
+    idle: Tensor | None,
+) -> None:
+    if idle is not None:
+        new = [torch.where(idle, *both) for both in zip(old, new, strict=True)]
+    for scalars, vector in zip(lists, new, strict=True):
+        torch._foreach_copy_(_pick(scalars, part.tensors), list(split(vector)))
 
 
 # ---- AM-AdamW ---------------------------------------------------------------------
 
 
 class _AdamW(NamedTuple):
-    """A chunk's step: its hyperparameters, and vectors with an element for each tensor."""
+    """A chunk's step: its hyperparameters, and vectors with an element for each segment."""
 
     h: AdamWHyper
     dtype: torch.dtype
@@ -334,27 +465,27 @@ class _AdamW(NamedTuple):
     eps: Tensor  # times bias_correction1
 
     @classmethod
-    def columns(cls, h: AdamWHyper, step: Tensor, beta_prod: Tensor, prev_lr: Tensor) -> _Columns:
+    def columns(cls, h: AdamWHyper, t: Tensor, prev_lr: Tensor, beta_prod: Tensor) -> _Columns:
         # The bias corrections without the difference of two numbers that are near 1.
         bias_correction1 = (1 - beta_prod) * h.beta_max + (1 - h.beta_max)
         log_beta2 = math.log(h.beta2) if h.beta2 > 0 else -math.inf
-        bias_correction2 = -torch.expm1((step + 1) * log_beta2)
+        bias_correction2 = -torch.expm1((t + 1) * log_beta2)
         return (
-            step == 0,
-            _over_lr(h.lr, prev_lr) * (1 + h.weight_decay * _lr(h, step)),
+            t == 0,
+            _over_lr(h.lr, prev_lr) * (1 + h.weight_decay * _lr(h, t)),
             bias_correction1 / bias_correction2.sqrt(),
             bias_correction1 * h.eps,
         )
 
     def terms(self, piece: _Piece, in_place: bool) -> list[Tensor]:
         """x, g, d, the new v, P, e and e M. in_place: v may replace the old one."""
-        x, g, d, v = (_flat(tensors, self.dtype) for tensors in piece)
+        x, g, d, v = (_flat(tensors, self.dtype) for tensors in piece.lists)
         g = -g if self.h.maximize else g
         v = v.mul_(self.h.beta2) if in_place else v * self.h.beta2
         v.addcmul_(g, g, value=1 - self.h.beta2)
         # P = bias_correction1 (sqrt(v / bias_correction2) + eps)
         P = _scale(v.sqrt(), self.root_scale, piece)
-        torch._foreach_add_(_by_tensor(P, piece[0]), self.eps.to(P.dtype).unbind())
+        torch._foreach_add_(_by_segment(P, piece), _by_factor(self.eps.to(P.dtype), piece))
         e = d - g
         # M = 1 / (P (1 + lambda P))
         return [x, g, d, v, P, e, e / torch.addcmul(P, P, P, value=self.h.memory_lambda)]
@@ -378,12 +509,13 @@ class _AdamW(NamedTuple):
         if self.h.weight_decay != 0:
             x.mul_(1 - self.h.weight_decay * _lr(self.h, x))
         _step_x(x, d / P, self.h.lr)
-        for tensors, flat in zip((piece[0], *piece[2:]), (x, d, v), strict=True):
+        params, _, *memories = piece.lists
+        for tensors, flat in zip((params, *memories), (x, d, v), strict=True):
             _store(tensors, flat)
 
 
 def adamw_begin(batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
-    """num and den of every tensor, [tensors, 2]. Writes nothing else."""
+    """num and den of every segment, [segments, 2]. Writes nothing else."""
     return _begin(batch, _AdamW)
 
 
@@ -398,7 +530,7 @@ def adamw_finish(
 
 
 class _SGD(NamedTuple):
-    """A chunk's step: its hyperparameters, and vectors with an element for each tensor."""
+    """A chunk's step: its hyperparameters, and vectors with an element for each segment."""
 
     h: SGDHyper
     dtype: torch.dtype
@@ -406,12 +538,12 @@ class _SGD(NamedTuple):
     ratio: Tensor  # (1 + lambda) prev_lr / eta
 
     @classmethod
-    def columns(cls, h: SGDHyper, step: Tensor, prev_lr: Tensor) -> _Columns:
-        return step == 0, _over_lr(h.lr, prev_lr) * (1 + h.memory_lambda)
+    def columns(cls, h: SGDHyper, t: Tensor, prev_lr: Tensor) -> _Columns:
+        return t == 0, _over_lr(h.lr, prev_lr) * (1 + h.memory_lambda)
 
     def terms(self, piece: _Piece, in_place: bool) -> list[Tensor]:
         """x, g without and with the weight decay, and d."""
-        x, own_g, d = (_flat(tensors, self.dtype) for tensors in piece)
+        x, own_g, d = (_flat(tensors, self.dtype) for tensors in piece.lists)
         own_g = -own_g if self.h.maximize else own_g
         mu = self.h.weight_decay
         # Not 0 times an x that may be infinite.
@@ -445,17 +577,18 @@ class _SGD(NamedTuple):
         beta, damping = self.beta(rows), 1 + self.h.memory_lambda
         keep = torch.where(self.is_first, 0.0, (beta + self.h.memory_lambda) / damping)
         take = torch.where(self.is_first, 1.0, (1 - beta) / damping)
-        idle = _idle(self.h.lr, self.is_first, rows)
+        idle = _idle(self.h.lr, self.is_first, _is_nothing(rows))
         if idle is not None:
             keep, take = torch.where(idle, 1.0, keep), torch.where(idle, 0.0, take)
         _scale(d, keep, piece).add_(_scale(g.clone(), take, piece))
         _step_x(x, d, self.h.lr)
-        _store(piece[0], x)
-        _store(piece[2], d)
+        params, _, memory = piece.lists
+        _store(params, x)
+        _store(memory, d)
 
 
 def sgd_begin(batch: SGDBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
-    """num and den of every tensor, [tensors, 2]. Writes nothing else."""
+    """num and den of every segment, [segments, 2]. Writes nothing else."""
     return _begin(batch, _SGD)
 
 

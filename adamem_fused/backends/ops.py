@@ -72,8 +72,8 @@ def is_traced() -> bool:
 # A real tensor list with one meta tensor in it comes here too: hence the checks.
 
 
-def _new_rows(params: list[Tensor]) -> Tensor:
-    return params[0].new_empty(len(params), 2, dtype=torch.float64)
+def _new_rows(betas: list[Tensor]) -> Tensor:
+    return betas[0].new_empty(sum(map(Tensor.numel, betas)), 2, dtype=torch.float64)
 
 
 def _fake_adamw_begin_(
@@ -81,10 +81,14 @@ def _fake_adamw_begin_(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    beta_prods: list[Tensor],
+    prev_lrs: list[Tensor],
+    betas: list[Tensor],
     *args: Any,
 ) -> Tensor:
     check_like(params, {"grad": grads, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs})
-    return _new_rows(params)
+    return _new_rows(betas)
 
 
 def _fake_adamw_finish_(
@@ -98,10 +102,16 @@ def _fake_adamw_finish_(
 
 
 def _fake_sgd_begin(
-    params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], *args: Any
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    steps: list[Tensor],
+    prev_lrs: list[Tensor],
+    betas: list[Tensor],
+    *args: Any,
 ) -> Tensor:
     check_like(params, {"grad": grads, "momentum_buffer": momentum_buffers})
-    return _new_rows(params)
+    return _new_rows(betas)
 
 
 def _fake_sgd_finish_(

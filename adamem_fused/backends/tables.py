@@ -58,6 +58,7 @@ class _Unit(NamedTuple):
 
 
 def _units(batch: Batch, longest_row: int) -> list[_Unit]:
+    """longest_row: elements of the longest that a block can hold; half as many of float64."""
     units = []
     for i, (param, beta, place) in enumerate(
         zip(batch.params, batch.betas, segment_slices(batch), strict=True)
@@ -66,7 +67,8 @@ def _units(batch: Batch, longest_row: int) -> list[_Unit]:
             units.append(_Unit(i, 0, NO_ROWS, param.numel(), place.start))
             continue
         row = param.numel() // max(1, beta.numel())
-        if row > longest_row:
+        longest = longest_row // 2 if param.dtype == torch.float64 else longest_row
+        if row > longest:
             units += [_Unit(i, k, NO_ROWS, row, place.start + k) for k in range(beta.numel())]
         else:
             units.append(_Unit(i, 0, beta.numel(), row, place.start))

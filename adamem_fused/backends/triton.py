@@ -1,10 +1,14 @@
 """The triton backend: the kernels of triton_kernels/, for tensors on a GPU.
 
-A step is three launches, whatever the number of tensors: prepare, a program a tensor; begin, a
-program a chunk; finish, for what the guess has missed, and for tensors that do not guess. Each
-further combination of dtypes takes one more of begin and of finish. With rows, or a beta that
-tensors share, the sums of rows or those that are shared, and beta, come between begin and finish.
-Where they share none, both ways give the same bits. No program waits for another. Strided tensors
+A step is three launches, whatever the number of tensors: prepare, a program a unit (a tensor, or a
+row that no program can hold); begin, a program a chunk; finish, for what the guess has missed, and
+for units that do not guess. Each further combination of dtypes takes one more of begin and of
+finish. Tensors whose rows have betas take one launch in the place of these two, for each
+combination of dtypes and each power of two that their rows' length is rounded up to.
+
+Where num and den are asked for, or a beta is shared by tensors, sums and beta come between begin
+and finish. Tensors whose rows have betas are read once in each half, if num and den are asked for.
+Where no beta is shared, both ways give the same bits. No program waits for another. Strided tensors
 take copies. Nothing is read back from the device, a step can be captured in a CUDA graph, and two
 runs give the same bits.
 
@@ -30,7 +34,7 @@ from torch._compile import _disable_dynamo
 from adamem_fused.backends import batch as batches
 from adamem_fused.backends import ops
 from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check_rows
-from adamem_fused.backends.tables import Opened, Tables, is_capturing, open_tables
+from adamem_fused.backends.tables import Bucket, Opened, Tables, is_capturing, open_tables
 
 name = "triton"
 fused = True
@@ -151,31 +155,39 @@ def _refuse_tracing() -> None:
 
 def _open(batch: Batch, updated: bool, again: bool = False) -> Opened:
     _refuse_tracing()
-    chunk, coefficients = _config(batch.params[0].device).chunk, _kernel("COEFFICIENTS").value
-    return open_tables(batch, chunk, coefficients, updated, again)
+    config, coefficients = _config(batch.params[0].device), _kernel("COEFFICIENTS").value
+    return open_tables(batch, config.chunk, config.longest_row, coefficients, updated, again)
 
 
 def _arguments(
-    batch: Batch, tables: Tables, seam: bool, grad_scale: Tensor | None, found_inf: Tensor | None
+    batch: Batch,
+    tables: Tables,
+    rows: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
 ) -> dict[str, Any]:
-    """What kernels take, by name; `_launch_buckets` has the rest."""
+    """What kernels take, by name; `_of_bucket` has the rest."""
     layout, config = tables.layout, _config(batch.params[0].device)
     return {
         "addresses": tables.addresses,
         "layout": layout.table,
         "hypers": tables.hypers,
         "lrs": tables.lrs,
-        "chunk_tensors": layout.chunk_tensors,
+        "chunk_units": layout.chunk_units,
         "arrived": layout.arrived,
         "partials": layout.partials,
         "totals": layout.totals,
+        "rows": rows,
         "coefficients": layout.coefficients,
         "grad_scale": grad_scale,
         "found_inf": found_inf,
         "n": len(batch.params),
+        "units": layout.units,
         "chunks": layout.chunks,
         "ADAMW": isinstance(batch, AdamWBatch),
-        "SEAM": seam,
+        # Whether beta waits for more than a unit's own sums; whether that of rows does.
+        "SEAM": rows is not None or any(batch.shared),
+        "ROWS_SEAM": rows is not None,
         # Whether the sums have to read the parameters.
         "DECAY": any(h.weight_decay != 0 for h in batch.hypers),
         "CHUNK": config.chunk,
@@ -183,40 +195,59 @@ def _arguments(
     }
 
 
-def _launch_buckets(
+def _of_bucket(bucket: Bucket) -> dict[str, Any]:
+    return {
+        "first_chunk": bucket.first_chunk,
+        "last_chunk": bucket.first_chunk + bucket.chunks - 1,
+        **_dtypes(bucket.dtypes),
+    }
+
+
+def _launch_chunks(
     name: str, batch: Batch, tables: Tables, arguments: dict[str, Any], programs: int | None = None
 ) -> None:
+    """begin or finish, over the chunks of ordinary units."""
     config = _config(batch.params[0].device)
     for bucket in tables.layout.buckets:
-        dtypes = _dtypes(bucket.dtypes)
-        own = {
-            "first_chunk": bucket.first_chunk,
-            "last_chunk": bucket.first_chunk + bucket.chunks - 1,
-            "BLOCK": config.block_of(dtypes["T"]),
-            **dtypes,
-        }
+        if bucket.row > 0:
+            continue
+        own = _of_bucket(bucket)
         _launch(
             name,
             min(bucket.chunks, programs or bucket.chunks),
-            {**arguments, **own},
-            **config.options(dtypes["T"]),
+            {**arguments, **own, "BLOCK": config.block_of(own["T"])},
+            **config.options(own["T"]),
         )
 
 
-def _launch_begin(batch: Batch, tables: Tables, arguments: dict[str, Any]) -> None:
-    _launch("am_prepare", len(batch.params), arguments, num_warps=1)
-    _launch_buckets("am_begin", batch, tables, arguments)
+def _launch_rows(half: str, batch: Batch, tables: Tables, arguments: dict[str, Any]) -> None:
+    """Those of WHOLE, BEGIN and FINISH, over the chunks of units of rows."""
+    config = _config(batch.params[0].device)
+    for bucket in tables.layout.buckets:
+        if bucket.row == 0:
+            continue
+        own = _of_bucket(bucket)
+        tile, options = config.tile_of(bucket.row, own["T"])
+        own |= {"PASS": _kernel(half).value, "HEIGHT": tile // bucket.row, "WIDTH": bucket.row}
+        _launch("am_rows", bucket.chunks, {**arguments, **own}, **options)
+
+
+def _launch_begin(half: str, batch: Batch, tables: Tables, arguments: dict[str, Any]) -> None:
+    _launch("am_prepare", tables.layout.units, arguments, num_warps=1)
+    _launch_chunks("am_begin", batch, tables, arguments)
+    _launch_rows(half, batch, tables, arguments)
 
 
 def _begin(batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
-    device, n = batch.params[0].device, len(batch.params)
+    device, n = batch.params[0].device, sum(map(Tensor.numel, batch.betas))
     rows = torch.empty(n, 2, dtype=torch.float64, device=device)
     with _on(device):
         # Kept to the end of the launches: it owns the copies that they read.
         opened = _open(batch, updated=False)
-        arguments = _arguments(batch, opened.tables, True, grad_scale, found_inf)
-        _launch_begin(batch, opened.tables, arguments)
-        _launch("sum_rows", n, {**arguments, "rows": rows}, num_warps=_config(device).num_warps)
+        tables = opened.tables
+        arguments = _arguments(batch, tables, rows, grad_scale, found_inf)
+        _launch_begin("BEGIN", batch, tables, arguments)
+        _launch("sum_rows", tables.layout.units, arguments, num_warps=_config(device).num_warps)
         if isinstance(batch, AdamWBatch):
             opened.store(batch)  # of tensors that do not guess what they were
     return rows
@@ -225,22 +256,24 @@ def _begin(batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None) ->
 def _finish(
     batch: Batch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    device, n = batch.params[0].device, len(batch.params)
+    device = batch.params[0].device
     if rows is not None:
         check_rows(rows, batch)
         rows = rows.contiguous()
-    seam = rows is not None or any(batch.shared)
     with _on(device):
         opened = _open(batch, updated=True, again=rows is not None)
-        arguments = _arguments(batch, opened.tables, seam, grad_scale, found_inf) | {"rows": rows}
+        tables = opened.tables
+        arguments = _arguments(batch, tables, rows, grad_scale, found_inf)
         if rows is None:
-            _launch_begin(batch, opened.tables, arguments)
+            _launch_begin("WHOLE", batch, tables, arguments)
         num_warps = _config(device).num_warps
         if any(batch.shared) and rows is None:
             _launch("sum_shared", 1, arguments, num_warps=num_warps)
-        if seam:
-            _launch("am_beta", n, arguments, num_warps=num_warps)
-        _launch_buckets("am_finish", batch, opened.tables, arguments, _programs(device))
+        if arguments["SEAM"]:
+            _launch("am_beta", tables.layout.units, arguments, num_warps=num_warps)
+        if rows is not None:
+            _launch_rows("FINISH", batch, tables, arguments)
+        _launch_chunks("am_finish", batch, tables, arguments, _programs(device))
         opened.store(batch)
 
 
@@ -256,7 +289,7 @@ def check(batch: Batch) -> None:
 
 @_disable_dynamo
 def adamw_begin(batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
-    """num and den of every tensor, [tensors, 2] float64; updates by the guess where one is made."""
+    """num and den of every segment, [segments, 2] float64; updates where a guess is made."""
     return _begin(batch, grad_scale, found_inf)
 
 
@@ -270,7 +303,7 @@ def adamw_finish(
 
 @_disable_dynamo
 def sgd_begin(batch: SGDBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
-    """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
+    """num and den of every segment, [segments, 2] float64. Writes nothing else."""
     return _begin(batch, grad_scale, found_inf)
 
 

@@ -2,6 +2,7 @@
 
     python -m bench.experiments run            # the runs behind the committed report: hours
     python -m bench.experiments run --quick    # as many tables and pictures, in minutes
+    python -m bench.experiments run --row      # betas by row, beside what they would replace: hours
     python -m bench.experiments run --gpt2     # GPT-2 small's layers; needs a GPU
     python -m bench.experiments report         # the report again, from the results on disk
 
@@ -21,12 +22,13 @@ from tqdm import tqdm
 
 from bench.arguments import COUNT, output_folder
 from bench.experiments import gpt2
-from bench.experiments.grid import FULL, Grid, quick_grid
+from bench.experiments.grid import FULL, ROW, Grid, quick_grid
 from bench.experiments.report import write_report
 from bench.experiments.results import Results
 from bench.experiments.runner import run_cells
 
 RESULTS = Path("bench/results/experiments")
+ROW_RESULTS = Path("bench/results/experiments-row")
 GPT2_RESULTS = Path("bench/results/experiments-gpt2")
 QUICK_RESULTS = Path("build/experiments-quick")
 REFUSED = 2
@@ -46,19 +48,25 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--quick", action="store_true", help="fewer steps, learning rates and seeds: minutes"
     )
     which.add_argument(
+        "--row", action="store_true", help="betas by row, beside what they would replace"
+    )
+    which.add_argument(
         "--gpt2", action="store_true", help="GPT-2 small's layers, on a GPU (not yet run on one)"
     )
     run.add_argument(
         "--workers", type=COUNT, default=os.cpu_count(), help="processes (default: every core)"
     )
     run.add_argument(
-        "--out", type=output_folder, help=f"folder (default: {RESULTS}, of --quick {QUICK_RESULTS})"
+        "--out",
+        type=output_folder,
+        help=f"folder (default: {RESULTS}, of --row {ROW_RESULTS}, of --quick {QUICK_RESULTS})",
     )
     report = commands.add_parser("report", help="write the report of results that are there")
     report.add_argument("--out", type=output_folder, default=RESULTS, help="folder")
     args = parser.parse_args(argv)
     if args.out is None:
         folder = QUICK_RESULTS if args.quick else GPT2_RESULTS if args.gpt2 else RESULTS
+        folder = ROW_RESULTS if args.row else folder
         args.out = output_folder(str(folder))
     return args
 
@@ -72,7 +80,7 @@ def prepare(args: argparse.Namespace) -> tuple[Grid, Results]:
     """
     if args.gpt2:
         gpt2.gpu()
-    grid = quick_grid() if args.quick else gpt2.GRID if args.gpt2 else FULL
+    grid = quick_grid() if args.quick else gpt2.GRID if args.gpt2 else ROW if args.row else FULL
     results = Results(args.out)
     results.open_for(grid)
     return grid, results

@@ -90,6 +90,12 @@ def _contestants() -> list[Contestant]:
 
 
 CONTESTANTS = {contestant.name: contestant for contestant in _contestants()}
+# In a grid of their own.
+BY_ROW = {
+    contestant.name: contestant
+    for plane in PLANES
+    for contestant in (am_adamw(plane, "row", 0.1), am_sgd(plane, "row"))
+}
 
 
 def param_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

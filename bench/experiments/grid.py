@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from bench.experiments.contestants import CONTESTANTS, Contestant
+from bench.experiments.contestants import BY_ROW, CONTESTANTS, Contestant
 from bench.experiments.data import text_digests
 from bench.experiments.tasks import TASKS, Task
 
@@ -49,6 +49,17 @@ class Grid:
 
 
 FULL = Grid(TASKS, CONTESTANTS, seeds=3)
+
+# Betas by row, beside the fixed and the adaptive ones that they would replace.
+REPLACED = (
+    "AdamW 0.9",
+    "AM-AdamW level tensor lambda 0.1",
+    "AM-AdamW anchored tensor lambda 0.1",
+    "SGD 0.9",
+    "AM-SGD level global",
+    "AM-SGD anchored global",
+)
+ROW = Grid(TASKS, {name: CONTESTANTS[name] for name in REPLACED} | BY_ROW, seeds=3)
 
 QUICK_STEPS = 10  # a task's steps are divided by this
 

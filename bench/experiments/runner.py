@@ -17,7 +17,7 @@ from schedulefree import AdamWScheduleFree
 from torch.optim import Optimizer
 
 from adamem_fused import AMSGD, AMAdamW
-from bench.betas import share_at_cap
+from bench.betas import beta_by_tensor, share_at_cap
 from bench.demo_model import tensor_label
 from bench.experiments.contestants import Contestant, param_groups
 from bench.experiments.grid import Cell, Grid
@@ -79,7 +79,7 @@ def train(task: Task, contestant: Contestant, cell: Cell) -> Run:
         optimizer.step()
         optimizer_seconds.append(time.thread_time() - step_start)
         if isinstance(optimizer, (AMAdamW, AMSGD)):
-            betas.append(torch.stack([optimizer.state[p]["beta"] for p in params]).tolist())
+            betas.append(beta_by_tensor(optimizer, params))
         if isinstance(optimizer, AMAdamW):
             at_cap.append(share_at_cap(optimizer))
     seconds = time.thread_time() - start

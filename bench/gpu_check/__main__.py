@@ -125,9 +125,9 @@ class Stage(NamedTuple):
 BUILD_SECONDS, FIND_SECONDS = 120, 60
 STAGES = {
     "smoke": Stage(40, partial(in_processes, "smoke"), record.table),
-    "times": Stage(60, run_times, times.table),
+    "times": Stage(75, run_times, times.table),
     "sweep": Stage(40, partial(in_processes, "sweep"), sweep.table),
-    "ncu": Stage(30, run_ncu, counters.table),
+    "ncu": Stage(40, run_ncu, counters.table),
     "tests": Stage(90, run_tests, suite.table),
     "sanitizer": Stage(60, run_sanitizer, record.table),
 }
@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--stages", type=stage_names, default=list(STAGES), help="with commas between them; all"
     )
-    parser.add_argument("--seconds", type=POSITIVE, help="for all of them together; 320")
+    parser.add_argument("--seconds", type=POSITIVE, help="for all of them together; 345")
     options = parser.parse_args(arguments)
     if not gpu.is_available():
         print(

@@ -3,9 +3,10 @@ L2, and why warps wait.
 
     ncu ... python -m bench.gpu_check.counters BACKEND...
 
-takes the steps: the backends' and torch's on the same tensors, each behind a kernel that is
-seen to be neither's. ncu runs a kernel several times, with L2 emptied before each, so that what
-one launch leaves there for the next is counted as read from memory.
+takes the steps: the backends', with a beta a tensor and with a beta a row, and torch's on the same
+tensors, each behind a kernel that is seen to be neither's. ncu runs a kernel several times, with L2
+emptied before each, so that what one launch leaves there for the next is counted as read from
+memory.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bench.gpu_check.processes import Limited, find_tool, module
 from bench.gpu_check.record import Case, Results
 
 LISTS = ("2^28", "gpt2-small")
+REGIMES = ("cap", "row")
 MARKER = "neg_kernel"  # in the name of the kernel between the steps
 
 READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
@@ -53,7 +55,11 @@ def take_steps(backends: Sequence[str]) -> None:
     marker = torch.ones(1, device=gpu.device)
     for name in LISTS:
         params = times.make_params(lists[name].shapes, torch.float32)
-        optimizers = [times.make_ours("AMAdamW", params, backend) for backend in backends]
+        optimizers = [
+            times.make_ours("AMAdamW", params, backend, regime)
+            for backend in backends
+            for regime in REGIMES
+        ]
         for optimizer in (*optimizers, times.make_theirs("AMAdamW", params)):
             for _ in range(3):
                 optimizer.step()
@@ -134,12 +140,25 @@ def run(results: Results, backends: Sequence[str], seconds: float) -> None:
     steps = iter(steps_of(read_csv(lines)))
     lists = gpu_cases.cases(gpu.free_bytes())
     for case in (lists[name] for name in LISTS):
-        bytes_predicted = gpu_cases.predicted_bytes(
-            "AMAdamW", case.shapes, torch.float32, gpu.l2_bytes(), missed=0.0
-        )
-        for side in (*backends, "torch"):
+        predicted = {
+            regime: gpu_cases.predicted_bytes(
+                "AMAdamW",
+                case.shapes,
+                torch.float32,
+                gpu.l2_bytes(),
+                missed=0.0,
+                by_row=regime == "row",
+            )
+            for regime in REGIMES
+        }
+        sides = [
+            (f"{backend}{', row' if regime == 'row' else ''}", predicted[regime])
+            for backend in backends
+            for regime in REGIMES
+        ]
+        for side, bytes_predicted in (*sides, ("torch", 28.0)):
             found = summarize(next(steps, []), case.numel)
-            found["predicted_bytes"] = 28.0 if side == "torch" else round(bytes_predicted, 2)
+            found["predicted_bytes"] = round(bytes_predicted, 2)
             results.put("ncu", "all", f"{case.name}, {side}", found)
     errors = [line for line in lines if line.startswith("==ERROR==")]
     return results.end("ncu", "all", f"failed: {errors[0]}" if errors else how)

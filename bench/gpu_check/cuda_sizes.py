@@ -25,6 +25,8 @@ SIZES: tuple[dict[str, int], ...] = (
     {"kThreads": 512, "kBlocksFloat": 2},
     {"kBlocksFloat": 3},
     {"kBlocksFloat": 5},
+    {"kElementsEach": 4},
+    {"kElementsEach": 16},
 )
 
 

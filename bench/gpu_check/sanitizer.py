@@ -3,8 +3,8 @@
     compute-sanitizer ... python -m bench.gpu_check.sanitizer BACKEND [planted]
 
 takes the steps: all of a backend's kernels and dtypes, aligned and not, tensors of one chunk and
-of several. With `planted` one gradient has less memory than it says, which has to be found:
-else nothing was looked at.
+of several, and matrices with a beta a row. With `planted` one gradient has less memory than it
+says, which has to be found: else nothing was looked at.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from contextlib import nullcontext, suppress
 
 import torch
+from torch import Tensor
 
 from adamem_fused import AMSGD, AMAdamW
 from bench.gpu_check import gpu
@@ -25,14 +26,27 @@ KERNELS = {"cuda": ("am4cuda",), "triton": ("am_", "sum_")}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def vectors(whole: Tensor) -> list[tuple[Tensor, bool]]:
+    return [(whole, True), (whole[1:9000], False), (whole[:7], True)]
+
+
+def matrices(whole: Tensor) -> list[tuple[Tensor, bool]]:
+    """Of short rows, of rows of many, and of one that no block holds."""
+    return [
+        (whole.view(-1, 16), True),
+        (whole[1:9001].view(-1, 500), False),
+        (whole.view(1, -1), True),
+    ]
+
+
 def take_steps(backend: str, planted: bool) -> None:
     for cls in (AMAdamW, AMSGD):
-        for scope in ("tensor", "global"):
+        for scope, parts in (("tensor", vectors), ("global", vectors), ("row", matrices)):
             base = [torch.randn(20000, device=gpu.device).to(dtype) for dtype in DTYPES]
             params = [
                 part.clone() if aligned else part
                 for whole in base
-                for part, aligned in ((whole, True), (whole[1:9000], False), (whole[:7], True))
+                for part, aligned in parts(whole)
             ]
             for param in params:
                 param.requires_grad_()

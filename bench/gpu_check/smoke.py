@@ -22,6 +22,8 @@ SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "2^20": ((2**20,),),
     # Several chunks, and what is left over.
     "mixed": ((1000, 300), (77,), (), (5, 5, 5)),
+    # Short ones, several to a warp, and one that no block holds; and tensors without any.
+    "rows": ((1000, 300), (64, 3, 3, 3), (50, 2, 768), (2, 50000), (9, 5), (77,)),
 }
 REPEATS = 30
 STEPS = 3
@@ -50,12 +52,12 @@ def set_grads(params: Sequence[Tensor], step: int) -> None:
 
 
 def compare(
-    backend: str, cls: type[AMAdamW] | type[AMSGD], shapes: str, dtype: torch.dtype
+    backend: str, cls: type[AMAdamW] | type[AMSGD], shapes: str, dtype: torch.dtype, scope: str
 ) -> Case:
     """Steps beside the reference's; each begins where the reference's last one ended."""
     ours, theirs = (make_params(SHAPES[shapes], dtype) for _ in range(2))
-    optimizer = cls(ours, lr=0.05, weight_decay=0.1, backend=backend, beta_scope="tensor")
-    reference = cls(theirs, lr=0.05, weight_decay=0.1, backend="reference", beta_scope="tensor")
+    optimizer = cls(ours, lr=0.05, weight_decay=0.1, backend=backend, beta_scope=scope)
+    reference = cls(theirs, lr=0.05, weight_decay=0.1, backend="reference", beta_scope=scope)
     betas = []
     for step in range(STEPS):
         set_grads(theirs, step)
@@ -75,20 +77,28 @@ def compare(
                     wrong = (actual - expected).abs().max().item()
                     raise AssertionError(f"{name} is off by {wrong:.2g} after step {step}")
                 actual.copy_(expected)
-            betas.append(optimizer.state[param]["beta"].item())
+            betas += optimizer.state[param]["beta"].reshape(-1).tolist()
     inside = sum(0.001 < beta < 0.88 for beta in betas)
     if not inside:
-        raise AssertionError(f"no beta was inside of its range, which checks little: {betas}")
+        raise AssertionError(f"no beta was inside of its range, which checks little: {betas[:9]}")
     return {"found": f"as the reference; {inside} of {len(betas)} betas inside"}
 
 
 def train(
     backend: str, cls: type[AMAdamW] | type[AMSGD], steps: int, captured: bool = False
 ) -> list[Tensor]:
-    """Steps while lr, grad_scale and found_inf change; the parameters and the state."""
-    params = make_params(SHAPES["mixed"] + SHAPES["2^20"], torch.float32)
+    """Steps while lr, grad_scale and found_inf change; the parameters and the state.
+
+    Of two groups, the second with a beta a row.
+    """
+    params = make_params(SHAPES["mixed"] + SHAPES["2^20"] + SHAPES["rows"], torch.float32)
+    rows = len(SHAPES["rows"])
+    groups: list[dict[str, Any]] = [
+        {"params": params[:-rows]},
+        {"params": params[-rows:], "beta_scope": "row"},
+    ]
     lr = torch.tensor(0.01, device=gpu.device)
-    optimizer = cls(params, lr=lr, backend=backend, capturable=True)
+    optimizer = cls(groups, lr=lr, backend=backend, capturable=True)
     optimizer.grad_scale = torch.ones((), device=gpu.device)
     optimizer.found_inf = torch.zeros((), device=gpu.device)
     step: Callable[[], Any] = optimizer.step
@@ -122,11 +132,17 @@ def repeated(backend: str, cls: type[AMAdamW] | type[AMSGD]) -> Case:
 
 
 def run(part: Part, backend: str) -> None:
-    compared = (("tiny", torch.float32), ("2^20", torch.float32), ("mixed", torch.bfloat16))
+    compared = (
+        ("tiny", torch.float32, "tensor"),
+        ("2^20", torch.float32, "tensor"),
+        ("mixed", torch.bfloat16, "tensor"),
+        ("rows", torch.float32, "row"),
+        ("rows", torch.bfloat16, "row"),
+    )
     for cls in (AMAdamW, AMSGD):
-        for shapes, dtype in compared:
+        for shapes, dtype, scope in compared:
             name = f"{cls.__name__} {shapes} {dtype}".replace("torch.", "")
-            part.case(name, partial(compare, backend, cls, shapes, dtype))
+            part.case(name, partial(compare, backend, cls, shapes, dtype, scope))
     for cls in (AMAdamW, AMSGD):
         part.case(f"{cls.__name__} graph replay", partial(replayed, backend, cls))
         part.case(f"{cls.__name__} repeated", partial(repeated, backend, cls))

@@ -55,7 +55,8 @@ AMAdamW updates with its cap for beta and repairs the tensors whose beta is anot
 step costs depends on the gradients. On the fused backends it takes part with nothing missed, with
 20% of the elements (whole tensors where there are such, else each tensor cut into fifths), with all
 of them, and with memory_plane="anchored", which does not guess. The shares are looked up in beta
-before and after each sample; another one stops the benchmark."""
+before and after each sample; another one stops the benchmark. "row" is beta_scope="row", on either
+plane: a row stays in cache until its beta is known, and nothing is guessed."""
 
 
 def describe_lists() -> str:

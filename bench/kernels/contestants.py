@@ -25,12 +25,15 @@ SGD_OPTIONS: dict[str, Any] = {"lr": LR, "momentum": 0.9}
 
 FUSED = [name for name, backend in BACKENDS.items() if backend.fused]
 ADAMW_BASELINE, SGD_BASELINE = "AdamW fused", "SGD fused"
-# Of AM-AdamW on the fused backends: what a step costs depends on the share of wrong guesses.
+# Of AM-AdamW on the fused backends: what a step costs depends on the share of wrong guesses. With a
+# beta a row there are none.
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {"missed": 0.0},
     ", 20% missed": {"missed": 0.2},
     ", all missed": {"missed": 1.0},
     ", anchored": {"anchored": True},
+    ", row": {"by_row": True},
+    ", anchored, row": {"anchored": True, "by_row": True},
 }
 # Inductor takes seconds a tensor on the CPU and less on a GPU.
 COMPILED_TENSORS = {"cpu": 8, "cuda": 400}
@@ -48,6 +51,7 @@ class Contestant:
         core: takes part on every list of the suite, see `ParameterList.everyone`.
         adaptive: an Adaptive Memory optimizer: the update waits for sums over the tensor.
         anchored: AM-AdamW with memory_plane="anchored", which cannot guess its beta.
+        by_row: AM-AdamW with beta_scope="row".
         missed: of the elements, the share whose beta is kept below its cap (`Side`), so that it
             is guessed wrong; None where nobody looks.
         compiled: its step goes through torch.compile.
@@ -63,6 +67,7 @@ class Contestant:
     core: bool = False
     adaptive: bool = False
     anchored: bool = False
+    by_row: bool = False
     missed: float | None = None
     compiled: bool = False
     compiles_itself: bool = False
@@ -223,6 +228,8 @@ def _ours(optimizer: str, backend: str, variant: str = "", **options: Any) -> Co
     make = partial(cls, lr=LR)
     if options.get("anchored"):
         make = partial(make, memory_plane="anchored")
+    if options.get("by_row"):
+        make = partial(make, beta_scope="row")
     return Contestant(
         name=f"{cls.__name__} {'compiled' if options.get('compiled') else backend}{variant}",
         optimizer=optimizer,

@@ -11,6 +11,7 @@ Shape = tuple[int, ...]
 
 # float32 parameter, gradient and the two moments; and what a second gradient set adds.
 STATE_BYTES, WORKING_BYTES = 16, 20
+LINE = 16  # float32 elements of a cache line
 SWEEP = range(20, 29, 2)  # powers of two, for the picture of time against size
 SCALED = 2**25  # elements of a model that does not fit as it is, at most
 
@@ -170,30 +171,36 @@ def parameter_lists(l2: int, last_level: int) -> dict[str, ParameterList]:
         last_level: bytes of the last-level cache.
     """
 
-    def one(name: str, numel: int, source: str) -> ParameterList:
-        return ParameterList(name, ((numel,),), source)
+    # Matrices, for betas by row: all other optimizers take them for vectors. A row is of whole
+    # cache lines, as a model's are.
+    def one(name: str, numel: int, rows: int, source: str) -> ParameterList:
+        columns = numel // rows // LINE * LINE
+        return ParameterList(name, ((rows, columns),), f"one tensor of {rows:,} rows{source}")
 
-    def many(tensors: int, numel: int) -> ParameterList:
-        source = f"{tensors:,} tensors of {numel:,} elements"
-        return ParameterList(f"{tensors}x{numel}", ((numel,),) * tensors, source)
+    def many(tensors: int, rows: int, columns: int) -> ParameterList:
+        source = f"{tensors:,} tensors of {rows} x {columns}"
+        return ParameterList(f"{tensors}x{rows * columns}", ((rows, columns),) * tensors, source)
 
     lists = [
         one(
             "8-llc",
             8 * last_level // STATE_BYTES,
-            "one tensor, with its gradient and moments 8 times the last-level cache in float32",
+            4096,
+            ", with its gradient and moments 8 times the last-level cache in float32",
         ),
         one(
             "half-llc",
             last_level // 2 // WORKING_BYTES,
-            "one tensor, with two gradients and its moments half of the last-level cache",
+            1024,
+            ", with two gradients and its moments half of the last-level cache",
         ),
         *(
             [
                 one(
                     "l2",
                     3 * l2 // 4 // WORKING_BYTES,
-                    "one tensor, with two gradients and its moments 3/4 of the L2 caches",
+                    256,
+                    ", with two gradients and its moments 3/4 of the L2 caches",
                 )
             ]
             if l2
@@ -206,9 +213,9 @@ def parameter_lists(l2: int, last_level: int) -> dict[str, ParameterList]:
             scalable=True,
             everyone=True,
         ),
-        many(5000, 100),
-        many(5000, 1000),
-        many(20000, 64),
+        many(5000, 10, 10),
+        many(5000, 20, 50),
+        many(20000, 4, 16),
         *[
             ParameterList(
                 name, shapes, source, scalable=True, first_dtype_only=name != "gpt2-small"
@@ -216,9 +223,7 @@ def parameter_lists(l2: int, last_level: int) -> dict[str, ParameterList]:
             for name, (shapes, source) in MODELS.items()
         ],
         *[
-            ParameterList(
-                f"2^{n}", ((2**n,),), "one tensor", first_dtype_only=True, everyone=n == 24
-            )
+            replace(one(f"2^{n}", 2**n, 2 ** (n // 2), ""), first_dtype_only=True, everyone=n == 24)
             for n in SWEEP
         ],
     ]

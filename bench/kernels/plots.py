@@ -16,6 +16,8 @@ COLORS = {
     "AMAdamW, 20% missed": "tab:cyan",
     "AMAdamW, all missed": "tab:purple",
     "AMAdamW, anchored": "tab:orange",
+    "AMAdamW, row": "tab:olive",
+    "AMAdamW, anchored, row": "tab:pink",
     "AMSGD": "tab:green",
     "AdamW fused": "black",
     "SGD fused": "tab:gray",
@@ -164,7 +166,8 @@ def draw_ratios(report: Report) -> Figure | None:
         rows = _measured(report, dtype)
         names = [name for name in _core(rows) if name.startswith("AM")]
         lists = list(dict.fromkeys(row.parameters for row in rows))
-        offsets = {name: 0.12 * (k - (len(names) - 1) / 2) for k, name in enumerate(names)}
+        step = min(0.12, 0.84 / max(len(names), 1))
+        offsets = {name: step * (k - (len(names) - 1) / 2) for k, name in enumerate(names)}
         for name in names:
             found = [
                 (i, row, ratio)
@@ -187,7 +190,7 @@ def draw_ratios(report: Report) -> Figure | None:
             drawn = target.name in lists and target.contestant in names
             if dtype == target.dtype and drawn and target.against == ADAMW_BASELINE:
                 place = lists.index(target.name) + offsets[target.contestant]
-                axes.plot([place - 0.06, place + 0.06], [target.at_most] * 2, "tab:red")
+                axes.plot([place - step / 2, place + step / 2], [target.at_most] * 2, "tab:red")
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -197,27 +197,30 @@ class Target:
     at_most: float
 
 
-# Of the cpu backend, in the order of VARIANTS: nothing missed, 20%, all of it; anchored.
-CPU_TARGETS: dict[tuple[str, str], tuple[float, float, float, float]] = {
+# Of the cpu backend, in the order of VARIANTS: nothing missed, 20%, all of it; anchored; and where
+# that was aimed at, by row, level and anchored.
+CPU_TARGETS: dict[tuple[str, str], tuple[float, ...]] = {
     ("8-llc", "float32"): (1.0, 1.2, 1.9, 1.9),
-    ("2^28", "float32"): (1.0, 1.2, 1.9, 1.9),
-    ("half-llc", "float32"): (0.95, 1.1, 1.75, 1.6),
-    ("l2", "float32"): (1.0, 1.15, 1.6, 1.3),
+    ("2^28", "float32"): (1.0, 1.2, 1.9, 1.9, 1.05, 1.05),
+    ("half-llc", "float32"): (0.95, 1.1, 1.75, 1.6, 1.25, 1.25),
+    ("l2", "float32"): (1.0, 1.15, 1.6, 1.3, 1.3, 1.3),
     ("decoder-300", "float32"): (0.95, 1.1, 1.8, 1.8),
-    ("gpt2-small", "float32"): (0.95, 1.1, 1.8, 1.8),
-    ("5000x100", "float32"): (0.2, 0.22, 0.25, 0.25),
-    ("gpt2-small", "bfloat16"): (1.3, 1.4, 1.6, 1.6),
+    ("gpt2-small", "float32"): (0.95, 1.1, 1.8, 1.8, 1.05, 1.05),
+    ("5000x100", "float32"): (0.2, 0.22, 0.25, 0.25, 0.25, 0.25),
+    ("gpt2-small", "bfloat16"): (1.3, 1.4, 1.6, 1.6, 1.3, 1.3),
 }
+GPU_REGIMES = {"": "cap", ", row": "row", ", anchored, row": "row"}
 TARGETS = (
     *[
         Target(name, dtype, f"AMAdamW cpu{variant}", ADAMW_BASELINE, at_most)
         for (name, dtype), ratios in CPU_TARGETS.items()
-        for variant, at_most in zip(VARIANTS, ratios, strict=True)
+        for variant, at_most in zip(VARIANTS, ratios, strict=False)
     ],
     *[
-        Target(name, "float32", f"AMAdamW {backend}", ADAMW_BASELINE, regimes["cap"])
+        Target(name, "float32", f"AMAdamW {backend}{variant}", ADAMW_BASELINE, regimes[regime])
         for name, regimes in gpu_cases.TARGETS.items()
-        if "cap" in regimes
+        for variant, regime in GPU_REGIMES.items()
+        if regime in regimes
         for backend in ("cuda", "triton")
     ],
     Target("decoder-300", "float32", "AMAdamW foreach", "AdamW foreach", 3.0),

@@ -6,6 +6,9 @@ weight decay, the parameter too), unless what it waits for stays in cache betwee
 guesses its beta and does not wait, unless it is "anchored" or the parameters are of 16 bits: where
 the guess was wrong, a second pass reads all four and writes parameter and memory. In bytes a
 float32 parameter: AdamW 28, AM-AdamW 28 and up to 24 more, anchored 28 to 44, AM-SGD 20 to 28.
+
+With a beta a row it is the row that has to stay in cache, which all but the longest do: 28, on
+either plane, and 22 of 16-bit parameters and gradients.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from collections.abc import Sequence
 
 import torch
 
+from adamem_fused.state import beta_shape
 from bench.kernels.contestants import Contestant
 from bench.kernels.parameter_lists import Shape
 
@@ -34,18 +38,27 @@ def bytes_to_move(
         state_bytes: of the whole state, as measured.
         last_level: bytes of the last-level cache.
     """
-    sizes = [math.prod(shape) for shape in shapes]
-    numel, element = sum(sizes), dtype.itemsize
+    numel, element = sum(map(math.prod, shapes)), dtype.itemsize
     one_pass = 3 * element * numel + 2 * state_bytes
     if not contestant.adaptive:
         return one_pass
-    # AM-AdamW has weight decay here and one beta a tensor, AM-SGD neither.
+    # AM-AdamW has weight decay here and one beta a tensor or a row, AM-SGD neither.
     memory = 8 if dtype == torch.float64 else MEMORY_BYTES
     if contestant.optimizer == "adamw":
-        in_sums, together = 2 * element + 2 * memory, sizes
+        in_sums, together = 2 * element + 2 * memory, segments(shapes, contestant.by_row)
     else:
-        in_sums, together = element + memory, [numel]
+        in_sums, together = element + memory, [(numel, 1)]
     second = float(in_sums)
     if contestant.optimizer == "adamw" and not contestant.anchored and element >= 4:
         second = 3 * (element + memory) * (contestant.missed or 0.0)
-    return one_pass + round(second * sum(n for n in together if n * in_sums > last_level))
+    too_large = sum(n * count for n, count in together if n * in_sums > last_level)
+    return one_pass + round(second * too_large)
+
+
+def segments(shapes: Sequence[Shape], by_row: bool) -> list[tuple[int, int]]:
+    """Of each tensor: how many elements share a beta, and how many betas there are."""
+    found = []
+    for shape in shapes:
+        rows = beta_shape(torch.empty(shape, device="meta"), "row" if by_row else "tensor").numel()
+        found.append((math.prod(shape) // max(rows, 1), rows))
+    return found

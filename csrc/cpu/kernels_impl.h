@@ -70,39 +70,35 @@ struct Place {
   }
 };
 
-template <class... P>
-AM_INLINE void prefetch(const P*... p) {
-  (__builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes), ...);
-}
-
-// Up to a pack's worth of elements, copied so that a full pack can be read or written.
+// The same of a pack of which there are fewer elements.
 template <class S, class T, bool kHasV>
-struct Tail {
-  static constexpr int kLanes = Pack<T>::kLanes;
-  S x[kLanes] = {}, g[kLanes] = {};
-  T d[kLanes] = {}, v[kLanes] = {};
-  Place<S, T, kHasV> origin;
-  int64_t numel;
+struct LastPlace {
+  First<S> x;
+  First<const S> g;
+  First<T> d, v;
 
-  Tail(const Place<S, T, kHasV>& p, int64_t n) : origin(p), numel(n) {
-    std::memcpy(x, p.x, n * sizeof(S));
-    std::memcpy(g, p.g, n * sizeof(S));
-    std::memcpy(d, p.d, n * sizeof(T));
-    if (kHasV) std::memcpy(v, p.v, n * sizeof(T));
-  }
-  Place<S, T, kHasV> place() { return {x, g, d, kHasV ? v : nullptr}; }
-  void write() const {
-    std::memcpy(origin.x, x, numel * sizeof(S));
-    std::memcpy(origin.d, d, numel * sizeof(T));
-    if (kHasV) std::memcpy(origin.v, v, numel * sizeof(T));
+  AM_INLINE LastPlace of(const Place<S, T, kHasV>& p, int64_t n) {
+    return {{p.x, n}, {p.g, n}, {p.d, n}, {p.v, n}};
   }
 };
 
-// Calls finish(place, start(place), i) for every pack, which is that of elements from i on, with
-// start() one pack ahead: while a square root is being taken the processor finds other work to do,
-// of which it sees only some hundred instructions ahead. 10 to 13 % of a step in cache (two cores,
-// AVX2). And end(lanes) after each `block` elements, with how many lanes were theirs.
-template <bool kWrites, class S, class T, bool kHasV, class Start, class Finish, class End>
+template <class P>
+AM_INLINE void prefetch_one(const P* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes);
+}
+template <class P>
+AM_INLINE void prefetch_one(First<P>) {}
+
+template <class... P>
+AM_INLINE void prefetch(P... p) {
+  (prefetch_one(p), ...);
+}
+
+// Calls finish(place, start(place), i) for every pack, which begins with element i, with start()
+// one pack ahead: while a square root is being taken the processor finds other work to do, of which
+// it sees only some hundred instructions ahead. 10 to 13 % of a step in cache (two cores, AVX2).
+// And end(lanes) after each `block` elements, with how many lanes were theirs.
+template <class S, class T, bool kHasV, class Start, class Finish, class End>
 AM_INLINE void walk(const Place<S, T, kHasV>& p, int64_t numel, int64_t block, Start start,
                     Finish finish, End end) {
   constexpr int kLanes = Pack<T>::kLanes;
@@ -119,10 +115,9 @@ AM_INLINE void walk(const Place<S, T, kHasV>& p, int64_t numel, int64_t block, S
     end(kLanes);
   }
   if (const int64_t rest = numel - whole) {
-    Tail<S, T, kHasV> tail(p.at(p, whole), rest);
-    finish(tail.place(), start(tail.place()), whole);
+    const auto tail = LastPlace<S, T, kHasV>::of(p.at(p, whole), rest);
+    finish(tail, start(tail), whole);
     end(rest);
-    if (kWrites) tail.write();
   }
 }
 
@@ -151,8 +146,8 @@ struct AdamW {
             static_cast<T*>(chunk.exp_avg), static_cast<T*>(chunk.exp_avg_sq)};
   }
 
-  template <bool Scaled, bool kStores>
-  AM_INLINE Pack<T> new_root(const Place& p, const Coefficients& c) {
+  template <bool Scaled, bool kStores, class P>
+  AM_INLINE Pack<T> new_root(const P& p, const Coefficients& c) {
     Pack<T> v = load(p.v);
     const Pack<T> root = adamw_root<Scaled>(load(p.g), v, c);
     if (kStores) store(p.v, v);
@@ -163,13 +158,13 @@ struct AdamW {
   static Sums begin_chunk(const AdamWChunk& chunk, const Coefficients c) {
     LaneSums<T> sums;
     Accumulator<T> accumulator;
-    walk<Guess>(
+    walk(
         place(chunk), chunk.numel, kBlock,
-        [&](const Place& p) AM_INLINE_LAMBDA {
+        [&](const auto& p) AM_INLINE_LAMBDA {
           prefetch(p.g, p.v);
           return new_root<Scaled, Guess>(p, c);
         },
-        [&](const Place& p, Pack<T> root, int64_t) AM_INLINE_LAMBDA {
+        [&](const auto& p, Pack<T> root, int64_t) AM_INLINE_LAMBDA {
           prefetch(p.d);
           if constexpr (Guess || Decay) prefetch(p.x);
           Pack<T> d = load(p.d), x = Guess || Decay ? load(p.x) : Pack<T>(T(0));
@@ -202,13 +197,13 @@ struct AdamW {
   static Sums begin_row(const AdamWChunk& row, const Coefficients& c, T* scratch) {
     LaneSums<T> sums;
     Accumulator<T> accumulator;
-    walk<true>(
+    walk(
         place(row), row.numel, kBlock,
-        [&](const Place& p) AM_INLINE_LAMBDA {
+        [&](const auto& p) AM_INLINE_LAMBDA {
           prefetch(p.g, p.v);
           return new_root<Scaled, true>(p, c);
         },
-        [&](const Place& p, Pack<T> root, int64_t i) AM_INLINE_LAMBDA {
+        [&](const auto& p, Pack<T> root, int64_t i) AM_INLINE_LAMBDA {
           prefetch(p.d, p.x);
           const Pack<T> g = gradient<Scaled>(load(p.g), c);
           const Pack<T> x = Decay ? load(p.x) : Pack<T>(T(0));
@@ -227,7 +222,7 @@ struct AdamW {
   static void finish_row(const AdamWChunk& row, const Coefficients& c, const T* scratch, T take) {
     constexpr int kLanes = Pack<T>::kLanes;
     const Place first = place(row);
-    const auto move = [&](const Place& p, int64_t i) AM_INLINE_LAMBDA {
+    const auto move = [&](const auto& p, int64_t i) AM_INLINE_LAMBDA {
       const T* kept = scratch + kRowScratch * i;
       Pack<T> d, x = load(p.x);
       adamw_move(load(kept), load(kept + kLanes), load(p.d), take, c, d, x);
@@ -235,11 +230,8 @@ struct AdamW {
       store(p.x, x);
     };
     const int64_t whole = row.numel - row.numel % kLanes;
-    if (const int64_t rest = row.numel - whole) {
-      Tail<S, T, true> tail(first.at(first, whole), rest);
-      move(tail.place(), whole);
-      tail.write();
-    }
+    if (const int64_t rest = row.numel - whole)
+      move(LastPlace<S, T, true>::of(first.at(first, whole), rest), whole);
     for (int64_t i = whole - kLanes; i >= 0; i -= kLanes) {
       move(first.at(first, i), i);
       const int64_t ahead = row.numel + (whole - i) / 2;
@@ -280,11 +272,11 @@ struct AdamW {
   // amount: 1 - beta, or, for a repair, what the guess has missed by.
   template <bool Scaled, bool Repair>
   static void finish_chunk(const AdamWChunk& chunk, const Coefficients c, T amount) {
-    walk<true>(
+    walk(
         place(chunk), chunk.numel, chunk.numel,
-        [&](const Place& p)
+        [&](const auto& p)
             AM_INLINE_LAMBDA { return Repair ? sqrt(load(p.v)) : new_root<Scaled, true>(p, c); },
-        [&](const Place& p, Pack<T> root, int64_t) AM_INLINE_LAMBDA {
+        [&](const auto& p, Pack<T> root, int64_t) AM_INLINE_LAMBDA {
           Pack<T> d = load(p.d), x = load(p.x);
           if constexpr (Repair) {
             adamw_repair<Scaled>(load(p.g), d, root, x, amount, c);
@@ -327,9 +319,9 @@ struct SGD {
   static Sums sum_chunk(const SGDChunk& chunk, const Coefficients c) {
     LaneSums<T> sums;
     Accumulator<T> accumulator;
-    walk<false>(
-        place(chunk), chunk.numel, kBlock, [](const Place&) { return 0; },
-        [&](const Place& p, int, int64_t) AM_INLINE_LAMBDA {
+    walk(
+        place(chunk), chunk.numel, kBlock, [](const auto&) { return 0; },
+        [&](const auto& p, int, int64_t) AM_INLINE_LAMBDA {
           prefetch(p.g, p.d);
           if constexpr (Decay) prefetch(p.x);
           const Pack<T> x = Decay ? load(p.x) : Pack<T>(T(0));
@@ -346,9 +338,9 @@ struct SGD {
 
   template <bool Scaled, bool Decay>
   static void update_chunk(const SGDChunk& chunk, const Coefficients c, T keep, T take) {
-    walk<true>(
-        place(chunk), chunk.numel, chunk.numel, [](const Place&) { return 0; },
-        [&](const Place& p, int, int64_t) AM_INLINE_LAMBDA {
+    walk(
+        place(chunk), chunk.numel, chunk.numel, [](const auto&) { return 0; },
+        [&](const auto& p, int, int64_t) AM_INLINE_LAMBDA {
           Pack<T> d = load(p.d), x = load(p.x);
           sgd_update<Scaled, Decay>(load(p.g), d, x, keep, take, c);
           store(p.d, d);

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -192,5 +193,102 @@ AM_INLINE Pack<float> load(const BFloat16* p) { return load_16bit(p); }
 AM_INLINE Pack<float> load(const Float16* p) { return load_16bit(p); }
 AM_INLINE void store(BFloat16* p, Pack<float> a) { store_16bit(p, a); }
 AM_INLINE void store(Float16* p, Pack<float> a) { store_16bit(p, a); }
+
+// The first n of a pack's elements in memory: others are read as zeros, and not written.
+template <class S>
+struct First {
+  S* p;
+  int64_t n;
+};
+
+#if defined(__AVX512F__)
+template <class T>
+AM_INLINE auto first_lanes(int64_t n) {
+  using Mask = std::conditional_t<sizeof(T) == 8, __mmask8, __mmask16>;
+  return static_cast<Mask>((1u << n) - 1);
+}
+AM_INLINE Pack<float> load(First<const float> f) {
+  Pack<float> out;
+  out.r[0] = _mm512_maskz_loadu_ps(first_lanes<float>(f.n), f.p);
+  return out;
+}
+AM_INLINE Pack<double> load(First<const double> f) {
+  Pack<double> out;
+  out.r[0] = _mm512_maskz_loadu_pd(first_lanes<double>(f.n), f.p);
+  return out;
+}
+template <class S>
+AM_INLINE Pack<float> load(First<const S> f) {
+  Pack<float> out;
+  out.r[0] = widen((Half)_mm256_maskz_loadu_epi16(first_lanes<float>(f.n), f.p), S{});
+  return out;
+}
+AM_INLINE void store(First<float> f, Pack<float> a) {
+  _mm512_mask_storeu_ps(f.p, first_lanes<float>(f.n), a.r[0]);
+}
+AM_INLINE void store(First<double> f, Pack<double> a) {
+  _mm512_mask_storeu_pd(f.p, first_lanes<double>(f.n), a.r[0]);
+}
+template <class S>
+AM_INLINE void store(First<S> f, Pack<float> a) {
+  _mm256_mask_storeu_epi16(f.p, first_lanes<float>(f.n), (__m256i)narrow(a.r[0], S{}));
+}
+#else
+template <class S>
+constexpr int kLanesOf = 64 / (sizeof(S) == 8 ? 8 : 4);
+
+#if defined(__AVX2__)
+// A register's lanes that are among the first n.
+AM_INLINE __m256i first_lanes(int64_t n, float) {
+  const __m256i lanes = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lanes);
+}
+AM_INLINE __m256i first_lanes(int64_t n, double) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_set_epi64x(3, 2, 1, 0));
+}
+AM_INLINE __m256 masked_load(const float* p, __m256i mask) { return _mm256_maskload_ps(p, mask); }
+AM_INLINE __m256d masked_load(const double* p, __m256i mask) { return _mm256_maskload_pd(p, mask); }
+AM_INLINE void masked_store(float* p, __m256i mask, __m256 a) { _mm256_maskstore_ps(p, mask, a); }
+AM_INLINE void masked_store(double* p, __m256i mask, __m256d a) { _mm256_maskstore_pd(p, mask, a); }
+
+template <class T, class = std::enable_if_t<std::is_floating_point_v<T> > >
+AM_INLINE Pack<T> load(First<const T> f) {
+  constexpr int kEach = Pack<T>::kRegisterLanes;
+  Pack<T> out;
+  for (int k = 0; k < Pack<T>::kRegisters; ++k)
+    out.r[k] = masked_load(f.p + k * kEach, first_lanes(f.n - k * kEach, T{}));
+  return out;
+}
+template <class T, class = std::enable_if_t<std::is_floating_point_v<T> > >
+AM_INLINE void store(First<T> f, Pack<T> a) {
+  constexpr int kEach = Pack<T>::kRegisterLanes;
+  for (int k = 0; k < Pack<T>::kRegisters; ++k)
+    masked_store(f.p + k * kEach, first_lanes(f.n - k * kEach, T{}), a.r[k]);
+}
+template <class S>
+constexpr bool kIsCopied = !std::is_floating_point_v<S>;
+#else
+template <class S>
+constexpr bool kIsCopied = true;
+#endif
+
+template <class S, class = std::enable_if_t<kIsCopied<S> >, class = void>
+AM_INLINE auto load(First<const S> f) {
+  S all[kLanesOf<S>] = {};
+  std::memcpy(all, f.p, f.n * sizeof(S));
+  return load(all);
+}
+template <class S, class T, class = std::enable_if_t<kIsCopied<S> > >
+AM_INLINE void store(First<S> f, Pack<T> a) {
+  S all[kLanesOf<S>];
+  store(all, a);
+  std::memcpy(f.p, all, f.n * sizeof(S));
+}
+#endif
+
+template <class S>
+AM_INLINE auto load(First<S> f) {
+  return load(First<const S>{f.p, f.n});
+}
 
 }  // namespace

@@ -1,6 +1,6 @@
 // AM-AdamW. Rows of `addresses`: param, grad, exp_avg, exp_avg_sq, step, beta_prod, prev_lr,
 // beta.
-#include "kernels.h"
+#include "launches.h"
 
 namespace am::cuda {
 namespace {
@@ -15,12 +15,12 @@ struct AdamWTensor {
   // The order of a group's hyperparameters is that of adamem_fused/backends/tables.py.
   static constexpr int kHypers = 11;
 
-  static __device__ TensorRow& row(const Step& s, int64_t tensor) {
-    return *reinterpret_cast<TensorRow*>(s.coefficients + tensor * kColumns);
+  static __device__ TensorRow& row(const Step& s, int64_t unit) {
+    return *reinterpret_cast<TensorRow*>(s.coefficients + unit * kColumns);
   }
 
-  static __device__ void prepare(const Step& s, int64_t tensor) {
-    const int64_t group = layout_at(s, kGroup, tensor);
+  static __device__ void prepare(const Step& s, int64_t unit) {
+    const int64_t group = layout_at(s, kGroup, unit), tensor = layout_at(s, kTensor, unit);
     const double* h = s.hypers + group * kHypers;
     // h[3] is log(beta2), h[10] whether the group shares its beta.
     const AdamWHyper hyper = {read_lr(s, group, kHypers),
@@ -32,28 +32,37 @@ struct AdamWTensor {
                               h[7] != 0.0,
                               h[8] != 0.0,
                               h[9] != 0.0};
-    TensorRow& r = row(s, tensor);
-    r.step = read_scalar(s, kLists, kStep, tensor);
-    r.beta_prod = read_scalar(s, kLists, kBetaProd, tensor);
+    TensorRow& r = row(s, unit);
+    r.step = read_scalar(s, kLists, kStep, unit);
     r.beta_max = hyper.beta_max;
-    r.coefficients = adamw_corrected(
-        adamw_coefficients<double>(hyper, r.step, read_scalar(s, kLists, kPrevLr, tensor),
-                                   read_grad_scale(s)),
-        hyper.beta_max, r.beta_prod);
+    r.coefficients = adamw_coefficients<double>(
+        hyper, r.step, read_scalar(s, kLists, kPrevLr, unit), read_grad_scale(s));
+    r.begin = is_skipped(s) ? kNothing : kSums;
+    r.rest = kDone;
+    if (has_rows(s, unit)) return;
+    r.coefficients = corrected(s, unit, r, layout_at(s, kRow, unit));
     // A repair reads the gradient once more: it may not be what was written.
     const bool exact =
-        layout_at(s, kExact, tensor) != 0 && s.addresses[tensor] != s.addresses[s.tensors + tensor];
-    const bool guesses = adamw_guesses(hyper, r.step, exact);
-    r.begin = is_skipped(s) ? kNothing : guesses ? kGuess : kSums;
-    r.rest = kDone;
+        layout_at(s, kExact, unit) != 0 && s.addresses[tensor] != s.addresses[s.tensors + tensor];
+    if (r.begin == kSums && adamw_guesses(hyper, r.step, exact)) r.begin = kGuess;
   }
 
-  // The beta of a tensor, the next values of its scalars, and what is left for finish.
-  static __device__ void set_beta(const Step& s, int64_t tensor, Sums sums) {
-    TensorRow& r = row(s, tensor);
-    const double lr = r.coefficients.lr;
-    if (is_idle(r.step, lr, sums.den)) return;
-    const double beta = adamw_beta(sums.num, sums.den, r.beta_max, r.step);
+  // The coefficients of a segment. r: its unit's, as they were prepared.
+  static __device__ AdamWCoefficients<double> corrected(const Step& s, int64_t unit,
+                                                        const TensorRow& r, int64_t row) {
+    return adamw_corrected(r.coefficients, r.beta_max,
+                           read_scalar(s, kLists, kBetaProd, unit, row));
+  }
+
+  static __device__ double beta_of(const TensorRow& r, Sums sums) {
+    return adamw_beta(sums.num, sums.den, r.beta_max, r.step);
+  }
+
+  // The beta of an ordinary unit, the next values of its scalars, and what is left for finish.
+  static __device__ void set_beta(const Step& s, int64_t unit, Sums sums) {
+    TensorRow& r = row(s, unit);
+    if (is_idle(r.step, r.coefficients.lr, sums.den)) return;
+    const double beta = beta_of(r, sums);
     if (r.begin == kSums) {
       r.rest = kUpdate;
       r.amount[0] = 1.0 - beta;
@@ -61,10 +70,19 @@ struct AdamWTensor {
       r.rest = kRepair;
       r.amount[0] = (r.beta_max - beta) / r.beta_max;
     }
-    write_scalar(s, kLists, kStep, tensor, r.step + 1.0);
-    write_scalar(s, kLists, kBetaProd, tensor, r.beta_prod * beta);
-    write_scalar(s, kLists, kPrevLr, tensor, lr);
-    write_scalar(s, kLists, kBeta, tensor, beta);
+    write_segment(s, unit, beta, layout_at(s, kRow, unit));
+    write_step(s, unit, r);
+  }
+
+  static __device__ void write_segment(const Step& s, int64_t unit, double beta, int64_t row) {
+    const double beta_prod = read_scalar(s, kLists, kBetaProd, unit, row);
+    write_scalar(s, kLists, kBetaProd, unit, beta_prod * beta, row);
+    write_scalar(s, kLists, kBeta, unit, beta, row);
+  }
+
+  static __device__ void write_step(const Step& s, int64_t unit, const TensorRow& r) {
+    write_scalar(s, kLists, kStep, unit, r.step + 1.0);
+    write_scalar(s, kLists, kPrevLr, unit, r.coefficients.lr);
   }
 };
 
@@ -72,7 +90,8 @@ struct AdamWTensor {
 template <class T, class Param, class Grad, class Memory>
 struct AdamW : AdamWTensor {
   using Compute = T;
-  using Chunk = Elements<T, Param, Grad, Memory, 2>;
+  static constexpr int kMemories = 2;
+  using Chunk = Elements<T, Param, Grad, Memory, kMemories>;
 
   static __device__ Sums chunk_sums(const TensorRow&, Sums sums) { return sums; }
 
@@ -113,6 +132,53 @@ struct AdamW : AdamWTensor {
       });
     }
   }
+
+  // ---- rows, see row_kernel.h
+
+  using Coefficients = AdamWCoefficients<T>;
+  static constexpr int kHeld = 4;
+
+  struct Amount {
+    T take;
+  };
+
+  static __device__ Amount amount_of(const TensorRow&, double beta) {
+    return {static_cast<T>(1.0 - beta)};
+  }
+
+  static __device__ bool has_sums(const TensorRow&) { return true; }
+
+  static __device__ __forceinline__ void add(const TensorRow&, const Coefficients& c, T g, T d,
+                                             T& v, T x, T& num, T& den, T (&held)[kHeld]) {
+    const T root = adamw_root<true>(g, v, c);
+    g = gradient<true>(g, c);
+    const AdamWTerms<T> t = adamw_terms(g, d, root, c);
+    if (c.weight_decay != T(0)) {
+      adamw_add<true>(g, x, t, c, num, den);
+    } else {
+      adamw_add<false>(g, x, t, c, num, den);
+    }
+    held[0] = t.p;
+    held[1] = t.weighted;
+    held[2] = t.slope;
+    held[3] = x;
+  }
+
+  static __device__ __forceinline__ void move(const Coefficients& c, Amount amount,
+                                              const T (&held)[kHeld], T& d, T& x) {
+    x = held[3];
+    adamw_move(held[0], held[1], held[2], amount.take, c, d, x);
+  }
+
+  static __device__ __forceinline__ void update(const Chunk& row, Team team, const Coefficients& c,
+                                                Amount amount) {
+    row.template for_each<Use::kLast, true, 2>(
+        [&](T g, T& d, T& v, T& x) {
+          const T root = adamw_root<true>(g, v, c);
+          adamw_update<true>(g, d, root, x, amount.take, c);
+        },
+        team);
+  }
 };
 
 }  // namespace
@@ -123,7 +189,7 @@ using namespace am::cuda;
 extern "C" {
 
 int adamem_adamw_prepare(const Step* step, void* stream) {
-  return launch_tensors(prepare_kernel<AdamWTensor>, *step, stream);
+  return launch_units(prepare_kernel<AdamWTensor>, *step, stream);
 }
 
 int adamem_adamw_begin(const Step* step, const Bucket* bucket, void* stream) {
@@ -131,7 +197,7 @@ int adamem_adamw_begin(const Step* step, const Bucket* bucket, void* stream) {
 }
 
 int adamem_adamw_beta(const Step* step, void* stream) {
-  return launch_tensors(beta_kernel<AdamWTensor>, *step, stream);
+  return launch_units(beta_kernel<AdamWTensor>, *step, stream);
 }
 
 int adamem_adamw_finish(const Step* step, const Bucket* bucket, void* stream) {

@@ -20,6 +20,20 @@
 // in begin and 44 in a repair: a fifth of what an H100 can issue at that bandwidth. Launches,
 // partial sums (at most 11 us, for 2^28 elements in one tensor) and the last blocks cost 2 to 3 %
 // of a step of 2.5 ms. Predicted: at least 88 % of the bandwidth of a copy, by bytes counted so.
+//
+// Rows that have betas of their own are read and written once too, and hold what the update takes
+// on chip meanwhile: 28 bytes an element with float32 and 22 with 16-bit parameters and gradients,
+// on either plane, whatever beta is; AM-SGD 20 and 14. 16 bytes an element are held (AM-SGD: 12). A
+// thread has 8 elements of a row, or 4 to 8: so 1,024 threads, as many as registers allow, hold
+// 128 KB of the 227 KB that an H100's multiprocessor has, and ask for 64 KB at a time. With 16-bit
+// types it is 512 threads and 48 KB. A block can hold rows of 14,336 elements on an H100, of 10,240
+// on an A100, of 6,144 where it has 99 KB, and of 3,840 where it has 64. The longest are one block
+// to a multiprocessor, which reads nothing while it adds up its sums and writes: some 2 us of 16.
+// A row's coefficients, sums and beta take some 200 instructions a thread, 25 an element beside 66:
+// not half of what an H100 can issue at that bandwidth. Predicted: at least 85 % of the bandwidth
+// of a copy where rows have 256 elements or more and whole vectors, and 75 % with 14,336; rows of a
+// number of elements that is no multiple of a vector are accessed element by element, and may take
+// twice as long.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +43,9 @@ namespace am::cuda {
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kChunk = 8192;
+
+// How many elements a thread has of a row, of those that the row may have at most.
+constexpr int kElementsEach = 8;
 
 // Blocks on a multiprocessor that registers have to allow for (65,536 of them): with float32,
 // with 16-bit types, and where arithmetic is in float64 or dtypes are known at run time only.

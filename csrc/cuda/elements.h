@@ -58,6 +58,25 @@ __device__ inline __half narrow<__half>(double t) {
 // not again, so that it had better leave its place in L2 to others. So does what is written.
 enum class Use { kAgain, kLast };
 
+// The threads that share a run of elements: a block, or, where a run is a short row, a warp or a
+// part of one.
+struct Team {
+  int rank, size;
+
+  __device__ int width() const { return size < kWarp ? size : kWarp; }
+};
+
+__device__ inline Team whole_block() { return {static_cast<int>(threadIdx.x), kThreads}; }
+
+// What a thread takes of a run at a time: kCount elements from the k-th on, in spans of kSpan that
+// lie side by side, and a team's width of spans apart. `slot` counts a team's pieces, and j is that
+// of a single element in its piece.
+template <int kOwnSpan, int kOwnCount>
+struct Piece {
+  static constexpr int kSpan = kOwnSpan, kCount = kOwnCount;
+  int k, width, slot, j;
+};
+
 // A list's elements from a chunk's first one on, stored as S, computed with as T.
 template <class T, class S>
 struct Column {
@@ -71,34 +90,35 @@ struct Column {
 
   __device__ bool is_aligned() const { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-  // A thread's kCount elements from the k-th on: spans of kSpan that lie side by side, each in
-  // one access, and a warp's width of spans apart. One element may lie anywhere.
+  // Each span of a piece in one access. One element may lie anywhere.
   template <Use kUse, int kSpan, int kCount>
-  __device__ void load(int k, T (&out)[kCount]) const {
+  __device__ void load(Piece<kSpan, kCount> piece, T (&out)[kCount]) const {
     if constexpr (kCount == 1) {
-      out[0] = widen<T>(data[k]);
+      out[0] = widen<T>(data[piece.k]);
     } else {
       Raw<kSpan, kCount> raw;
-      const auto* p = reinterpret_cast<const Word<kSpan>*>(data + k);
+      const auto* p = reinterpret_cast<const Word<kSpan>*>(data + piece.k);
 #pragma unroll
-      for (int w = 0; w < kCount / kSpan; ++w)
-        raw.words[w] = kUse == Use::kLast ? __ldcs(p + kWarp * w) : __ldcg(p + kWarp * w);
+      for (int w = 0; w < kCount / kSpan; ++w) {
+        const auto* word = p + piece.width * w;
+        raw.words[w] = kUse == Use::kLast ? __ldcs(word) : __ldcg(word);
+      }
 #pragma unroll
       for (int j = 0; j < kCount; ++j) out[j] = widen<T>(raw.elements[j]);
     }
   }
 
   template <int kSpan, int kCount>
-  __device__ void store(int k, const T (&in)[kCount]) const {
+  __device__ void store(Piece<kSpan, kCount> piece, const T (&in)[kCount]) const {
     if constexpr (kCount == 1) {
-      data[k] = narrow<S>(in[0]);
+      data[piece.k] = narrow<S>(in[0]);
     } else {
       Raw<kSpan, kCount> raw;
 #pragma unroll
       for (int j = 0; j < kCount; ++j) raw.elements[j] = narrow<S>(in[j]);
-      auto* p = reinterpret_cast<Word<kSpan>*>(data + k);
+      auto* p = reinterpret_cast<Word<kSpan>*>(data + piece.k);
 #pragma unroll
-      for (int w = 0; w < kCount / kSpan; ++w) __stcs(p + kWarp * w, raw.words[w]);
+      for (int w = 0; w < kCount / kSpan; ++w) __stcs(p + piece.width * w, raw.words[w]);
     }
   }
 
@@ -134,13 +154,14 @@ struct Column<T, AnyType> {
   __device__ bool is_aligned() const { return false; }
 
   template <Use kUse, int kSpan, int kCount>
-  __device__ void load(int k, T (&out)[kCount]) const {
-    visit([&](auto* data) { out[0] = widen<T>(data[k]); });
+  __device__ void load(Piece<kSpan, kCount> piece, T (&out)[kCount]) const {
+    visit([&](auto* data) { out[0] = widen<T>(data[piece.k]); });
   }
 
   template <int kSpan, int kCount>
-  __device__ void store(int k, const T (&in)[kCount]) const {
-    visit([&](auto* data) { *(data + k) = narrow<std::remove_pointer_t<decltype(data)>>(in[0]); });
+  __device__ void store(Piece<kSpan, kCount> piece, const T (&in)[kCount]) const {
+    visit(
+        [&](auto* data) { data[piece.k] = narrow<std::remove_pointer_t<decltype(data)>>(in[0]); });
   }
 
  private:
@@ -159,7 +180,7 @@ struct Column<T, AnyType> {
   }
 };
 
-// A chunk's elements: those of param, grad and memories.
+// A run of elements: those of param, grad and memories.
 template <class T, class Param, class Grad, class Memory, int kMemories>
 struct Elements {
   // The blocks that a multiprocessor is to hold.
@@ -183,58 +204,73 @@ struct Elements {
   Column<T, Memory> memories[kMemories];
   int length;
 
-  __device__ Elements(const Step& s, const Bucket& b, const Place& place) : length(place.length) {
-    const auto address = [&](int list) { return s.addresses[list * s.tensors + place.tensor]; };
-    param = param.at(address(0), place.begin, b.dtypes[0]);
-    grad = grad.at(address(1), place.begin, b.dtypes[1]);
+  __device__ Elements(const Step& s, const Bucket& b, int64_t unit, int64_t begin, int count)
+      : length(count) {
+    const int64_t tensor = layout_at(s, kTensor, unit);
+    const auto address = [&](int list) { return s.addresses[list * s.tensors + tensor]; };
+    param = param.at(address(0), begin, b.dtypes[0]);
+    grad = grad.at(address(1), begin, b.dtypes[1]);
 #pragma unroll
     for (int m = 0; m < kMemories; ++m)
-      memories[m] = memories[m].at(address(2 + m), place.begin, b.dtypes[2 + m]);
+      memories[m] = memories[m].at(address(2 + m), begin, b.dtypes[2 + m]);
   }
 
-  // Calls f(gradient, memories ..., parameter) for each of the thread's elements. Reads the
-  // parameter only where kReadsParam; then writes it and so many of the memories.
+  // Calls f(piece) for each of the thread's pieces: kVector elements, or single ones where they are
+  // not aligned or at the end.
   //
   // A thread has the same elements in the same order whether they are aligned or not: alignment
   // does not change a sum's bits.
-  template <Use kUse, bool kReadsParam, int kWritten, class F>
-  __device__ __forceinline__ void for_each(F f) const {
-    constexpr int kApart = kWarp * kSpan;
-    const int first = threadIdx.x / kWarp * (kWarp * kVector) + threadIdx.x % kWarp * kSpan;
+  template <class F>
+  __device__ __forceinline__ void for_each_piece(Team team, F f) const {
+    const int width = team.width();
+    const int apart = width * kSpan;
+    const int lane = team.rank & (width - 1);
+    const int first = (team.rank - lane) * kVector + lane * kSpan;
     bool is_aligned = param.is_aligned() && grad.is_aligned();
     for (const auto& memory : memories) is_aligned = is_aligned && memory.is_aligned();
-    for (int k = first; k < length; k += kThreads * kVector) {
-      if (is_aligned && k + (kVector / kSpan - 1) * kApart + kSpan <= length) {
-        call<kUse, kReadsParam, kWritten, kSpan, kVector>(k, f);
+    int slot = team.rank;
+    for (int k = first; k < length; k += team.size * kVector, slot += team.size) {
+      if (is_aligned && k + (kVector / kSpan - 1) * apart + kSpan <= length) {
+        f(Piece<kSpan, kVector>{k, width, slot, 0});
       } else {
 #pragma unroll 1
         for (int j = 0; j < kVector; ++j) {
-          const int i = k + j / kSpan * kApart + j % kSpan;
-          if (i < length) call<kUse, kReadsParam, kWritten, 1, 1>(i, f);
+          const int i = k + j / kSpan * apart + j % kSpan;
+          if (i < length) f(Piece<1, 1>{i, width, slot, j});
         }
       }
     }
   }
 
- private:
-  template <Use kUse, bool kReadsParam, int kWritten, int kSide, int kCount, class F>
-  __device__ __forceinline__ void call(int k, F f) const {
-    T g[kCount], m[kMemories][kCount], x[kCount] = {};
-    grad.template load<kUse, kSide>(k, g);
+  // Calls f(gradient, memories ..., parameter) for each of the thread's elements. Reads the
+  // parameter only where kReadsParam; then writes it and so many of the memories.
+  template <Use kUse, bool kReadsParam, int kWritten, class F>
+  __device__ __forceinline__ void for_each(F f, Team team = whole_block()) const {
+    for_each_piece(team, [&](auto piece) {
+      constexpr int kCount = decltype(piece)::kCount;
+      T g[kCount], m[kMemories][kCount], x[kCount] = {};
+      load<kUse, kReadsParam>(piece, g, m, x);
 #pragma unroll
-    for (int i = 0; i < kMemories; ++i) memories[i].template load<kUse, kSide>(k, m[i]);
-    if (kReadsParam) param.template load<kUse, kSide>(k, x);
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      if constexpr (kMemories == 2) {
-        f(g[j], m[0][j], m[1][j], x[j]);
-      } else {
-        f(g[j], m[0][j], x[j]);
+      for (int j = 0; j < kCount; ++j) {
+        if constexpr (kMemories == 2) {
+          f(g[j], m[0][j], m[1][j], x[j]);
+        } else {
+          f(g[j], m[0][j], x[j]);
+        }
       }
-    }
 #pragma unroll
-    for (int i = 0; i < kWritten; ++i) memories[i].template store<kSide>(k, m[i]);
-    if (kWritten > 0) param.template store<kSide>(k, x);
+      for (int i = 0; i < kWritten; ++i) memories[i].store(piece, m[i]);
+      if (kWritten > 0) param.store(piece, x);
+    });
+  }
+
+  template <Use kUse, bool kReadsParam, class Own, int kCount>
+  __device__ __forceinline__ void load(Own piece, T (&g)[kCount], T (&m)[kMemories][kCount],
+                                       T (&x)[kCount]) const {
+    grad.template load<kUse>(piece, g);
+#pragma unroll
+    for (int i = 0; i < kMemories; ++i) memories[i].template load<kUse>(piece, m[i]);
+    if (kReadsParam) param.template load<kUse>(piece, x);
   }
 };
 

@@ -1,35 +1,39 @@
 // What both optimizers share: the sums of tensors that share one beta; errors.
-#include "kernels.h"
+#include "launches.h"
 
 namespace am::cuda {
 namespace {
 
 // Gives every tensor of a group that shares its beta the sums over all such tensors. One block.
-// lists, columns: rows of `addresses` before the scalars, and of hyperparameters.
+// Such a tensor is an ordinary unit. lists, columns: rows of `addresses` before the scalars, and of
+// hyperparameters.
 __global__ void __launch_bounds__(kThreads) share_rows_kernel(Step step, int lists, int columns) {
   __shared__ Sums warps[kThreads / kWarp];
   __shared__ Sums total;
   // `shared` is a group's last hyperparameter.
-  const auto is_shared = [&](int64_t tensor) {
-    const int64_t group = layout_at(step, kGroup, tensor);
+  const auto is_shared = [&](int64_t unit) {
+    const int64_t group = layout_at(step, kGroup, unit);
     return step.hypers[group * columns + columns - 1] != 0.0;
   };
   // A first step needs no sums but to see whether it is one, which it can be at eta = 0 alone.
-  const auto keeps_its_own = [&](int64_t tensor) {
-    return read_lr(step, layout_at(step, kGroup, tensor), columns) == 0.0 &&
-           read_scalar(step, lists, 0, tensor) == 0.0;
+  const auto keeps_its_own = [&](int64_t unit) {
+    return read_lr(step, layout_at(step, kGroup, unit), columns) == 0.0 &&
+           read_scalar(step, lists, 0, unit) == 0.0;
+  };
+  const auto own = [&](int64_t unit) -> Sums& {
+    return step.rows[layout_at(step, kFirstSegment, unit)];
   };
   double num = 0.0, den = 0.0;
-  for (int64_t tensor = threadIdx.x; tensor < step.tensors; tensor += kThreads) {
-    if (!is_shared(tensor)) continue;
-    num += step.rows[tensor].num;
-    den += step.rows[tensor].den;
+  for (int64_t unit = threadIdx.x; unit < step.units; unit += kThreads) {
+    if (!is_shared(unit)) continue;
+    num += own(unit).num;
+    den += own(unit).den;
   }
   const Sums sums = add_over_block(warps, num, den);
   if (threadIdx.x == 0) total = sums;
   __syncthreads();
-  for (int64_t tensor = threadIdx.x; tensor < step.tensors; tensor += kThreads)
-    if (is_shared(tensor) && !keeps_its_own(tensor)) step.rows[tensor] = total;
+  for (int64_t unit = threadIdx.x; unit < step.units; unit += kThreads)
+    if (is_shared(unit) && !keeps_its_own(unit)) own(unit) = total;
 }
 
 }  // namespace
@@ -54,6 +58,15 @@ int adamem_check(int device, int* compiled, int* driver) {
 }
 
 int adamem_chunk() { return kChunk; }
+
+// How many elements of float32 a row may have whose terms a block on the device is to hold.
+int adamem_longest_row(int device, int* longest) {
+  int bytes = 0;
+  const cudaError_t error = shared_bytes(device, &bytes);
+  // By whole pieces of a warp, so that one bound holds for all dtypes.
+  *longest = bytes / (kMostHeld * static_cast<int>(sizeof(float))) / kPiece * kPiece;
+  return error;
+}
 
 const char* adamem_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 

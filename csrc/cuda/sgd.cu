@@ -1,5 +1,5 @@
 // AM-SGD. Rows of `addresses`: param, grad, momentum_buffer, step, prev_lr, beta.
-#include "kernels.h"
+#include "launches.h"
 
 namespace am::cuda {
 namespace {
@@ -14,36 +14,53 @@ struct SGDTensor {
   // The order of a group's hyperparameters is that of adamem_fused/backends/tables.py.
   static constexpr int kHypers = 8;
 
-  static __device__ TensorRow& row(const Step& s, int64_t tensor) {
-    return *reinterpret_cast<TensorRow*>(s.coefficients + tensor * kColumns);
+  static __device__ TensorRow& row(const Step& s, int64_t unit) {
+    return *reinterpret_cast<TensorRow*>(s.coefficients + unit * kColumns);
   }
 
-  static __device__ void prepare(const Step& s, int64_t tensor) {
-    const int64_t group = layout_at(s, kGroup, tensor);
+  static __device__ void prepare(const Step& s, int64_t unit) {
+    const int64_t group = layout_at(s, kGroup, unit);
     const double* h = s.hypers + group * kHypers;
     // h[7] is whether the group shares its beta.
     const SGDHyper hyper = {
         read_lr(s, group, kHypers), h[1], h[2], h[3], h[4] != 0.0, h[5] != 0.0, h[6] != 0.0};
-    TensorRow& r = row(s, tensor);
-    r.step = read_scalar(s, kLists, kStep, tensor);
+    TensorRow& r = row(s, unit);
+    r.step = read_scalar(s, kLists, kStep, unit);
     r.beta_max = hyper.beta_max;
-    r.coefficients = sgd_coefficients<double>(hyper, read_scalar(s, kLists, kPrevLr, tensor),
-                                              read_grad_scale(s));
+    r.coefficients =
+        sgd_coefficients<double>(hyper, read_scalar(s, kLists, kPrevLr, unit), read_grad_scale(s));
     r.begin = is_skipped(s) ? kNothing : kSums;
     r.rest = kDone;
   }
 
-  // The beta of a tensor, the next values of its scalars, and what is left for finish.
-  static __device__ void set_beta(const Step& s, int64_t tensor, Sums sums) {
-    TensorRow& r = row(s, tensor);
-    const double lr = r.coefficients.lr;
-    if (is_idle(r.step, lr, sums.den)) return;
-    const double beta = sgd_beta(sums.num, sums.den, r.beta_max, r.step);
+  // The coefficients of a segment.
+  static __device__ const SGDCoefficients<double>& corrected(const Step&, int64_t,
+                                                             const TensorRow& r, int64_t) {
+    return r.coefficients;
+  }
+
+  static __device__ double beta_of(const TensorRow& r, Sums sums) {
+    return sgd_beta(sums.num, sums.den, r.beta_max, r.step);
+  }
+
+  // The beta of an ordinary unit, the next values of its scalars, and what is left for finish.
+  static __device__ void set_beta(const Step& s, int64_t unit, Sums sums) {
+    TensorRow& r = row(s, unit);
+    if (is_idle(r.step, r.coefficients.lr, sums.den)) return;
+    const double beta = beta_of(r, sums);
     r.rest = kUpdate;
     sgd_mixture(beta, r.coefficients.memory_lambda, r.step, &r.amount[0], &r.amount[1]);
-    write_scalar(s, kLists, kStep, tensor, r.step + 1.0);
-    write_scalar(s, kLists, kPrevLr, tensor, lr);
-    write_scalar(s, kLists, kBeta, tensor, beta);
+    write_segment(s, unit, beta, layout_at(s, kRow, unit));
+    write_step(s, unit, r);
+  }
+
+  static __device__ void write_segment(const Step& s, int64_t unit, double beta, int64_t row) {
+    write_scalar(s, kLists, kBeta, unit, beta, row);
+  }
+
+  static __device__ void write_step(const Step& s, int64_t unit, const TensorRow& r) {
+    write_scalar(s, kLists, kStep, unit, r.step + 1.0);
+    write_scalar(s, kLists, kPrevLr, unit, r.coefficients.lr);
   }
 };
 
@@ -51,7 +68,14 @@ struct SGDTensor {
 template <class T, class Param, class Grad, class Memory>
 struct SGD : SGDTensor {
   using Compute = T;
-  using Chunk = Elements<T, Param, Grad, Memory, 1>;
+  using Coefficients = SGDCoefficients<T>;
+  static constexpr int kMemories = 1;
+  using Chunk = Elements<T, Param, Grad, Memory, kMemories>;
+
+  // What the new d takes of the old one and of the gradient.
+  struct Amount {
+    T keep, take;
+  };
 
   static __device__ Sums chunk_sums(const TensorRow& row, Sums sums) {
     return row.step == 0.0 ? Sums{0.0, sgd_first_den(sums.den)} : sums;
@@ -72,14 +96,56 @@ struct SGD : SGDTensor {
 
   static __device__ void finish(const Chunk& chunk, const TensorRow& row) {
     if (row.rest == kDone) return;
-    const SGDCoefficients<T> c = narrow_all<T>(row.coefficients);
-    const T keep = static_cast<T>(row.amount[0]), take = static_cast<T>(row.amount[1]);
+    update(chunk, whole_block(), narrow_all<T>(row.coefficients),
+           {static_cast<T>(row.amount[0]), static_cast<T>(row.amount[1])});
+  }
+
+  static __device__ __forceinline__ void update(const Chunk& chunk, Team team,
+                                                const Coefficients& c, Amount amount) {
+    const T keep = amount.keep, take = amount.take;
     if (c.weight_decay != T(0)) {
       chunk.template for_each<Use::kLast, true, 1>(
-          [&](T g, T& d, T& x) { sgd_update<true, true>(g, d, x, keep, take, c); });
+          [&](T g, T& d, T& x) { sgd_update<true, true>(g, d, x, keep, take, c); }, team);
     } else {
       chunk.template for_each<Use::kLast, true, 1>(
-          [&](T g, T& d, T& x) { sgd_update<true, false>(g, d, x, keep, take, c); });
+          [&](T g, T& d, T& x) { sgd_update<true, false>(g, d, x, keep, take, c); }, team);
+    }
+  }
+
+  // ---- rows, see row_kernel.h
+
+  static constexpr int kHeld = 3;
+
+  static __device__ Amount amount_of(const TensorRow& r, double beta) {
+    double keep, take;
+    sgd_mixture(beta, r.coefficients.memory_lambda, r.step, &keep, &take);
+    return {static_cast<T>(keep), static_cast<T>(take)};
+  }
+
+  static __device__ bool has_sums(const TensorRow& r) {
+    return r.step != 0.0 || r.coefficients.lr == 0.0;
+  }
+
+  static __device__ __forceinline__ void add(const TensorRow& r, const Coefficients& c, T g, T d,
+                                             T&, T x, T& num, T& den, T (&held)[kHeld]) {
+    if (r.step != 0.0 && c.weight_decay != T(0)) {
+      sgd_sums<true, true>(g, d, x, c, num, den);
+    } else {
+      sgd_sums<true, false>(g, d, x, c, num, den);
+    }
+    held[0] = g;
+    held[1] = d;
+    held[2] = x;
+  }
+
+  static __device__ __forceinline__ void move(const Coefficients& c, Amount amount,
+                                              const T (&held)[kHeld], T& d, T& x) {
+    d = held[1];
+    x = held[2];
+    if (c.weight_decay != T(0)) {
+      sgd_update<true, true>(held[0], d, x, amount.keep, amount.take, c);
+    } else {
+      sgd_update<true, false>(held[0], d, x, amount.keep, amount.take, c);
     }
   }
 };
@@ -92,7 +158,7 @@ using namespace am::cuda;
 extern "C" {
 
 int adamem_sgd_prepare(const Step* step, void* stream) {
-  return launch_tensors(prepare_kernel<SGDTensor>, *step, stream);
+  return launch_units(prepare_kernel<SGDTensor>, *step, stream);
 }
 
 int adamem_sgd_begin(const Step* step, const Bucket* bucket, void* stream) {
@@ -100,7 +166,7 @@ int adamem_sgd_begin(const Step* step, const Bucket* bucket, void* stream) {
 }
 
 int adamem_sgd_beta(const Step* step, void* stream) {
-  return launch_tensors(beta_kernel<SGDTensor>, *step, stream);
+  return launch_units(beta_kernel<SGDTensor>, *step, stream);
 }
 
 int adamem_sgd_finish(const Step* step, const Bucket* bucket, void* stream) {

@@ -1,6 +1,9 @@
 // The tables through which the kernels find a step's tensors, in device memory. They are laid
-// out by adamem_fused/backends/tables.py, one column a tensor, and read by the Triton kernels too
+// out by adamem_fused/backends/tables.py, one column a unit, and read by the Triton kernels too
 // (triton_kernels/tables.py). Everything is found by 64-bit offsets.
+//
+// A unit is what has coefficients of its own: an ordinary one, which is one segment (a tensor, or a
+// row of one whose rows are long), or a unit of rows, which is a tensor whose rows are short.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,68 +25,110 @@ struct Sums {
   double num, den;
 };
 
+// What of a step is done: all of it, or a half. With all of it rows are there where tensors share a
+// beta, and units of rows do not look at them.
+enum Part : int64_t { kWhole, kBegin, kFinish };
+
 // What all launches of a step share. adamem_fused/backends/cuda.py holds the same struct.
 struct Step {
-  const int64_t* addresses;      // [lists, tensors]: param, grad, the memories, the scalars
-  const int64_t* layout;         // [5, tensors], rows below
-  const double* hypers;          // [groups, columns]
-  const int64_t* lrs;            // [groups]: twice the address of a group's lr on the device,
-                                 // plus 1 for float64; 0: it is in hypers
-  const int32_t* chunk_tensors;  // [chunks]: each chunk's tensor
-  Sums* partials;                // [chunks]
-  int32_t* arrived;              // [tensors]: chunks whose partials are there; 0 between steps
-  Sums* rows;                    // [tensors] of the seam, or null: all of a step at once
-  double* coefficients;          // [tensors, columns]: a Row for each, see kernels.h
-  const float* grad_scale;       // or null
-  const float* found_inf;        // or null; not 0: nothing is written but rows and scratch
-  int64_t tensors;
+  const int64_t* addresses;    // [lists, tensors]: param, grad, the memories, the scalars
+  const int64_t* layout;       // [9, units], rows below
+  const double* hypers;        // [groups, columns]
+  const int64_t* lrs;          // [groups]: twice the address of a group's lr on the device,
+                               // plus 1 for float64; 0: it is in hypers
+  const int32_t* chunk_units;  // [chunks]: each chunk's unit
+  Sums* partials;              // [chunks]
+  int32_t* arrived;            // [units]: chunks whose partials are there; 0 between steps
+  Sums* rows;                  // [segments] of the seam, or null
+  double* coefficients;        // [units, columns]: a Row for each, see kernels.h
+  const float* grad_scale;     // or null
+  const float* found_inf;      // or null; not 0: nothing is written but rows and scratch
+  int64_t tensors, units;
   int64_t device;  // that all of them are on
+  Part part;
 };
 
-// Tensors of one combination of dtypes; their chunks lie side by side.
+// Units of one combination of dtypes; their chunks lie side by side.
 struct Bucket {
   int64_t first_chunk, chunks;
+  int64_t row;        // a power of 2 that the longest of their rows has at most; 0: ordinary units
   int32_t dtypes[4];  // DType of param, grad and the memories
 };
 
-// Rows of `layout`. Bit k of kDoubles: scalar k of the tensor is float64, and not float32. kExact:
-// whether parameter and memories are stored in the type of the arithmetic.
-enum LayoutRow { kNumel, kGroup, kFirstChunk, kDoubles, kExact };
+// Rows of `layout`. kNumel: elements of the segment, or of a row. Bit k of kDoubles: scalar k of
+// the tensor is float64, and not float32. kExact: whether parameter and memories are stored in the
+// type of the arithmetic. kRow: of an ordinary unit, which of its tensor's rows it is; 0 where it
+// is all of it. kRows: how many a unit of rows has. kFirstSegment: its place in the seam's rows.
+enum LayoutRow {
+  kNumel,
+  kGroup,
+  kFirstChunk,
+  kDoubles,
+  kExact,
+  kTensor,
+  kRow,
+  kRows,
+  kFirstSegment
+};
 
-__device__ inline int64_t layout_at(const Step& s, LayoutRow row, int64_t tensor) {
-  return s.layout[row * s.tensors + tensor];
+constexpr int64_t kNoRows = -1;
+
+__device__ inline int64_t layout_at(const Step& s, LayoutRow row, int64_t unit) {
+  return s.layout[row * s.units + unit];
 }
 
-// Which elements a chunk holds, and of how many chunks its tensor has it is one.
+__device__ inline bool has_rows(const Step& s, int64_t unit) {
+  return layout_at(s, kRows, unit) != kNoRows;
+}
+
+// Which elements of its tensor a chunk of an ordinary unit holds, and of how many chunks it is one.
 struct Place {
-  int64_t tensor, begin, chunks;
+  int64_t unit, begin, chunks;
   int length;
 
-  __device__ Place(const Step& s, int64_t chunk) : tensor(s.chunk_tensors[chunk]) {
-    const int64_t numel = layout_at(s, kNumel, tensor);
-    begin = (chunk - layout_at(s, kFirstChunk, tensor)) * kChunk;
-    length = static_cast<int>(numel - begin < kChunk ? numel - begin : kChunk);
+  __device__ Place(const Step& s, int64_t chunk) : unit(s.chunk_units[chunk]) {
+    const int64_t numel = layout_at(s, kNumel, unit);
+    const int64_t own = (chunk - layout_at(s, kFirstChunk, unit)) * kChunk;
+    begin = layout_at(s, kRow, unit) * numel + own;
+    length = static_cast<int>(numel - own < kChunk ? numel - own : kChunk);
     chunks = (numel + kChunk - 1) / kChunk;
   }
 };
 
-__device__ inline double read_number(int64_t address, bool is_double) {
-  return is_double ? *reinterpret_cast<const double*>(address)
-                   : static_cast<double>(*reinterpret_cast<const float*>(address));
+// Which rows a chunk of a unit of rows holds, and how long they are.
+struct RowsPlace {
+  int64_t unit, first;
+  int count, numel;
+
+  __device__ RowsPlace(const Step& s, int64_t chunk) : unit(s.chunk_units[chunk]) {
+    numel = static_cast<int>(layout_at(s, kNumel, unit));
+    count = numel > kChunk ? 1 : kChunk / (numel > 0 ? numel : 1);
+    first = (chunk - layout_at(s, kFirstChunk, unit)) * count;
+    const int64_t left = layout_at(s, kRows, unit) - first;
+    if (left < count) count = static_cast<int>(left);
+  }
+};
+
+__device__ inline double read_number(int64_t address, bool is_double, int64_t index = 0) {
+  return is_double ? reinterpret_cast<const double*>(address)[index]
+                   : static_cast<double>(reinterpret_cast<const float*>(address)[index]);
 }
 
-// Scalar k of a tensor's state; the scalars' rows of `addresses` start at `first`.
-__device__ inline double read_scalar(const Step& s, int first, int k, int64_t tensor) {
-  return read_number(s.addresses[(first + k) * s.tensors + tensor],
-                     layout_at(s, kDoubles, tensor) >> k & 1);
+// Scalar k of the state of a unit's tensor, or that of one of the tensor's rows; the scalars' rows
+// of `addresses` start at `first`.
+__device__ inline double read_scalar(const Step& s, int first, int k, int64_t unit,
+                                     int64_t row = 0) {
+  return read_number(s.addresses[(first + k) * s.tensors + layout_at(s, kTensor, unit)],
+                     layout_at(s, kDoubles, unit) >> k & 1, row);
 }
 
-__device__ inline void write_scalar(const Step& s, int first, int k, int64_t tensor, double value) {
-  const int64_t address = s.addresses[(first + k) * s.tensors + tensor];
-  if (layout_at(s, kDoubles, tensor) >> k & 1) {
-    *reinterpret_cast<double*>(address) = value;
+__device__ inline void write_scalar(const Step& s, int first, int k, int64_t unit, double value,
+                                    int64_t row = 0) {
+  const int64_t address = s.addresses[(first + k) * s.tensors + layout_at(s, kTensor, unit)];
+  if (layout_at(s, kDoubles, unit) >> k & 1) {
+    reinterpret_cast<double*>(address)[row] = value;
   } else {
-    *reinterpret_cast<float*>(address) = static_cast<float>(value);
+    reinterpret_cast<float*>(address)[row] = static_cast<float>(value);
   }
 }
 

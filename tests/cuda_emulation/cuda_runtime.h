@@ -15,7 +15,9 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <set>
 #include <thread>
@@ -25,7 +27,7 @@
 #define __host__
 #define __global__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __shared__ static thread_local
+#define __shared__ thread_local
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __noinline__ __attribute__((noinline))
@@ -44,7 +46,12 @@ struct dim3 {
   dim3(unsigned n) : x(n) {}
 };
 
-inline thread_local dim3 threadIdx, blockIdx, gridDim;
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+// What a launch asks for of the shared memory that has no size of its own, in shared_memory.cpp.
+namespace am::cuda {
+extern thread_local uint4 shared_memory[];
+}
 
 // ---- fibers -----------------------------------------------------------------------
 
@@ -52,6 +59,8 @@ namespace emulation {
 
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kGuardBytes = 4096;
+constexpr int kSharedBytes = 227 * 1024;  // of a block at most, as on an H100
 
 // Set by emulation_configure.
 inline int resident_blocks = 1;  // what a launch is told the device holds
@@ -62,7 +71,11 @@ inline int driver_version = 13000;
 inline bool has_code = true;  // for the device
 inline bool is_capturing = false;
 
-inline std::set<const void*> loaded;  // kernels
+// Bytes that accesses of several elements have taken, since they were last asked for.
+inline std::atomic<int64_t> read_bytes{0}, written_bytes{0};
+
+inline std::set<const void*> loaded;                 // kernels
+inline std::map<const void*, size_t> allowed_bytes;  // of shared memory, where it was asked for
 
 struct Barrier {
   unsigned expected = 0, waiting = 0, round = 0;
@@ -100,6 +113,8 @@ class Block {
       random_ = random_ * 6364136223846793005u + 1442695040888963407u;
       const unsigned first = static_cast<unsigned>(random_ >> 40) % threads();
       const bool backwards = random_ >> 33 & 1;
+      // Now and then a warp gets as far ahead of the others as it can.
+      if (random_ >> 60 == 0) run_ahead(first / kWarp * kWarp);
       for (unsigned k = 0; k < threads(); ++k) {
         index_ = (first + (backwards ? threads() - k : k)) % threads();
         if (!fibers_[index_].is_done) resume(fibers_[index_]);
@@ -129,11 +144,14 @@ class Block {
     wait(all_);
   }
 
-  // The value of the thread `offset` further in the warp, or the own where there is none.
-  double shuffle_down(double value, int offset) {
+  void sync_warp() { wait(warps_[index_ / kWarp].barrier); }
+
+  unsigned lane() const { return index_ % kWarp; }
+
+  // The value of another thread of the warp, or the own where there is none.
+  double shuffle(double value, unsigned from) {
     Warp& warp = warps_[index_ / kWarp];
-    const unsigned lane = index_ % kWarp, from = lane + offset;
-    warp.values[lane] = value;
+    warp.values[lane()] = value;
     wait(warp.barrier);
     const double result = from < kWarp ? warp.values[from] : value;
     wait(warp.barrier);
@@ -157,8 +175,8 @@ class Block {
     double values[kWarp];
   };
 
-  // Where all threads of a warp have made as many, each access of theirs has to take memory that
-  // lies side by side: else it moves more than it uses.
+  // Where all threads of a warp have made as many, each access of theirs has to take whole sectors
+  // of 32 bytes that lie side by side: else it moves more than it uses.
   void check_accesses() {
     for (size_t first = 0; first < fibers_.size(); first += kWarp) {
       const size_t end = std::min(first + kWarp, fibers_.size());
@@ -167,11 +185,18 @@ class Block {
       for (size_t i = first; i < end; ++i)
         is_whole = is_whole && fibers_[i].accesses.size() == own.size();
       for (size_t k = 0; is_whole && k < own.size(); ++k) {
+        size_t run = 0;
         for (size_t i = first; i < end; ++i) {
-          if (fibers_[i].accesses[k].address == own[k].address + (i - first) * own[k].bytes)
-            continue;
-          std::fprintf(stderr, "emulation: a warp's access is not to one piece of memory\n");
-          std::abort();
+          const Access& access = fibers_[i].accesses[k];
+          run += access.bytes;
+          const bool goes_on =
+              i + 1 < end && fibers_[i + 1].accesses[k].address == access.address + access.bytes;
+          if (goes_on) continue;
+          if (run % 32 != 0) {
+            std::fprintf(stderr, "emulation: a warp's access takes parts of sectors\n");
+            std::abort();
+          }
+          run = 0;
         }
       }
     }
@@ -209,6 +234,16 @@ class Block {
     }
   }
 
+  void run_ahead(unsigned begin) {
+    const unsigned end = std::min(begin + kWarp, threads());
+    do {
+      has_moved_ = false;
+      for (index_ = begin; index_ < end; ++index_)
+        if (!fibers_[index_].is_done) resume(fibers_[index_]);
+    } while (has_moved_);
+    has_moved_ = true;
+  }
+
   void resume(Fiber& fiber) {
     threadIdx = dim3(index_);
     if (_setjmp(scheduler_) != 0) return;
@@ -232,7 +267,8 @@ class Block {
 };
 
 // Beginning with another block, and in the other direction, at every launch.
-inline void run_blocks(unsigned blocks, unsigned threads, const std::function<void()>& body) {
+inline void run_blocks(unsigned blocks, unsigned threads, size_t bytes,
+                       const std::function<void()>& body) {
   static unsigned launches = 0;
   const unsigned first = ++launches * 2654435761u % blocks;
   const bool backwards = launches % 2;
@@ -241,9 +277,18 @@ inline void run_blocks(unsigned blocks, unsigned threads, const std::function<vo
     thread_local std::unique_ptr<Block> block;
     if (!block || block->threads() != threads) block.reset(new Block(threads));
     gridDim = dim3(blocks);
+    blockDim = dim3(threads);
+    // Numbers that are none, in what is asked for and behind it.
+    auto* const shared = reinterpret_cast<unsigned char*>(am::cuda::shared_memory);
     for (unsigned k = next++; k < blocks; k = next++) {
       blockIdx = dim3((first + (backwards ? blocks - k : k)) % blocks);
+      std::memset(shared, 0xFF, bytes + kGuardBytes);
       block->run(body);
+      for (size_t i = bytes; i < bytes + kGuardBytes; ++i) {
+        if (shared[i] == 0xFF) continue;
+        std::fprintf(stderr, "emulation: a block writes behind its shared memory\n");
+        std::abort();
+      }
     }
   };
   std::vector<std::thread> others;
@@ -256,13 +301,18 @@ inline void run_blocks(unsigned blocks, unsigned threads, const std::function<vo
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::current->sync(); }
+inline void __syncwarp() { emulation::current->sync_warp(); }
 inline double __shfl_down_sync(unsigned, double value, int offset) {
-  return emulation::current->shuffle_down(value, offset);
+  return emulation::current->shuffle(value, emulation::current->lane() + offset);
+}
+inline double __shfl_xor_sync(unsigned, double value, int mask) {
+  return emulation::current->shuffle(value, emulation::current->lane() ^ mask);
 }
 
 template <class Word>
 Word __ldcs(const Word* p) {
   emulation::current->note_access(p);
+  emulation::read_bytes += sizeof(Word);
   return *p;
 }
 template <class Word>
@@ -272,6 +322,7 @@ Word __ldcg(const Word* p) {
 template <class Word>
 void __stcs(Word* p, Word value) {
   emulation::current->note_access(p);
+  emulation::written_bytes += sizeof(Word);
   *p = value;
 }
 
@@ -285,7 +336,12 @@ enum cudaError_t {
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorStreamCaptureUnsupported = 900,
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout
+};
+constexpr int cudaSharedmemCarveoutMaxShared = 100;
 typedef void* cudaStream_t;
 
 struct cudaLaunchConfig_t {
@@ -317,8 +373,14 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*kernel)(Args...)) 
   emulation::loaded.insert(address);
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 1;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : emulation::kSharedBytes;
+  return cudaSuccess;
+}
+template <class... Args>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Args...), cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize)
+    emulation::allowed_bytes[reinterpret_cast<const void*>(kernel)] = value;
   return cudaSuccess;
 }
 template <class F>
@@ -350,7 +412,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess) return error;
-  emulation::run_blocks(config->gridDim.x, config->blockDim.x, [&] { kernel(args...); });
+  const auto found = emulation::allowed_bytes.find(reinterpret_cast<const void*>(kernel));
+  const size_t allowed = found == emulation::allowed_bytes.end() ? 48 * 1024 : found->second;
+  if (config->dynamicSmemBytes > allowed) return cudaErrorInvalidValue;
+  emulation::run_blocks(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes,
+                        [&] { kernel(args...); });
   return cudaSuccess;
 }
 
@@ -370,9 +436,16 @@ inline __attribute__((used, visibility("default"))) void emulation_play(int driv
   emulation::is_capturing = is_capturing;
 }
 
+inline __attribute__((used, visibility("default"))) void emulation_traffic(int64_t* read,
+                                                                           int64_t* written) {
+  *read = emulation::read_bytes.exchange(0);
+  *written = emulation::written_bytes.exchange(0);
+}
+
 // As in a new process.
 inline __attribute__((used, visibility("default"))) void emulation_unload() {
   emulation::loaded.clear();
+  emulation::allowed_bytes.clear();
 }
 
 }  // extern "C"

@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 CASES = (
     ("gpt2-small", "AMAdamW", torch.float32, "below"),
     ("5000x1000", "AMAdamW", torch.bfloat16, "mixture"),
+    ("gpt2-small", "AMAdamW anchored", torch.float32, "row"),
     ("gpt2-small", "AMSGD", torch.float32, "cap"),
 )
 
@@ -74,7 +75,7 @@ def stand_in(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(gpu, "profiled", nullcontext)
 
     # A program takes the interpreter some 50 ms: few tensors, steps and cases.
-    lists = {"2^28": ((300,),), "gpt2-small": ((5, 4), (30,)), "5000x1000": ((14,), (2,))}
+    lists = {"2^28": ((300,),), "gpt2-small": ((5, 40), (30,)), "5000x1000": ((14,), (2,))}
     patch.setattr(
         gpu_cases,
         "cases",
@@ -85,7 +86,8 @@ def stand_in(patch: pytest.MonkeyPatch) -> None:
     )
     patch.setattr(smoke, "STEPS", 2)
     patch.setattr(smoke, "REPEATS", 1)
-    patch.setattr(smoke, "SHAPES", {"tiny": ((3,), ()), "2^20": ((300,),), "mixed": ((77,),)})
+    shapes = {"tiny": ((3,), ()), "2^20": ((300,),), "mixed": ((77,),), "rows": ((4, 20), (5, 3))}
+    patch.setattr(smoke, "SHAPES", shapes)
     patch.setattr(times, "CASES", CASES)
     patch.setattr(times, "PAIRS", 2)
     patch.setattr(times, "SAMPLE_SECONDS", 0.0)

@@ -1,0 +1,220 @@
+// The kernel for units of rows. A row's elements are read once: what its update takes of them stays
+// on chip, in shared memory, until its sums are there, and with them its beta.
+//
+// A row has a team of threads, a block's or some of a warp's, and a chunk's rows are taken by
+// turns. What a thread holds it reads back itself. A half of a step takes the sums alone, or the
+// update alone; so does, one after the other, all of a step where it may be none, or where a row is
+// too long to be held (of float64).
+#pragma once
+
+#include "kernels.h"
+
+namespace am::cuda {
+
+extern __shared__ uint4 shared_memory[];
+
+// So that a team's access to a list takes whole sectors of 32 bytes.
+constexpr int kLeastTeam = 4;
+// The longest piece of a warp, and what a block holds at most of an element.
+constexpr int kPiece = 8 * kWarp;
+constexpr int kMostHeld = 4;
+
+// The largest block: as many threads as its registers let a multiprocessor have, or the power of 2
+// below.
+constexpr int most_threads(int blocks) { return blocks < 4 ? 2 * kThreads : 4 * kThreads; }
+
+// How a launch's blocks are divided.
+struct RowsLaunch {
+  int team;   // threads to a row, a power of 2
+  int teams;  // of a block; 1 where a warp is not enough
+  int slots;  // pieces that a team can hold
+};
+
+// kHeld numbers of each of a team's elements, in shared memory. A warp's access to one of them is
+// to one stretch of memory, of 16 bytes a thread.
+template <class T, int kHeld, int kVector>
+struct Held {
+  static constexpr int kWide = 16 / sizeof(T);
+  static constexpr int kPart = kVector < kWide ? kVector : kWide;
+
+  struct alignas(kPart * sizeof(T)) Part {
+    T values[kPart];
+  };
+
+  static constexpr int kSlotBytes = kHeld * kVector * sizeof(T);
+
+  Part* parts;
+  int slots;
+
+  __device__ Part& at(int which, int j, int slot) const {
+    return parts[(which * (kVector / kPart) + j / kPart) * slots + slot];
+  }
+
+  template <class Own, int kCount>
+  __device__ void put(Own piece, const T (&values)[kCount][kHeld]) const {
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+      if constexpr (kCount == 1) {
+        at(h, piece.j, piece.slot).values[piece.j % kPart] = values[0][h];
+      } else {
+#pragma unroll
+        for (int first = 0; first < kCount; first += kPart) {
+          Part part;
+#pragma unroll
+          for (int i = 0; i < kPart; ++i) part.values[i] = values[first + i][h];
+          at(h, first, piece.slot) = part;
+        }
+      }
+    }
+  }
+
+  template <class Own, int kCount>
+  __device__ void get(Own piece, T (&values)[kCount][kHeld]) const {
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+      if constexpr (kCount == 1) {
+        values[0][h] = at(h, piece.j, piece.slot).values[piece.j % kPart];
+      } else {
+#pragma unroll
+        for (int first = 0; first < kCount; first += kPart) {
+          const Part part = at(h, first, piece.slot);
+#pragma unroll
+          for (int i = 0; i < kPart; ++i) values[first + i][h] = part.values[i];
+        }
+      }
+    }
+  }
+};
+
+template <class O>
+using HeldBy = Held<typename O::Compute, O::kHeld, O::Chunk::kVector>;
+
+// The sum over the lanes of each part of a warp that has so many.
+__device__ inline Sums add_over_lanes(Sums sums, int lanes) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {
+    sums.num += __shfl_xor_sync(0xFFFFFFFFu, sums.num, offset);
+    sums.den += __shfl_xor_sync(0xFFFFFFFFu, sums.den, offset);
+  }
+  return sums;
+}
+
+// The sum over a team in a fixed order, for all of its threads. What they have read before can be
+// written behind it. warps: not those of the call before.
+__device__ inline Sums add_over_team(Sums (&warps)[kWarp], Team team, double num, double den) {
+  Sums sums = add_over_lanes({num, den}, team.width());
+  if (team.size > kWarp) {
+    if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = sums;
+    __syncthreads();
+    const int lane = threadIdx.x % kWarp;
+    sums = add_over_lanes(lane < team.size / kWarp ? warps[lane] : Sums{0.0, 0.0}, kWarp);
+  }
+  __syncwarp();
+  return sums;
+}
+
+// A row's sums. Where kHolds, what its update takes goes to `held`, and the last memory, which
+// depends on no beta, is written.
+template <class O, bool kHolds>
+__device__ __forceinline__ void row_sums(const typename O::Chunk& row, Team team,
+                                         const typename O::TensorRow& line,
+                                         const typename O::Coefficients& c, const HeldBy<O>& held,
+                                         typename O::Compute& num, typename O::Compute& den) {
+  using T = typename O::Compute;
+  row.for_each_piece(team, [&](auto piece) {
+    constexpr int kCount = decltype(piece)::kCount;
+    T g[kCount], m[O::kMemories][kCount], x[kCount], kept[kCount][O::kHeld];
+    row.template load<kHolds ? Use::kLast : Use::kAgain, true>(piece, g, m, x);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j)
+      O::add(line, c, g[j], m[0][j], m[O::kMemories - 1][j], x[j], num, den, kept[j]);
+    if constexpr (kHolds) {
+      held.put(piece, kept);
+      if constexpr (O::kMemories > 1) row.memories[1].store(piece, m[1]);
+    }
+  });
+}
+
+// The rest of the update of a row that is held.
+template <class O>
+__device__ __forceinline__ void move_row(const typename O::Chunk& row, Team team,
+                                         const typename O::Coefficients& c,
+                                         const typename O::Amount& amount, const HeldBy<O>& held) {
+  using T = typename O::Compute;
+  row.for_each_piece(team, [&](auto piece) {
+    constexpr int kCount = decltype(piece)::kCount;
+    T d[kCount], x[kCount], kept[kCount][O::kHeld];
+    held.get(piece, kept);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) O::move(c, amount, kept[j], d[j], x[j]);
+    row.memories[0].store(piece, d);
+    row.param.store(piece, x);
+  });
+}
+
+template <class O>
+__global__ void __launch_bounds__(most_threads(O::Chunk::kBlocks), 1)
+    rows_kernel(const __grid_constant__ Step step, const __grid_constant__ Bucket bucket,
+                const __grid_constant__ RowsLaunch launch) {
+  using T = typename O::Compute;
+  constexpr int kVector = O::Chunk::kVector;
+  __shared__ Sums warps[2][kWarp];
+  const RowsPlace place(step, bucket.first_chunk + blockIdx.x);
+  // Read anew for every row, as the addresses are: there are no registers to keep them in.
+  const typename O::TensorRow& line = O::row(step, place.unit);
+  if (line.begin == kNothing && step.part != kBegin) return;
+  const int own = static_cast<int>(threadIdx.x) / launch.team;
+  const Team team = {static_cast<int>(threadIdx.x) & (launch.team - 1), launch.team};
+  auto* parts = reinterpret_cast<typename HeldBy<O>::Part*>(shared_memory);
+  const int each = launch.slots * (HeldBy<O>::kSlotBytes / sizeof(*parts));
+  const HeldBy<O> held = {parts + own * each, launch.slots};
+  const auto seam = [&](int64_t row) -> Sums& {
+    return step.rows[layout_at(step, kFirstSegment, place.unit) + row];
+  };
+  const bool is_done = line.begin == kNothing || !O::has_sums(line);
+  const bool holds = step.part == kWhole && !is_done && !may_be_none(line) &&
+                     place.numel <= launch.slots * kVector;
+  for (int first = 0; first < place.count; first += launch.teams) {
+    const int i = first + own;
+    // A team without a row goes along: its warp's others may have one.
+    const bool exists = i < place.count;
+    const int64_t k = place.first + (exists ? i : 0);
+    const typename O::Chunk row(step, bucket, place.unit, k * place.numel,
+                                exists ? place.numel : 0);
+    const auto c = narrow_all<T>(O::corrected(step, place.unit, line, k));
+    T num = 0, den = 0;
+    Sums sums = {0.0, 0.0};
+    if (step.part == kFinish) {
+      if (exists && team.rank == 0) sums = seam(k);
+    } else if (!is_done) {
+      if (holds) {
+        row_sums<O, true>(row, team, line, c, held, num, den);
+      } else {
+        row_sums<O, false>(row, team, line, c, held, num, den);
+      }
+      sums = {static_cast<double>(num), static_cast<double>(den)};
+    }
+    sums = add_over_team(warps[first & 1], team, sums.num, sums.den);
+    if (step.part != kFinish) sums = O::chunk_sums(line, sums);
+    if (!exists) continue;
+    if (step.part == kBegin) {
+      if (team.rank == 0) seam(k) = sums;
+      continue;
+    }
+    if (is_idle(line.step, line.coefficients.lr, sums.den)) continue;
+    const double beta = O::beta_of(line, sums);
+    const typename O::Amount amount = O::amount_of(line, beta);
+    if (holds) {
+      // Its coefficients are the tensor's.
+      move_row<O>(row, team, narrow_all<T>(line.coefficients), amount, held);
+    } else {
+      O::update(row, team, c, amount);
+    }
+    if (team.rank == 0) {
+      O::write_segment(step, place.unit, beta, k);
+      // The same values from all of the tensor's rows that have a gradient.
+      if (may_be_none(line)) O::write_step(step, place.unit, line);
+    }
+  }
+}
+
+}  // namespace am::cuda
