@@ -996,6 +996,25 @@ def test_dtensors_are_gathered_in_cpp_as_in_python(two_ranks, cls, scope):
     two_ranks.run(gathered_either_way, cls, scope)
 
 
+def gathered_in_training(sizes):
+    model = row_model(sizes)
+    optimizer = AMAdamW(model.parameters(), beta_scope="row")
+    for step in range(2):
+        model(batch_of(step).float()).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        matrices, vectors = optimizer._collect_ordinary()
+    assert [len(matrices.params), len(vectors.params)] == [2, 2]
+    assert not matrices.crosses and vectors.crosses
+
+
+@pytest.mark.parametrize("sizes", [(2,), (2, 1)])
+def test_the_gradients_that_fsdp_gives_are_gathered_in_cpp(two_ranks, sizes):
+    if ops.extension is None:
+        pytest.skip(str(ops.unavailable))
+    two_ranks.run(gathered_in_training, sizes)
+
+
 def objects_over_steps(cls, scope):
     optimizer = two_groups(cls, fsdp_parameters(tensors(), line()), beta_scope=scope)
     counts = []
