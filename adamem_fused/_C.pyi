@@ -1,6 +1,9 @@
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
+
+# Sizes of groups; parameters, gradients and state by name; parameters; DTensors written to.
+Gathered: TypeAlias = tuple[list[int], tuple[list[Tensor], ...], list[Tensor], list[Tensor]]
 
 torch_version: str
 
@@ -10,7 +13,11 @@ def gather(
     names: tuple[str, ...],
     by_row: list[bool],
     rows: list[bool],
-) -> tuple[list[int], tuple[list[Tensor], ...]] | None: ...
+    dtensor: type[Tensor] | None,
+    known: list[Any],
+    crossing: bytes,
+) -> tuple[Gathered | None, Gathered | None] | list[Any] | None: ...
+def bump_versions(tensors: list[Tensor]) -> None: ...
 def describe(
     lists: tuple[list[Tensor], ...],
     data: int,

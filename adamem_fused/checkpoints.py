@@ -169,7 +169,7 @@ def fits_scope(
     optimizer: AdaptiveMemoryOptimizer, param: Tensor, state: dict[str, Any], group: dict[str, Any]
 ) -> bool:
     """Whether beta and beta_prod of a parameter's state are one a segment of its group's scope."""
-    shape = beta_shape(param, group["beta_scope"])
+    shape = beta_shape(param.shape, group["beta_scope"])
     return all(getattr(state.get(name), "shape", shape) == shape for name in optimizer.row_scalars)
 
 
@@ -186,7 +186,7 @@ def _checked(
     if not isinstance(value, Tensor):
         raise TypeError(f"loaded state {name} is a {type(value).__name__}, not a tensor")
     shape = param.shape if is_memory else torch.Size([])
-    rows = beta_shape(param, "row") if name in optimizer.row_scalars else shape
+    rows = beta_shape(param.shape, "row") if name in optimizer.row_scalars else shape
     by_row = rows != shape and value.shape == rows
     if not by_row and (value.numel() != shape.numel() or (shape and value.shape != shape)):
         allowed = list(shape) if rows == shape else f"{list(shape)} or {list(rows)}"
@@ -221,7 +221,9 @@ def _place(
         return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)
     dtype = torch.promote_types(value.dtype, scalar_dtype(param))
     value = value.detach().to(device=param.device, dtype=dtype, copy=True)
-    shape = beta_shape(param, group["beta_scope"] if name in optimizer.row_scalars else "tensor")
+    shape = beta_shape(
+        param.shape, group["beta_scope"] if name in optimizer.row_scalars else "tensor"
+    )
     if not shape:
         value = sharding.whole(value)
         if value.numel() == 0:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from itertools import chain
 from numbers import Real
-from operator import attrgetter
-from typing import Any, ClassVar, TypeAlias, cast, overload
+from operator import attrgetter, is_
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from adamem_fused.backends.batch import (
 )
 from adamem_fused.options import ROUNDING, plain
 from adamem_fused.state import COMPLEX, beta_shape
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
 
@@ -61,16 +64,19 @@ def as_real(tensor: Tensor) -> Tensor:
 class Work:
     """A batch, the backend that is to do it, and the parameters that it came from.
 
-    A tensor of the batch is its parameter's shard on this rank where some are `sharded`, and
+    A tensor of the batch is its parameter's shard on this rank where that is a DTensor, and
     else the parameter itself; either way, pairs of reals of a complex one.
     """
 
     backend: Backend
     batch: Any
     params: list[Tensor] = field(default_factory=list)
-    sharded: bool = False
+    # Those, of parameters and state, of which shards are written to.
+    dtensors: list[Tensor] = field(default_factory=list)
     # Whether each of its tensors has sums that take those of other ranks.
     crosses: bool = False
+    # Whether the extension has gathered it, and so that all its tensors are plain.
+    ordinary: bool = False
 
     def here(self, tensor: Tensor | None) -> Tensor | None:
         """A scalar on this batch's device; GradScaler's may be on another."""
@@ -91,12 +97,52 @@ class Work:
             known[place.start] = numels, torch.tensor(numels, dtype=rows.dtype, device=rows.device)
         return cast("Tensor", known[place.start][1])
 
+    def parts(self) -> sharding.Parts:
+        """What other ranks have parts of. Found anew where a DTensor or a scope is another one."""
+        specs = [getattr(param, "_spec", None) for param in self.params]
+        dims = list(map(Tensor.dim, self.batch.betas))
+        known = self.batch.cache.get("parts")
+        if known is None or known[1] != dims or not all(map(is_, known[0], specs)):
+            known = specs, dims, sharding.parts(specs, self.batch.betas)
+            self.batch.cache["parts"] = known
+        return cast("sharding.Parts", known[2])
+
+    def check(self) -> None:
+        """As the backend's, which takes Python longer than a step: where all is as it was, not."""
+        if not self.ordinary:
+            self.backend.check(self.batch)
+            return
+        data, known = 2 + len(self.batch.memories), self.batch.cache.get("checked", b"")
+        _, structure = ops.extension.describe(self.batch.lists(), data, b"", known, False)
+        if structure is not known:
+            self.backend.check(self.batch)
+            self.batch.cache["checked"] = structure
+
     def loss_numel(self) -> int:
         return sum(
             sum(self.numels(place))
             for hyper, place in zip(self.batch.hypers, group_slices(self.batch), strict=True)
             if hyper.loss_gap
         )
+
+
+def sums_cross(spec: DTensorSpec, beta_scope: str) -> bool:
+    """Whether the sums for a DTensor's betas take those of other ranks."""
+    by_row = bool(beta_shape(spec.shape, beta_scope))
+    return sharding.splits_rows(spec) if by_row else sharding.splits(spec)
+
+
+def crossing(seen: list[Any]) -> bytes:
+    """A byte of each spec that the extension's `gather` has seen, 1 where its sums cross ranks.
+
+    Before those of a group it has whether the rows of its tensors have betas of their own.
+    """
+    scope, flags = "", []
+    for item in seen:
+        if isinstance(item, bool):
+            scope = "row" if item else "tensor"
+        flags.append(not isinstance(item, bool) and sums_cross(item, scope))
+    return bytes(flags)
 
 
 def may_be_zero(lr: Lr) -> bool:
@@ -121,6 +167,7 @@ def share_sums(works: list[Work], rows: list[Tensor]) -> None:
     places = [
         (work_rows, lines, hyper.lr, work.batch.steps[place])
         for work, work_rows in zip(works, rows, strict=True)
+        if any(work.batch.shared)
         for shared, hyper, place, lines in zip(
             work.batch.shared,
             work.batch.hypers,
@@ -143,17 +190,9 @@ def share_sums(works: list[Work], rows: list[Tensor]) -> None:
 
 def add_over_ranks(works: list[Work], rows: list[Tensor]) -> None:
     """Makes the rows of sharded tensors those of the whole ones."""
-    terms: sharding.Terms = {}
     for work, work_rows in zip(works, rows, strict=True):
-        if not work.crosses:
-            continue
-        for param, beta, lines in zip(
-            work.params, work.batch.betas, segment_slices(work.batch), strict=True
-        ):
-            sharding.add_term(terms, param, work_rows[lines], of_rows=False)
-            if beta.dim() == 0:
-                sharding.add_term(terms, param, work_rows[lines], of_rows=True)
-    sharding.over_ranks(terms, "sum")
+        if work.crosses:
+            sharding.add_lines(work_rows, work.parts())
 
 
 def agree_on_first_steps(works: list[Work]) -> None:
@@ -161,16 +200,18 @@ def agree_on_first_steps(works: list[Work]) -> None:
 
     It does where a row has a gradient; the rows may be on different ranks.
     """
-    firsts: sharding.Terms = {}
     for work in works:
-        if not work.sharded:
+        at_zero = [
+            place
+            for hyper, place in zip(work.batch.hypers, group_slices(work.batch), strict=True)
+            if may_be_zero(hyper.lr)
+        ]
+        if not (work.dtensors and at_zero):
             continue
-        for hyper, place in zip(work.batch.hypers, group_slices(work.batch), strict=True):
-            if may_be_zero(hyper.lr):
-                for i in range(place.start, place.stop):
-                    if work.batch.betas[i].dim() > 0:
-                        sharding.add_term(firsts, work.params[i], work.batch.steps[i], of_rows=True)
-    sharding.over_ranks(firsts, "max")
+        for group, tensors in work.parts().tensors:
+            firsts = [i for i in tensors if any(p.start <= i < p.stop for p in at_zero)]
+            if firsts:
+                sharding.take_largest([work.batch.steps[i] for i in firsts], group)
 
 
 class AdaptiveMemoryOptimizer(Optimizer):
@@ -193,6 +234,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     # What a backend keeps from step to step, by its name, the device, and `Work.crosses`.
     _caches: dict[tuple[str, torch.device, bool], dict[str, Any]]
+    # The specs of the last step's DTensors and of which of them the sums cross ranks, as the
+    # extension's `gather` takes it.
+    _crossing: tuple[list[Any], bytes]
     # In a step: parameters whose state it has made or completed, and what they had before.
     _new_state: list[tuple[Tensor, dict[str, Any] | None]]
 
@@ -209,6 +253,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def _forget(self) -> None:
         """Drops what is kept from step to step; the next step makes it anew."""
         self._caches = {}
+        self._crossing = [], b""
         self._new_state = []
 
     # ---- what a subclass gives ----------------------------------------------------
@@ -433,34 +478,40 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """All in C++: with thousands of tensors it takes Python longer than the update.
 
         Nothing where the extension is not there, or where a closer look is needed: at tensors
-        that are new, sparse, complex, of a subclass or on several devices, and at groups that
-        ask for different backends.
+        that are new, sparse, complex, of a subclass or on several devices, at gradients that are
+        sharded otherwise than their parameters, and at groups that ask for different backends.
         """
         if ops.extension is None or torch.compiler.is_compiling():
             return []
-        gathered = ops.extension.gather(
+        names = (*self.memories, *self.scalars)
+        tensors = (
             [group["params"] for group in self.param_groups],
             self.state,
-            (*self.memories, *self.scalars),
-            [name in self.row_scalars for name in (*self.memories, *self.scalars)],
+            names,
+            [name in self.row_scalars for name in names],
             [group["beta_scope"] == "row" for group in self.param_groups],
+            sharding.dtensor_class(),
         )
-        if gathered is None:
-            return []
-        sizes, lists = gathered
-        batch = self._new_batch(*lists)
-        if not batch.params:
-            return []
-        device = batch.params[0].device
-        groups = [g for g, size in zip(self.param_groups, sizes, strict=True) if size > 0]
-        first, *others = [backends.choose(group, device) for group in groups]
-        if any(other is not first for other in others):
-            return []
-        work = self._new_work(first, device, batch)
-        for group, size in zip(groups, filter(None, sizes), strict=True):
-            self._add_group(work, group, size)
-        work.params = batch.params
-        return [work]
+        gathered = ops.extension.gather(*tensors, *self._crossing)
+        if isinstance(gathered, list):  # DTensors that the last step did not have
+            self._crossing = gathered, crossing(gathered)
+            gathered = ops.extension.gather(*tensors, *self._crossing)
+        works = []
+        for crosses, part in enumerate(gathered or ()):
+            if part is None:
+                continue
+            sizes, lists, params, dtensors = part
+            device = lists[0][0].device
+            groups = [g for g, size in zip(self.param_groups, sizes, strict=True) if size > 0]
+            first, *others = [backends.choose(group, device) for group in groups]
+            if any(other is not first for other in others):
+                return []
+            work = self._new_work(first, device, self._new_batch(*lists), bool(crosses))
+            for group, size in zip(groups, filter(None, sizes), strict=True):
+                self._add_group(work, group, size)
+            work.params, work.dtensors, work.ordinary = params, dtensors, True
+            works.append(work)
+        return works
 
     def _collect_any(self) -> list[Work]:
         works: dict[tuple[str, torch.device, bool], Work] = {}
@@ -469,36 +520,29 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 [] for _ in range(2 + len(self.memories) + len(self.scalars))
             )
             self._init_group(group, *lists)
-            params = lists[0]
+            params, written = lists[0], (lists[0], *lists[GRADS + 1 :])
             sharded = sharding.any_dtensor(params)
             lists = self._as_plain(lists)
             # In the order of the parameters: the same on every rank, as collectives need it.
             by_kind: dict[tuple[torch.device, bool], list[int]] = {}
-            for i, crosses in enumerate(self._crossing(group, params, sharded)):
-                by_kind.setdefault((params[i].device, crosses), []).append(i)
+            for i, param in enumerate(params):
+                spec = sharding.spec_of(param) if sharded else None
+                crosses = spec is not None and sums_cross(spec, group["beta_scope"])
+                by_kind.setdefault((param.device, crosses), []).append(i)
             for (device, crosses), places in by_kind.items():
                 backend = backends.choose(group, device)
                 work = works.get((backend.name, device, crosses))
                 if work is None:
                     work = self._new_work(backend, device, self._new_batch(), crosses)
                     works[backend.name, device, crosses] = work
-                work.sharded = work.sharded or sharded
+                if sharded:
+                    work.dtensors += sharding.dtensors(ts[i] for ts in written for i in places)
                 targets = (*work.batch.lists(), work.params)
                 for values, target in zip((*lists, params), targets, strict=True):
                     target.extend(values if len(by_kind) == 1 else [values[i] for i in places])
                 self._add_group(work, group, len(places))
-        return list(works.values())
-
-    def _crossing(
-        self, group: dict[str, Any], params: list[Tensor], sharded: bool
-    ) -> Iterator[bool]:
-        """Of each parameter, whether its sums take those of other ranks."""
-        if not sharded:
-            yield from repeat(False, len(params))
-            return
-        for param in params:
-            by_row = bool(beta_shape(param, group["beta_scope"]))
-            yield sharding.splits_rows(param) if by_row else sharding.splits(param)
+        # As the extension gathers them, which another rank may have done.
+        return sorted(works.values(), key=attrgetter("crosses"))
 
     def _as_plain(self, lists: tuple[list[Tensor], ...]) -> tuple[list[Tensor], ...]:
         """The lists with this rank's shards for DTensors, and complex tensors as pairs of reals."""
@@ -532,7 +576,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
         if len(works) > 1:
             for work in works:  # whatever raises does so before any batch has changed
-                work.backend.check(work.batch)
+                work.check()
         # Where no segment's beta waits for what is elsewhere, a backend does both halves at once.
         waiting = self._waiting(works)
         rows = [
@@ -545,11 +589,13 @@ class AdaptiveMemoryOptimizer(Optimizer):
         for work in works:
             own = next((r for w, r in zip(waiting, rows, strict=True) if w is work), None)
             self._finish(work.backend, work.batch, own, work.here(grad_scale), work.here(found_inf))
-            if work.sharded and not torch.compiler.is_compiling():
+            if work.dtensors and not torch.compiler.is_compiling():
                 # The shards were told that they are written to, not what they are shards of.
-                names = (*self.memories, *self.row_scalars)
-                values = [self.state[p][name] for p in work.params for name in names]
-                torch.autograd.graph.increment_version([*work.params, *values])
+                # torch's own takes ten times as long.
+                if ops.extension is None:
+                    torch.autograd.graph.increment_version(work.dtensors)
+                else:
+                    ops.extension.bump_versions(work.dtensors)
         agree_on_first_steps(works)
         if loss is not None and works:
             self._keep_loss(loss, found_inf)

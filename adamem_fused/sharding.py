@@ -2,14 +2,17 @@
 
 A backend is given the shards that this rank holds, as plain tensors. The sums over its shards
 are then added up over the ranks, so that all of them take the beta of the whole tensor. Where each
-row has a beta and whole rows are on a rank, nothing is to be added up.
+row has a beta and whole rows are on a rank, nothing is to be added up: a step of matrices that
+FSDP2 has sharded needs no collective. A vector is one segment, whose two sums take one all-reduce
+for all vectors of a process group; rows that are split over ranks take one over these alone.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,37 +21,45 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec
     from torch.distributed.tensor.placement_types import Placement
     from typing_extensions import TypeIs
 
-# By process group and device: what is to be taken together over its ranks, in place.
-Terms: TypeAlias = "dict[tuple[ProcessGroup, torch.device], list[Tensor]]"
 
-
-def _dtensor_class() -> type[DTensor] | None:
+def dtensor_class() -> type[DTensor] | None:
+    """DTensor, or None where nothing has imported it, and so there are none."""
     # Importing torch does not import this module, which takes long; making a DTensor does.
     module = sys.modules.get("torch.distributed.tensor")
     return None if module is None else module.DTensor
 
 
-def _is_dtensor(tensor: Tensor) -> TypeIs[DTensor]:
-    dtensor = _dtensor_class()
+def is_dtensor(tensor: Tensor) -> TypeIs[DTensor]:
+    dtensor = dtensor_class()
     return dtensor is not None and isinstance(tensor, dtensor)
 
 
+def dtensors(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list(filter(is_dtensor, tensors))
+
+
+def spec_of(tensor: Tensor) -> DTensorSpec | None:
+    """How a DTensor is sharded; None for a plain tensor."""
+    return tensor._spec if is_dtensor(tensor) else None
+
+
 def any_dtensor(tensors: Iterable[Tensor]) -> bool:
-    dtensor = _dtensor_class()
+    dtensor = dtensor_class()
     return dtensor is not None and any(issubclass(c, dtensor) for c in set(map(type, tensors)))
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A DTensor as a plain tensor of all its elements, for which the ranks meet."""
-    return tensor.full_tensor() if _is_dtensor(tensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor, as a plain tensor; a plain one as it is."""
-    return tensor.to_local() if _is_dtensor(tensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def local_rows(param: Tensor) -> int:
@@ -58,7 +69,7 @@ def local_rows(param: Tensor) -> int:
 
 def as_rows(param: Tensor, values: Tensor) -> Tensor:
     """A value for each of this rank's rows of a parameter, [local rows], sharded as these are."""
-    if not _is_dtensor(param):
+    if not is_dtensor(param):
         return values
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -69,16 +80,16 @@ def as_rows(param: Tensor, values: Tensor) -> Tensor:
 
 def check_param(param: Tensor) -> None:
     """Raises ValueError on a parameter of which each rank holds a term (Partial)."""
-    if _is_dtensor(param) and any(placement.is_partial() for placement in param.placements):
+    if is_dtensor(param) and any(placement.is_partial() for placement in param.placements):
         raise ValueError(f"Invalid placements: {param.placements} (Shard or Replicate)")
 
 
 def check_like(param: Tensor, name: str, tensor: Tensor) -> None:
     """Raises ValueError unless both are plain tensors, or both DTensors of one mesh."""
-    if _is_dtensor(param) and _is_dtensor(tensor):
+    if is_dtensor(param) and is_dtensor(tensor):
         alike = param.device_mesh == tensor.device_mesh
     else:
-        alike = _is_dtensor(param) == _is_dtensor(tensor)
+        alike = is_dtensor(param) == is_dtensor(tensor)
     if not alike:
         raise ValueError(
             f"{name} and its parameter have to be plain tensors, or DTensors of one device mesh: "
@@ -87,7 +98,7 @@ def check_like(param: Tensor, name: str, tensor: Tensor) -> None:
 
 
 def _describe(tensor: Tensor) -> str:
-    return f"a DTensor of {tensor.device_mesh}" if _is_dtensor(tensor) else "a plain tensor"
+    return f"a DTensor of {tensor.device_mesh}" if is_dtensor(tensor) else "a plain tensor"
 
 
 def local_shards(
@@ -101,7 +112,7 @@ def local_shards(
     placed = []
     for param, grad in zip(params, grads, strict=True):
         check_like(param, "grad", grad)
-        if _is_dtensor(param) and _is_dtensor(grad) and grad.placements != param.placements:
+        if is_dtensor(param) and is_dtensor(grad) and grad.placements != param.placements:
             grad = grad.redistribute(placements=param.placements)
         placed.append(grad)
     return tuple(list(map(local, tensors)) for tensors in (params, placed, *others))
@@ -113,43 +124,74 @@ def _is_of_rows(placement: Placement) -> bool:
     return not placement.is_replicate() and getattr(placement, "dim", None) == 0
 
 
-def _process_groups(param: Tensor, of_rows: bool) -> Iterator[ProcessGroup]:
-    """Those whose ranks hold different rows, or different parts of the same, and not copies."""
-    if not _is_dtensor(param):
-        return
-    for dim, placement in enumerate(param.placements):
-        sharded = not placement.is_replicate() and param.device_mesh.size(dim) > 1
+def _mesh_dims(spec: DTensorSpec, of_rows: bool) -> Iterator[int]:
+    """Over which ranks hold different rows, or different parts of the same, and not copies."""
+    for dim, placement in enumerate(spec.placements):
+        sharded = not placement.is_replicate() and spec.mesh.size(dim) > 1
         if sharded and _is_of_rows(placement) == of_rows:
-            yield param.device_mesh.get_group(dim)
+            yield dim
 
 
-def splits_rows(param: Tensor) -> bool:
+def splits_rows(spec: DTensorSpec) -> bool:
     """Whether several ranks have elements of one row."""
-    return any(True for _ in _process_groups(param, of_rows=False))
+    return any(True for _ in _mesh_dims(spec, of_rows=False))
 
 
-def splits(param: Tensor) -> bool:
+def splits(spec: DTensorSpec) -> bool:
     """Whether several ranks have elements of the tensor."""
-    return splits_rows(param) or any(True for _ in _process_groups(param, of_rows=True))
+    return splits_rows(spec) or any(True for _ in _mesh_dims(spec, of_rows=True))
 
 
-def add_term(terms: Terms, param: Tensor, values: Tensor, of_rows: bool) -> None:
-    """Notes values, a view, for the ranks that have other rows, or other parts of the same."""
-    for group in _process_groups(param, of_rows):
-        terms.setdefault((group, values.device), []).append(values)
+class Parts(NamedTuple):
+    """What several ranks have parts of, by process group, in the order of the parameters."""
+
+    # Lines of `rows` of which each of its ranks has a term.
+    lines: list[tuple[ProcessGroup, slice | Tensor]]
+    # Tensors of which each of its ranks has other rows with betas of their own.
+    tensors: list[tuple[ProcessGroup, list[int]]]
 
 
-def over_ranks(terms: Terms, operation: Literal["sum", "max"]) -> None:
-    """Replaces the terms by their sum or maximum: one all-reduce for each process group.
+def parts(specs: list[DTensorSpec | None], betas: list[Tensor]) -> Parts:
+    ranges: dict[ProcessGroup, list[range]] = {}
+    tensors: dict[ProcessGroup, list[int]] = {}
+    stop = 0
+    for i, (spec, beta) in enumerate(zip(specs, betas, strict=True)):
+        start, stop = stop, stop + beta.numel()
+        if spec is None:
+            continue
+        for dim in _mesh_dims(spec, of_rows=False):
+            ranges.setdefault(spec.mesh.get_group(dim), []).append(range(start, stop))
+        for dim in _mesh_dims(spec, of_rows=True):
+            group = spec.mesh.get_group(dim)
+            if beta.dim() == 0:
+                ranges.setdefault(group, []).append(range(start, stop))
+            else:
+                tensors.setdefault(group, []).append(i)
+    device = betas[0].device
+    return Parts([(g, _index(r, device)) for g, r in ranges.items()], list(tensors.items()))
 
-    In the order in which they were noted, which is that of the parameters. So all ranks of a group
-    have to have gradients for the same tensors, as FSDP2 sees to; a rank whose shard is empty takes
-    part with zeros. What is sharded over two dimensions of a mesh is taken together over one of
-    them, and the results then over the other.
+
+def _index(ranges: list[range], device: torch.device) -> slice | Tensor:
+    if all(a.stop == b.start for a, b in pairwise(ranges)):
+        return slice(ranges[0].start, ranges[-1].stop)
+    return torch.tensor(list(chain(*ranges)), device=device)
+
+
+def add_lines(rows: Tensor, parts: Parts) -> None:
+    """Replaces lines of rows by their sums over ranks: one all-reduce for each process group.
+
+    So all ranks of a group have to have gradients for the same tensors, as FSDP2 sees to; a rank
+    whose shard is empty takes part with zeros. What is sharded over two dimensions of a mesh is
+    added up over one of them, and the sums then over the other.
     """
-    reduce = dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX
-    for (group, _), values in terms.items():
-        total = torch.cat([value.reshape(-1) for value in values])
-        dist.all_reduce(total, op=reduce, group=group)
-        parts = total.split_with_sizes([value.numel() for value in values])
-        torch._foreach_copy_(values, [own.view_as(v) for own, v in zip(parts, values, strict=True)])
+    for group, lines in parts.lines:
+        total = rows[lines].contiguous()
+        dist.all_reduce(total, group=group)
+        rows[lines] = total
+
+
+def take_largest(values: list[Tensor], group: ProcessGroup) -> None:
+    """Replaces 0-dim tensors by the largest of all ranks of a group."""
+    largest = torch.stack(values)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    torch._foreach_copy_(values, list(largest.unbind()))

@@ -31,13 +31,13 @@ def scalar_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def beta_shape(param: Tensor, beta_scope: str) -> Size:
-    """The shape of a parameter's beta and beta_prod: [rows] where each row has its own, or 0-dim.
+def beta_shape(shape: Size, beta_scope: str) -> Size:
+    """The shape of beta and beta_prod by a parameter's: [rows] where each row has one, or 0-dim.
 
     A row is an index of the first dimension. That of a sharded parameter is the whole one's.
     """
-    by_row = beta_scope == "row" and param.dim() > 1 and param.shape[1:].numel() >= MIN_ROW
-    return param.shape[:1] if by_row else Size([])
+    by_row = beta_scope == "row" and len(shape) > 1 and shape[1:].numel() >= MIN_ROW
+    return shape[:1] if by_row else Size([])
 
 
 def full(param: Tensor, shape: Size, value: Any) -> Tensor:
@@ -60,7 +60,7 @@ def initial_state(
 
     row_scalars: those that a row may have for itself; the others are 0-dim.
     """
-    shape = beta_shape(param, beta_scope)
+    shape = beta_shape(param.shape, beta_scope)
     return {
         **{
             name: torch.zeros_like(

@@ -2,7 +2,9 @@
 // arithmetic. Python takes 0.1 us for each attribute of each tensor and torch's dispatcher
 // 0.35 us for each tensor in a list; here a tensor costs some 20 ns.
 #include <ATen/record_function.h>
+#include <Python.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <structmember.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -37,8 +39,10 @@ bool is_plain(const Tensor& tensor) {
 }
 
 const Tensor& tensor_of(PyObject* object) {
-  TORCH_CHECK_TYPE(is_exact(object) || THPVariable_Check(object), "a list of tensors holds a ",
-                   Py_TYPE(object)->tp_name);
+  // Not THPVariable_Check, which asks Tensor's metaclass: 40 ns for a DTensor.
+  PyTypeObject* const tensor = reinterpret_cast<PyTypeObject*>(THPVariableClass);
+  TORCH_CHECK_TYPE(is_exact(object) || PyObject_TypeCheck(object, tensor),
+                   "a list of tensors holds a ", Py_TYPE(object)->tp_name);
   return THPVariable_Unpack(object);
 }
 
@@ -123,49 +127,124 @@ bool has_rows(const Tensor& param) {
   return numel >= kMinRow;
 }
 
+// Reads a DTensor's parts where torch's class keeps them, in slots.
+class DTensors {
+ public:
+  // The class, or None where nothing has imported it: then there are no DTensors.
+  explicit DTensors(const py::handle& type) {
+    if (type.is_none()) return;
+    TORCH_CHECK_TYPE(PyType_Check(type.ptr()), "expected a class");
+    local_ = offset_of(type, "_local_tensor");
+    spec_ = offset_of(type, "_spec");
+    if (local_ > 0 && spec_ > 0) type_ = reinterpret_cast<PyTypeObject*>(type.ptr());
+  }
+
+  bool is(PyObject* object) const { return Py_TYPE(object) == type_; }
+
+  // Borrowed; None where it is not set.
+  PyObject* local(PyObject* dtensor) const { return slot(dtensor, local_); }
+  PyObject* spec(PyObject* dtensor) const { return slot(dtensor, spec_); }
+
+  // Whether two are laid out alike. A gradient of FSDP2 has its parameter's own spec.
+  bool alike(PyObject* spec, PyObject* other) const {
+    return spec == other || (equal(spec, other, placements_) && equal(spec, other, mesh_));
+  }
+
+ private:
+  static Py_ssize_t offset_of(const py::handle& type, const char* name) {
+    const py::object descriptor = py::getattr(type, name, py::none());
+    if (Py_TYPE(descriptor.ptr()) != &PyMemberDescr_Type) return 0;
+    return reinterpret_cast<PyMemberDescrObject*>(descriptor.ptr())->d_member->offset;
+  }
+
+  static PyObject* slot(PyObject* object, Py_ssize_t offset) {
+    PyObject* value = *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset);
+    return value == nullptr ? Py_None : value;
+  }
+
+  static bool equal(PyObject* a, PyObject* b, const py::str& name) {
+    const py::object ours = py::handle(a).attr(name), theirs = py::handle(b).attr(name);
+    const int result = PyObject_RichCompareBool(ours.ptr(), theirs.ptr(), Py_EQ);
+    if (result < 0) throw python_error();
+    return result == 1;
+  }
+
+  PyTypeObject* type_ = nullptr;
+  Py_ssize_t local_ = 0, spec_ = 0;
+  py::str placements_{"placements"}, mesh_{"mesh"};
+};
+
+// The tensors of a step that are stepped in one call.
+struct Gathered {
+  Gathered(size_t n_lists, size_t most, bool any_dtensors) : params(any_dtensors ? most : 0) {
+    for (size_t k = 0; k < n_lists; ++k) lists.emplace_back(most);
+  }
+
+  std::vector<Filling> lists;  // parameters, gradients, and state by name; shards of DTensors
+  Filling params;              // what the first list has shards of; not where none is a DTensor
+  py::list dtensors;           // those of which shards are written to
+  std::vector<int64_t> sizes;  // by group
+};
+
 // Gathers a run of parameters at a time, in loops of which each asks for what the next one
 // reads: waiting for memory is most of what these lookups do.
 class Gatherer {
  public:
   static constexpr size_t kRun = 64;
 
-  // by_row: of each name, whether a row may have one for itself.
-  Gatherer(const py::dict& state, const py::tuple& names, std::vector<bool> by_row, size_t most)
-      : states_(state.ptr()), by_row_(std::move(by_row)) {
+  // by_row: of each name, whether a row may have one for itself. known: what `seen` was when
+  // `crossing` was found by it.
+  Gatherer(const py::dict& state, const py::tuple& names, std::vector<bool> by_row, size_t most,
+           DTensors dtensors, bool any_dtensors, const py::list& known, std::string_view crossing)
+      : states_(state.ptr()),
+        by_row_(std::move(by_row)),
+        most_(most),
+        dtensors_(dtensors),
+        any_dtensors_(any_dtensors),
+        known_(known),
+        crossing_(crossing) {
     for (const py::handle name : names) names_.push_back(name.ptr());
-    for (size_t k = 0; k < 2 + names_.size(); ++k) lists_.emplace_back(most);
   }
 
-  // Adds a run's tensors to the lists; false where one of them is not ordinary. rows: whether rows
-  // have betas of their own.
-  bool add(PyObject* const* params, size_t n, bool rows) {
+  // Begins with the parameters of a group. rows: whether its rows have betas of their own.
+  void begin_group(bool rows) {
+    rows_ = rows;
+    ++n_groups_;
+    see(rows ? Py_True : Py_False);
+  }
+
+  // Adds a run's tensors to the lists; false where one of them is not ordinary.
+  bool add(PyObject* const* params, size_t n) {
     entries_.clear();
     values_.clear();
     for (size_t i = 0; i < n; ++i) {
-      if (!is_exact(params[i])) return false;
+      if (!is_exact(params[i])) {
+        if (!dtensors_.is(params[i]) || !is_exact(dtensors_.local(params[i]))) return false;
+        prefetch_impl(THPVariable_Unpack(dtensors_.local(params[i])));
+      }
       prefetch_impl(THPVariable_Unpack(params[i]));
     }
     for (size_t i = 0; i < n; ++i)
       __builtin_prefetch(THPVariable_Unpack(params[i]).unsafeGetTensorImpl()->autograd_meta());
     for (size_t i = 0; i < n; ++i) {
-      const Tensor& param = THPVariable_Unpack(params[i]);
-      const Tensor& grad = param.unsafeGetTensorImpl()->grad();
+      const Tensor& grad = THPVariable_Unpack(params[i]).unsafeGetTensorImpl()->grad();
       if (!grad.defined()) {
         states_.skip(params[i]);
         continue;
       }
-      if (!device_.has_value()) device_ = param.device();
-      if (!is_plain(param) || param.is_complex() || param.device() != *device_) return false;
+      PyObject* const spec = is_exact(params[i]) ? nullptr : dtensors_.spec(params[i]);
+      PyObject* const local = spec == nullptr ? params[i] : dtensors_.local(params[i]);
+      const Tensor& shard = THPVariable_Unpack(local);
+      if (!device_.has_value()) device_ = shard.device();
+      if (!is_plain(shard) || shard.is_complex() || shard.device() != *device_) return false;
       PyObject* state = states_.find(params[i]);
       if (state == nullptr || !PyDict_CheckExact(state)) return false;
       prefetch_impl(grad);
       __builtin_prefetch(state);
-      entries_.push_back({params[i], &grad, state});
+      entries_.push_back({params[i], local, spec, &grad, state});
     }
-    for (const Entry& entry : entries_) {
-      if (!is_plain(*entry.grad)) return false;
+    for (const Entry& entry : entries_)
       prefetch(reinterpret_cast<PyDictObject*>(entry.state)->ma_keys, 256);
-    }
     for (size_t i = 0; i < entries_.size(); ++i) {
       Cursor values(entries_[i].state);
       for (size_t k = 0; k < names_.size(); ++k) {
@@ -177,76 +256,150 @@ class Gatherer {
     }
     PyObject* const* value = values_.data();
     for (const Entry& entry : entries_) {
-      const Tensor& param = THPVariable_Unpack(entry.param);
-      const int64_t dim = rows && has_rows(param) ? 1 : 0;
-      auto grad = py::reinterpret_steal<py::object>(THPVariable_Wrap(*entry.grad));
-      if (!is_exact(grad.ptr())) return false;
-      lists_[0].put(py::handle(entry.param).inc_ref().ptr());
-      lists_[1].put(grad.release().ptr());
-      for (size_t k = 2; k < lists_.size(); ++k, ++value) {
-        if (!is_exact(*value)) return false;
-        if (by_row_[k - 2]) {
-          const Tensor& scalar = THPVariable_Unpack(*value);
-          if (scalar.dim() != dim || (dim == 1 && scalar.size(0) != param.size(0))) return false;
-        }
-        lists_[k].put(py::handle(*value).inc_ref().ptr());
-      }
+      if (!put(entry, value)) return false;
+      value += names_.size();
     }
     return true;
   }
 
-  size_t last_run() const { return entries_.size(); }
+  // Whether all that it has seen is known, and what it has gathered therefore in its place.
+  bool is_known() const { return is_known_ && seen_.size() == crossing_.size(); }
 
+  py::list seen() const {
+    py::list seen;
+    for (PyObject* const object : seen_) seen.append(py::handle(object));
+    return seen;
+  }
+
+  // What crosses ranks and what does not; None in the place of what there is none of.
   py::tuple finish() {
-    py::tuple lists(lists_.size());
-    for (size_t k = 0; k < lists_.size(); ++k) lists[k] = lists_[k].finish();
-    return lists;
+    py::tuple result(2);
+    for (size_t kind = 0; kind < 2; ++kind) {
+      result[kind] = py::none();
+      if (!gathered_[kind].has_value()) continue;
+      Gathered& gathered = *gathered_[kind];
+      gathered.sizes.resize(n_groups_);
+      py::tuple lists(gathered.lists.size());
+      for (size_t k = 0; k < lists.size(); ++k) lists[k] = gathered.lists[k].finish();
+      const py::object params = any_dtensors_ ? py::object(gathered.params.finish()) : lists[0];
+      result[kind] = py::make_tuple(gathered.sizes, lists, params, gathered.dtensors);
+    }
+    return result;
   }
 
  private:
   struct Entry {
     PyObject* param;
+    PyObject* local;  // this rank's shard of a DTensor, or else the parameter itself
+    PyObject* spec;   // of a DTensor
     const Tensor* grad;
     PyObject* state;
   };
 
+  // Notes what decides whether a parameter's sums cross ranks. Borrowed from what it has gathered.
+  void see(PyObject* object) {
+    is_known_ = is_known_ && seen_.size() < crossing_.size() &&
+                PyList_GET_ITEM(known_.ptr(), seen_.size()) == object;
+    seen_.push_back(object);
+  }
+
+  bool put(const Entry& entry, PyObject* const* values) {
+    const Tensor& shard = THPVariable_Unpack(entry.local);
+    const int64_t dim = rows_ && has_rows(THPVariable_Unpack(entry.param)) ? 1 : 0;
+    const bool sharded = entry.spec != nullptr;
+    auto wrapped = py::reinterpret_steal<py::object>(THPVariable_Wrap(*entry.grad));
+    PyObject* grad = wrapped.ptr();
+    if (sharded) {
+      if (!dtensors_.is(grad) || !dtensors_.alike(entry.spec, dtensors_.spec(grad))) return false;
+      grad = dtensors_.local(grad);
+    }
+    if (!is_exact(grad) || !is_plain(THPVariable_Unpack(grad))) return false;
+    if (sharded) see(entry.spec);
+    const bool crosses = sharded && is_known_ && crossing_[seen_.size() - 1] != 0;
+    std::optional<Gathered>& gathered = gathered_[crosses ? 1 : 0];
+    if (!gathered.has_value()) gathered.emplace(2 + names_.size(), most_, any_dtensors_);
+    gathered->lists[0].put(py::handle(entry.local).inc_ref().ptr());
+    gathered->lists[1].put(py::handle(grad).inc_ref().ptr());
+    if (any_dtensors_) gathered->params.put(py::handle(entry.param).inc_ref().ptr());
+    if (sharded) gathered->dtensors.append(py::handle(entry.param));
+    for (size_t k = 0; k < names_.size(); ++k) {
+      PyObject* value = values[k];
+      if (sharded && dtensors_.is(value)) {
+        gathered->dtensors.append(py::handle(value));
+        value = dtensors_.local(value);
+      }
+      if (!is_exact(value)) return false;
+      if (by_row_[k]) {
+        const Tensor& scalar = THPVariable_Unpack(value);
+        if (scalar.dim() != dim || (dim == 1 && scalar.size(0) != shard.size(0))) return false;
+      }
+      gathered->lists[2 + k].put(py::handle(value).inc_ref().ptr());
+    }
+    gathered->sizes.resize(n_groups_);
+    ++gathered->sizes.back();
+    return true;
+  }
+
   Cursor states_;
   std::vector<PyObject*> names_;
   std::vector<bool> by_row_;
-  std::vector<Filling> lists_;
+  size_t most_;
+  DTensors dtensors_;
+  bool any_dtensors_;
+  const py::list& known_;
+  std::string_view crossing_;
+  bool is_known_ = true, rows_ = false;
+  size_t n_groups_ = 0;
+  std::vector<PyObject*> seen_;
+  std::optional<Gathered> gathered_[2];
   std::optional<c10::Device> device_;
   std::vector<Entry> entries_;
   std::vector<PyObject*> values_;
 };
 
-// How many tensors of each group have a gradient; and lists of these parameters, the gradients,
-// and their state by name. None where one of them is not ordinary: not a plain real tensor with a
-// plain gradient and whole state, or not on the device of the others; or one whose state is of
-// another scope. rows: of each group, whether rows have betas of their own; by_row: of each name.
+// A step's tensors, those whose sums do not cross ranks and those whose do. Of either: how many of
+// each group; lists of the parameters, the gradients, and their state by name, this rank's shards
+// of DTensors; the parameters themselves; and the DTensors of which shards are written to.
+//
+// None where a tensor is not ordinary: not a plain real one with a plain gradient and whole state,
+// or a DTensor of such with a gradient that is laid out as it is, or not on the device of the
+// others; or where its state is of another scope. A list where it is not known which of them cross
+// ranks: what decides that, to be given as `known` with a byte of each, other than 0 if it does.
+//
+// rows: of each group, whether rows have betas of their own; by_row: of each name. dtensor: the
+// class, or None.
 py::object gather(const py::list& groups, const py::dict& state, const py::tuple& names,
-                  const std::vector<bool>& by_row, const std::vector<bool>& rows) {
+                  const std::vector<bool>& by_row, const std::vector<bool>& rows,
+                  const py::object& dtensor, const py::list& known, const py::bytes& crossing) {
   TORCH_CHECK_VALUE(by_row.size() == names.size() && rows.size() == groups.size(),
                     "by_row and rows have to be as long as names and groups");
+  const std::string_view crossing_bytes(crossing);
+  TORCH_CHECK_VALUE(crossing_bytes.size() == known.size(), "crossing has to be as long as known");
   size_t most = 0;
   for (const py::handle group : groups) {
     if (!PyList_Check(group.ptr())) return py::none();
     most += PyList_GET_SIZE(group.ptr());
   }
-  Gatherer gatherer(state, names, by_row, most);
-  py::list sizes;
+  Gatherer gatherer(state, names, by_row, most, DTensors(dtensor), !dtensor.is_none(), known,
+                    crossing_bytes);
   for (size_t k = 0; k < groups.size(); ++k) {
     const py::handle group = groups[k];
     PyObject* const* items = items_of(group);
     const size_t n = py::len(group);
-    size_t size = 0;
-    for (size_t begin = 0; begin < n; begin += Gatherer::kRun) {
-      if (!gatherer.add(items + begin, std::min(Gatherer::kRun, n - begin), rows[k]))
-        return py::none();
-      size += gatherer.last_run();
-    }
-    sizes.append(size);
+    gatherer.begin_group(rows[k]);
+    for (size_t begin = 0; begin < n; begin += Gatherer::kRun)
+      if (!gatherer.add(items + begin, std::min(Gatherer::kRun, n - begin))) return py::none();
   }
-  return py::make_tuple(sizes, gatherer.finish());
+  if (!dtensor.is_none() && !gatherer.is_known()) return gatherer.seen();
+  return gatherer.finish();
+}
+
+// Tells autograd that tensors were written to, as torch.autograd.graph.increment_version does.
+void bump_versions(const py::list& tensors) {
+  TensorRefs refs;
+  refs.reserve(tensors.size());
+  for (const py::handle tensor : tensors) refs.push_back(tensor_of(tensor.ptr()));
+  for (size_t i = 0; i < refs.size(); ++i) bump_version_ahead(refs, i);
 }
 
 // ---- describe: what tables are made of --------------------------------------------
@@ -258,11 +411,13 @@ py::bytes as_bytes(const std::vector<int64_t>& words, const py::bytes& last) {
   return bytes == std::string_view(last) ? last : py::bytes(bytes.data(), bytes.size());
 }
 
-// dtype, device, layout and number of dimensions in a word.
+// dtype, device, layout, number of dimensions, and whether it was made in inference mode, in a
+// word.
 int64_t kind_of(const Tensor& t) {
   const auto byte = [](auto value) { return static_cast<int64_t>(value) & 0xff; };
-  return byte(t.scalar_type()) << 40 | byte(t.device().type()) << 32 |
-         byte(t.device().index()) << 24 | byte(t.layout()) << 16 | t.dim();
+  return int64_t{t.is_inference()} << 48 | byte(t.scalar_type()) << 40 |
+         byte(t.device().type()) << 32 | byte(t.device().index()) << 24 | byte(t.layout()) << 16 |
+         t.dim();
 }
 
 // The addresses of the tensors, list by list, and all else about them that tables are made
@@ -388,6 +543,7 @@ PYBIND11_MODULE(_C, m) {
   // What the library is tied to; adamem_fused/backends/ops.py compares.
   m.attr("torch_version") = TORCH_VERSION;
   m.def("gather", torch::wrap_pybind_function(gather));
+  m.def("bump_versions", torch::wrap_pybind_function(bump_versions));
   m.def("describe", torch::wrap_pybind_function(describe));
   m.def("any_modes", any_modes);
   m.def("adamw_begin_", torch::wrap_pybind_function(adamw_begin_));

@@ -40,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from adamem_fused import AMSGD, AMAdamW
+from adamem_fused.backends import ops
 
 # Over two ranks: even; 3 + 2 rows; a shard of no elements on rank 1.
 SHAPES = [(6, 16), (5, 16), (1, 20), (16,)]
@@ -908,6 +909,110 @@ def errors_on_ranks():
 
 def test_what_cannot_be_done_with_shards_is_an_error(two_ranks):
     two_ranks.run(errors_on_ranks)
+
+
+def bad_state_beside_good(cls, kind):
+    """Vectors and matrices are two calls of a backend, of which the first has changed nothing."""
+    params = fsdp_parameters(tensors(), line())
+    optimizer = two_groups(cls, params, beta_scope="row")
+    for step in range(3):
+        take_step(optimizer, step)
+    matrix, name = params[0], MEMORIES[cls][-1]
+    if kind == "dtype":
+        bad = torch.zeros(3, 16, dtype=torch.int64)
+    else:
+        with torch.inference_mode():
+            bad = torch.zeros(3, 16)
+    optimizer.state[matrix][name] = DTensor.from_local(bad, matrix.device_mesh, matrix.placements)
+    before, values = bits_of(optimizer), [whole(param).clone() for param in params]
+    for _ in range(2):
+        with pytest.raises((TypeError, RuntimeError)):
+            take_step(optimizer, 3)
+        assert bits_of(optimizer) == before
+        assert all(torch.equal(whole(p), v) for p, v in zip(params, values, strict=True))
+
+
+@both
+@pytest.mark.parametrize("kind", ["dtype", "inference"])
+def test_bad_state_of_a_matrix_leaves_the_vectors_alone(two_ranks, cls, kind):
+    two_ranks.run(bad_state_beside_good, cls, kind)
+
+
+def gathered_either_way(cls, scope):
+    """With all that decides what a tensor's sums cross changing from step to step."""
+    mesh, other = line(), init_device_mesh("cpu", (2, 1), mesh_dim_names=("all", "own"))["own"]
+    values = tensors(shapes=[(6, 16), (4, 19), (5, 20), (16,), (7,), (3, 17)])
+    placements = [Shard(0), Shard(1), Replicate(), Shard(0), None, Shard(0)]
+    params = [
+        Parameter(value.clone() if placed is None else shard(mesh, [placed], value))
+        for value, placed in zip(values, placements, strict=True)
+    ]
+    optimizer = two_groups(cls, params, beta_scope=scope)
+    optimizer.add_param_group({"params": [Parameter(shard(other, [Shard(0)], torch.ones(4, 16)))]})
+
+    def contents(works):
+        """By address: whatever holds a shard may be made anew."""
+        return [
+            (
+                work.crosses,
+                work.batch.group_sizes,
+                work.batch.hypers,
+                work.batch.shared,
+                [[t.data_ptr() for t in ts] for ts in work.batch.lists()],
+                [[t.shape for t in ts] for ts in work.batch.lists()],
+                list(map(id, work.params)),
+                sorted(map(id, work.dtensors)),
+            )
+            for work in works
+        ]
+
+    @torch.no_grad()
+    def assert_alike():
+        in_cpp, in_python = optimizer._collect_ordinary(), optimizer._collect_any()
+        assert in_cpp and contents(in_cpp) == contents(in_python)
+
+    skips = [(), (), (0,), (0, 3), (), (1, 2, 5, 6), (3, 4)]
+    for step, skip in enumerate(skips):
+        take_step(optimizer, step)
+        for index in skip:
+            parameters(optimizer)[index].grad = None
+        assert_alike()
+    for new_scope in ("row", "tensor"):
+        optimizer.param_groups[1]["beta_scope"] = new_scope
+        take_step(optimizer, 7)
+        assert_alike()
+    # A gradient that is laid out otherwise is none for C++, but the same step.
+    take_step(optimizer, 8)
+    params[0].grad = shard(mesh, [Replicate()], torch.ones(6, 16))
+    assert optimizer._collect_ordinary() == []
+    optimizer.step()
+
+
+@both
+@scopes
+def test_dtensors_are_gathered_in_cpp_as_in_python(two_ranks, cls, scope):
+    if ops.extension is None:
+        pytest.skip(str(ops.unavailable))
+    two_ranks.run(gathered_either_way, cls, scope)
+
+
+def gathered_in_training(sizes):
+    model = row_model(sizes)
+    optimizer = AMAdamW(model.parameters(), beta_scope="row")
+    for step in range(2):
+        model(batch_of(step).float()).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        matrices, vectors = optimizer._collect_ordinary()
+    assert [len(matrices.params), len(vectors.params)] == [2, 2]
+    assert not matrices.crosses and vectors.crosses
+
+
+@pytest.mark.parametrize("sizes", [(2,), (2, 1)])
+def test_the_gradients_that_fsdp_gives_are_gathered_in_cpp(two_ranks, sizes):
+    if ops.extension is None:
+        pytest.skip(str(ops.unavailable))
+    two_ranks.run(gathered_in_training, sizes)
 
 
 def objects_over_steps(cls, scope):
