@@ -59,6 +59,6 @@ def segments(shapes: Sequence[Shape], by_row: bool) -> list[tuple[int, int]]:
     """Of each tensor: how many elements share a beta, and how many betas there are."""
     found = []
     for shape in shapes:
-        rows = beta_shape(torch.empty(shape, device="meta"), "row" if by_row else "tensor").numel()
+        rows = beta_shape(torch.Size(shape), "row" if by_row else "tensor").numel()
         found.append((math.prod(shape) // max(rows, 1), rows))
     return found
