@@ -79,7 +79,7 @@ class Schedule {
   // What a tensor, and a row, costs beside its elements, in elements.
   static constexpr int64_t kTensorCost = 256;
   static constexpr int64_t kRowCost = 64;
-  // Elements of the rows that are handed out together, at least.
+  // Elements of the rows that are handed out together, or a single row.
   static constexpr int64_t kRun = 1 << 12;
   // Less than this is not worth waking a thread for.
   static constexpr int64_t kMinCost = 8192;
