@@ -198,7 +198,7 @@ def _checked(
         raise ValueError(
             f"loaded state {name} is {value.dtype}, which does not go with {param.dtype}"
         )
-    if is_memory or by_row:
+    if is_memory or (by_row and sharding.is_dtensor(value)):
         sharding.check_like(param, f"loaded state {name}", value)
     return value
 
@@ -231,7 +231,7 @@ def _place(
         return value.reshape(()) if value.numel() == 1 else value.double().mean().to(dtype)
     if value.shape != shape:
         return full(param, shape, sharding.whole(value).reshape(())).to(dtype)
-    return full(param, shape, 0.0).to(dtype).copy_(value)
+    return full(param, shape, 0.0).to(dtype).copy_(sharding.of_all_rows(param, value))
 
 
 # ---- torch.optim's state ----------------------------------------------------------

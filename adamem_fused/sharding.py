@@ -71,11 +71,29 @@ def as_rows(param: Tensor, values: Tensor) -> Tensor:
     """A value for each of this rank's rows of a parameter, [local rows], sharded as these are."""
     if not is_dtensor(param):
         return values
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import DTensor
 
-    placements = [p if _is_of_rows(p) else Replicate() for p in param.placements]
-    shape = param.shape[:1]
+    placements, shape = _row_placements(param), param.shape[:1]
     return DTensor.from_local(values, param.device_mesh, placements, shape=shape, stride=(1,))
+
+
+def of_all_rows(param: Tensor, values: Tensor) -> Tensor:
+    """A value for each row of a parameter, [rows], sharded as these are.
+
+    Those of a plain tensor are on every rank; so a full_state_dict gives them where the optimizer
+    has another scope.
+    """
+    if not is_dtensor(param) or is_dtensor(values):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(values, param.device_mesh, _row_placements(param), src_data_rank=None)
+
+
+def _row_placements(param: DTensor) -> list[Placement]:
+    from torch.distributed.tensor import Replicate
+
+    return [p if _is_of_rows(p) else Replicate() for p in param.placements]
 
 
 def check_param(param: Tensor) -> None:

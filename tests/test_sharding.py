@@ -824,6 +824,30 @@ def test_a_full_state_dict_of_rows_loads_on_every_rank(two_ranks, cls):
     two_ranks.run(full_state_dict_of_rows, cls)
 
 
+def full_state_dict_of_another_scope(cls, saved_scope, own_scope):
+    model = row_model((2,))
+    optimizer = row_optimizer(cls, model, steps=3)
+    for group in optimizer.param_groups:
+        group["beta_scope"] = saved_scope
+    take_step(optimizer, 3)
+    whole_betas = [whole(optimizer.state[p]["beta"]) for p in model.parameters()]
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    other = row_model((2,))
+    resumed = cls(other.parameters(), beta_scope=own_scope)
+    set_optimizer_state_dict(other, resumed, state, options=options)
+    assert all(group["beta_scope"] == saved_scope for group in resumed.param_groups)
+    for param, beta in zip(other.parameters(), whole_betas, strict=True):
+        assert torch.equal(whole(resumed.state[param]["beta"]), beta)
+    take_step(resumed, 4)
+
+
+@both
+def test_a_full_state_dict_of_another_scope_loads(two_ranks, cls):
+    two_ranks.run(full_state_dict_of_another_scope, cls, "row", "tensor")
+    two_ranks.run(full_state_dict_of_another_scope, cls, "tensor", "row")
+
+
 def scopes_of_shards(cls):
     """From one beta a tensor to one a row and back, between steps and by loading."""
     params = fsdp_parameters(tensors(torch.float64), line())
