@@ -20,7 +20,6 @@ def gather(
 def bump_versions(tensors: list[Tensor]) -> None: ...
 def describe(
     lists: tuple[list[Tensor], ...],
-    data: int,
     last_addresses: bytes,
     last_structure: bytes,
     updated: bool,

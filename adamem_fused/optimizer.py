@@ -99,7 +99,7 @@ class Work:
 
     def parts(self) -> sharding.Parts:
         """What other ranks have parts of. Found anew where a DTensor or a scope is another one."""
-        specs = [getattr(param, "_spec", None) for param in self.params]
+        specs = list(map(sharding.spec_of, self.params))
         dims = list(map(Tensor.dim, self.batch.betas))
         known = self.batch.cache.get("parts")
         if known is None or known[1] != dims or not all(map(is_, known[0], specs)):
@@ -112,8 +112,8 @@ class Work:
         if not self.ordinary:
             self.backend.check(self.batch)
             return
-        data, known = 2 + len(self.batch.memories), self.batch.cache.get("checked", b"")
-        _, structure = ops.extension.describe(self.batch.lists(), data, b"", known, False)
+        known = self.batch.cache.get("checked", b"")
+        _, structure = ops.extension.describe(self.batch.lists(), b"", known, False)
         if structure is not known:
             self.backend.check(self.batch)
             self.batch.cache["checked"] = structure

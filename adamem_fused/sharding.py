@@ -3,8 +3,10 @@
 A backend is given the shards that this rank holds, as plain tensors. The sums over its shards
 are then added up over the ranks, so that all of them take the beta of the whole tensor. Where each
 row has a beta and whole rows are on a rank, nothing is to be added up: a step of matrices that
-FSDP2 has sharded needs no collective. A vector is one segment, whose two sums take one all-reduce
-for all vectors of a process group; rows that are split over ranks take one over these alone.
+FSDP2 has sharded needs no collective, but for one of step counts where lr is 0, or a tensor on a
+GPU, which is not looked at (optimizer.agree_on_first_steps). A vector is one segment, whose two
+sums take one all-reduce for all vectors of a process group; rows that are split over ranks take one
+over these alone.
 """
 
 from __future__ import annotations

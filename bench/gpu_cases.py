@@ -60,7 +60,7 @@ def cases(free_bytes: int) -> dict[str, Case]:
     llama = llama_that_fits(free_bytes)
     labels = {"llama-2-7b": f"llama-2-7b, {(len(llama) - 3) // 9} layers"}
     shapes: dict[str, tuple[Shape, ...]] = {
-        "2^28": ((2**14, 2**14),),
+        "2^28": ((2**15, 2**13),),
         "8x2^25": ((2**12, 2**13),) * 8,
         "gpt2-small": MODELS["gpt2-small"][0],
         "resnet-50": MODELS["resnet-50"][0],
@@ -77,8 +77,8 @@ def cases(free_bytes: int) -> dict[str, Case]:
 KEPT_SHARE_OF_L2 = 0.6
 # A tensor of one chunk is updated at once, from L2.
 CHUNK = 8192
-# A row of at most so many elements is held on chip.
-LONGEST_ROW = 12288
+# A row of at most so many elements is held on chip, on an H100.
+LONGEST_ROW = {"cuda": 14336, "triton": 8192}
 
 
 def predicted_bytes(
@@ -87,7 +87,7 @@ def predicted_bytes(
     dtype: torch.dtype,
     l2_bytes: int,
     missed: float,
-    by_row: bool = False,
+    longest_row: int | None = None,
 ) -> float:
     """Bytes an element that a step moves from and to memory.
 
@@ -103,8 +103,9 @@ def predicted_bytes(
         once, again, left = 3 * element + 2 * memory, float(element + memory), numel
     else:
         once, again = 3 * element + 4 * memory, 2.0 * (element + memory)
-        found = segments(shapes, by_row)
-        left = sum(n * count for n, count in found if n > (CHUNK if count == 1 else LONGEST_ROW))
+        found = segments(shapes, by_row=longest_row is not None)
+        held = longest_row or CHUNK
+        left = sum(n * max(rows, 1) for n, rows in found if n > (held if rows else CHUNK))
         if dtype == torch.float32:
             again = missed * 3 * (element + memory)
     second = max(0.0, again * left - KEPT_SHARE_OF_L2 * l2_bytes)

@@ -8,9 +8,11 @@
 //   AM-AdamW  beta_max, beta2, eps, weight_decay, memory_lambda, anchored, loss_gap, maximize,
 //             shared
 //   AM-SGD    beta_max, weight_decay, memory_lambda, anchored, loss_gap, maximize, shared
-// begin: rows, [tensors, 2] float64, num and den, and what may be updated before beta is there.
-// finish: the rest of the step, from these rows, which may have been summed over tensors or over
-// ranks. Where nothing is to happen in between, finish without rows does all of the step;
+// Where a tensor of betas (and of beta_prods) has an element for each row of its parameter, an
+// index of the first dimension, each of them has a beta; else it is of one element, for all of the
+// tensor. begin: rows, [betas in all, 2] float64, num and den, and what may be updated before beta
+// is there. finish: the rest of the step, from these rows, which may have been summed over tensors
+// or over ranks. Where nothing is to happen in between, finish without rows does all of the step;
 // tensors of groups that are `shared` then take the sums over all such tensors.
 #include <torch/library.h>
 

@@ -421,12 +421,12 @@ int64_t kind_of(const Tensor& t) {
 }
 
 // The addresses of the tensors, list by list, and all else about them that tables are made
-// of: dtypes, devices, layouts, shapes, and for the first `data` lists their strides. Where
+// of: dtypes, devices, layouts, shapes and strides. Where
 // they are what they were, the very objects that are given as the last ones.
 //
 // updated: bumps the versions of all but the gradients, in this walk: a walk of its own would
 // take as long as half of this one.
-py::tuple describe(const py::tuple& lists, size_t data, const py::bytes& last_addresses,
+py::tuple describe(const py::tuple& lists, const py::bytes& last_addresses,
                    const py::bytes& last_structure, bool updated) {
   constexpr size_t kGrads = 1;
   std::vector<int64_t> addresses, structure;
@@ -448,8 +448,7 @@ py::tuple describe(const py::tuple& lists, size_t data, const py::bytes& last_ad
       addresses.push_back(reinterpret_cast<int64_t>(t.data_ptr()));
       structure.push_back(kind_of(t));
       for (const int64_t size : t.sizes()) structure.push_back(size);
-      if (k < data)
-        for (const int64_t stride : t.strides()) structure.push_back(stride);
+      for (const int64_t stride : t.strides()) structure.push_back(stride);
     });
   }
   return py::make_tuple(as_bytes(addresses, last_addresses), as_bytes(structure, last_structure));

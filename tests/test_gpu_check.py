@@ -182,10 +182,11 @@ def test_predicted_bytes(optimizer, shapes, dtype, missed, expected):
 @pytest.mark.parametrize("dtype, expected", [(torch.float32, 28), (torch.bfloat16, 22)])
 def test_predicted_bytes_of_a_model_by_row_are_those_of_one_reading(name, dtype, expected):
     shapes = gpu_cases.cases(80 * 2**30)[name].shapes
-    found = gpu_cases.predicted_bytes("AMAdamW", shapes, dtype, 0, missed=0.0, by_row=True)
+    held = gpu_cases.LONGEST_ROW["cuda"]
+    found = gpu_cases.predicted_bytes("AMAdamW", shapes, dtype, 0, missed=0.0, longest_row=held)
     assert found == pytest.approx(expected, rel=0.03)
     long = ((3, 2**20),)  # no block holds such a row
-    found = gpu_cases.predicted_bytes("AMAdamW", long, torch.bfloat16, 0, 0.0, by_row=True)
+    found = gpu_cases.predicted_bytes("AMAdamW", long, torch.bfloat16, 0, 0.0, longest_row=held)
     assert found == 34
 
 

@@ -67,7 +67,7 @@ def _arguments(
 
 
 def adamw_begin(batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
-    """num and den of every tensor, [tensors, 2] float64; updates by the guess where one is made."""
+    """num and den of every segment, [segments, 2] float64; updates where a guess is made."""
     rows: Tensor = ops.call("adamw_begin_", *_arguments(batch, grad_scale, found_inf))
     return rows
 
@@ -80,7 +80,7 @@ def adamw_finish(
 
 
 def sgd_begin(batch: SGDBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
-    """num and den of every tensor, [tensors, 2] float64. Writes nothing else."""
+    """num and den of every segment, [segments, 2] float64. Writes nothing else."""
     rows: Tensor = ops.call("sgd_begin", *_arguments(batch, grad_scale, found_inf))
     return rows
 

@@ -58,17 +58,23 @@ class _Unit(NamedTuple):
 
 
 def _units(batch: Batch, longest_row: int) -> list[_Unit]:
-    """longest_row: elements of the longest that a block can hold; half as many of float64."""
+    """longest_row: elements of the longest that a block can hold; half as many in float64."""
     units = []
-    for i, (param, beta, place) in enumerate(
-        zip(batch.params, batch.betas, segment_slices(batch), strict=True)
+    for i, (param, beta, place, *memories) in enumerate(
+        zip(
+            batch.params,
+            batch.betas,
+            segment_slices(batch),
+            *batch.memories.values(),
+            strict=True,
+        )
     ):
         if beta.dim() == 0:
             units.append(_Unit(i, 0, NO_ROWS, param.numel(), place.start))
             continue
         row = param.numel() // max(1, beta.numel())
-        longest = longest_row // 2 if param.dtype == torch.float64 else longest_row
-        if row > longest:
+        is_wide = any(tensor.dtype == torch.float64 for tensor in (param, *memories))
+        if row > (longest_row // 2 if is_wide else longest_row):
             units += [_Unit(i, k, NO_ROWS, row, place.start + k) for k in range(beta.numel())]
         else:
             units.append(_Unit(i, 0, beta.numel(), row, place.start))
@@ -97,18 +103,19 @@ def describe(batch: Batch, last: Description | None = None, updated: bool = Fals
     and state, so that a graph that needs their old values raises. It is not where a CUDA graph
     replays the step.
     """
-    lists, data = batch.lists(), 2 + len(batch.memories)
+    lists = batch.lists()
     if ops.extension is not None:
         known = (b"", b"") if last is None else last[:2]
-        addresses, structure = ops.extension.describe(lists, data, *known, updated)
+        addresses, structure = ops.extension.describe(lists, *known, updated)
         return Description(addresses, structure, batch.group_sizes)
     if updated:
         torch.autograd.graph.increment_version(list(chain(lists[0], *lists[1 + GRADS :])))
     addresses = b"".join(array("q", map(Tensor.data_ptr, tensors)) for tensors in lists)
     attributes = attrgetter("dtype", "device", "layout", "shape")
     others = [list(map(attributes, tensors)) for tensors in lists]
-    strides = [list(map(Tensor.stride, tensors)) for tensors in lists[:data]]
-    return Description(addresses, (others, strides), batch.group_sizes)
+    strides = [list(map(Tensor.stride, tensors)) for tensors in lists]
+    inference = [list(map(Tensor.is_inference, tensors)) for tensors in lists]
+    return Description(addresses, (others, strides, inference), batch.group_sizes)
 
 
 def _same_layout(tensor: Tensor, strides: tuple[int, ...]) -> bool:

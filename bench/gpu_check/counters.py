@@ -140,19 +140,18 @@ def run(results: Results, backends: Sequence[str], seconds: float) -> None:
     steps = iter(steps_of(read_csv(lines)))
     lists = gpu_cases.cases(gpu.free_bytes())
     for case in (lists[name] for name in LISTS):
-        predicted = {
-            regime: gpu_cases.predicted_bytes(
-                "AMAdamW",
-                case.shapes,
-                torch.float32,
-                gpu.l2_bytes(),
-                missed=0.0,
-                by_row=regime == "row",
-            )
-            for regime in REGIMES
-        }
         sides = [
-            (f"{backend}{', row' if regime == 'row' else ''}", predicted[regime])
+            (
+                f"{backend}{', row' if regime == 'row' else ''}",
+                gpu_cases.predicted_bytes(
+                    "AMAdamW",
+                    case.shapes,
+                    torch.float32,
+                    gpu.l2_bytes(),
+                    missed=0.0,
+                    longest_row=gpu_cases.LONGEST_ROW[backend] if regime == "row" else None,
+                ),
+            )
             for backend in backends
             for regime in REGIMES
         ]

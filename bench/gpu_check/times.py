@@ -218,7 +218,7 @@ def time_case(
         dtype,
         gpu.l2_bytes(),
         gpu_cases.MISSED[regime],
-        by_row=regime == "row",
+        gpu_cases.LONGEST_ROW[backend] if regime == "row" else None,
     )
     found |= {
         "numel": case.numel,

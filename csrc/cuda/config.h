@@ -30,10 +30,11 @@
 // on an A100, of 6,144 where it has 99 KB, and of 3,840 where it has 64. The longest are one block
 // to a multiprocessor, which reads nothing while it adds up its sums and writes: some 2 us of 16.
 // A row's coefficients, sums and beta take some 200 instructions a thread, 25 an element beside 66:
-// not half of what an H100 can issue at that bandwidth. Predicted: at least 85 % of the bandwidth
-// of a copy where rows have 256 elements or more and whole vectors, and 75 % with 14,336; rows of a
-// number of elements that is no multiple of a vector are accessed element by element, and may take
-// twice as long.
+// not half of what an H100 can issue at that bandwidth. Some 70 of them are in float64, which GPUs
+// for graphics do at 1/32 or 1/64 of the rate: there they are the limit. Predicted, on an A100 or
+// H100: at least 85 % of the bandwidth of a copy where rows have 256 elements or more and whole
+// vectors, and 75 % with 14,336; rows of a number of elements that is no multiple of a vector are
+// accessed element by element, and may take twice as long.
 #pragma once
 
 #include <cstdint>

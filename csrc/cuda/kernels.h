@@ -21,7 +21,8 @@
 
 namespace am::cuda {
 
-// What begin does with an ordinary unit, and what it or beta leaves for finish.
+// What begin does with a unit (with one of rows, nothing or not), and what it or beta leaves for
+// finish.
 enum Begin : int64_t { kNothing, kSums, kGuess };
 enum Rest : int64_t { kDone, kRepair, kUpdate };
 
