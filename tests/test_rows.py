@@ -583,7 +583,7 @@ def test_a_row_does_not_depend_on_the_others(cls, backend):
 @every_backend
 @pytest.mark.parametrize("is_known", [False, True])
 def test_betas_that_do_not_lie_one_behind_the_other_are_refused(cls, backend, is_known):
-    """Also where the backend knows the tensors but for these: kernels find them by their address."""
+    """Also where the backend knows the tensors but for these, by whose addresses kernels write."""
     optimizer = make(cls, [Group([(5, 16), (7,)])], backend)
     set_gradients(optimizer, step=0)
     optimizer.step()
