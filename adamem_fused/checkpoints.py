@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adamem_fused import flattened, sharding
+from adamem_fused.backends.batch import bookkeeping_dtype
 from adamem_fused.options import ROUNDING
 from adamem_fused.state import beta_shape, full, initial_state, memory_dtype, scalar_dtype
 
@@ -228,7 +229,8 @@ def _place(
         value = sharding.whole(value)
         if value.numel() == 0:
             return full(param, shape, optimizer.scalars[name]).to(dtype)
-        return value.reshape(()) if value.numel() == 1 else value.double().mean().to(dtype)
+        wide = bookkeeping_dtype(value.device)
+        return value.reshape(()) if value.numel() == 1 else value.to(wide).mean().to(dtype)
     if value.shape != shape:
         return full(param, shape, sharding.whole(value).reshape(())).to(dtype)
     return full(param, shape, 0.0).to(dtype).copy_(sharding.of_all_rows(param, value))

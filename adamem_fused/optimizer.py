@@ -222,8 +222,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
     beta share their sums; finish.
     """
 
-    # Names of the state: tensors like the parameter; 0-dim tensors with their first value, and
-    # those among them of which each row has one with beta_scope="row".
+    # Names of the state: tensors like the parameter; scalars with their first value, and those of
+    # them of which each row has one with beta_scope="row".
     memories: ClassVar[tuple[str, ...]]
     scalars: ClassVar[dict[str, float]]
     row_scalars: ClassVar[tuple[str, ...]]

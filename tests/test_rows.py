@@ -535,8 +535,12 @@ def test_any_number_of_threads_gives_the_same_bits(cls, backend, plane, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_seam_and_the_single_call_give_the_same_bits(cls, backend, dtype):
     through_seam, at_once = (
-        make(cls, [*groups(cls, dtype), Group([(2, 40_000)], dtype)], backend) for _ in "ab"
+        make(cls, [*groups(cls, dtype), Group([(2, 40_000), (2, 40_000)], dtype)], backend)
+        for _ in "ab"
     )
+    for optimizer in (through_seam, at_once):
+        strided = parameters(optimizer)[-1]
+        strided.data = strided.data.t().contiguous().t()
     begin, finish = halves(at_once)
     for step in range(4):
         for optimizer in (through_seam, at_once):
@@ -600,6 +604,55 @@ def test_betas_that_do_not_lie_one_behind_the_other_are_refused(cls, backend, is
             assert torch.equal(param, values.pop("param"))
             assert all(torch.equal(optimizer.state[param][k], v) for k, v in values.items())
     assert (wide == 0.25).all()
+
+
+@both
+@every_backend
+def test_rows_of_the_seam_may_lie_in_any_way(cls, backend):
+    expected, ours = (make(cls, [Group([(5, 40), (9,)])], backend) for _ in "ab")
+    begin, finish = halves(ours)
+    for step in range(3):
+        set_gradients(expected, ours, step=step)
+        expected.step()
+        with torch.no_grad():
+            (work,) = ours._collect()
+            rows = begin(work.batch, None, None)
+            finish(work.batch, rows.t().contiguous().t(), None, None)
+        assert_same_bits(ours, expected)
+
+
+@both
+@every_backend
+def test_shared_betas_of_rows_are_refused(cls, backend):
+    """An optimizer makes no such batch; nobody's memory is to be written to where one does."""
+    optimizer = make(cls, [Group([(5, 40)])], backend)
+    set_gradients(optimizer, step=0)
+    optimizer.step()
+    (work,) = optimizer._collect()
+    work.batch.shared[:] = [True]
+    work.batch.cache = {}
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"0-dim|shape \[5\]"), torch.no_grad():
+        halves(optimizer)[1](work.batch, None, None, None)
+    assert torch.equal(parameters(optimizer)[0], before[0]["param"])
+
+
+@every_backend
+@planes
+def test_a_memory_that_is_dropped_without_lambda_leaves_nothing(backend, plane):
+    """What is left of it by rounding would decide the next beta, with weight decay."""
+    options = {"memory_lambda": 0.0, "weight_decay": 0.1, "memory_plane": plane}
+    optimizers = [
+        make(AMAdamW, [Group([(20, 64)])], name, **options) for name in ("reference", backend)
+    ]
+    for step in range(8):
+        set_gradients(*optimizers, step=step)
+        for optimizer in optimizers:
+            if step > 4:
+                parameters(optimizer)[0].grad = torch.zeros(20, 64)
+            optimizer.step()
+        expected, ours = map(betas_of, optimizers)
+        assert (ours - expected).abs().max() <= 1e-5
 
 
 @both

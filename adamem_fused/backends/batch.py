@@ -205,6 +205,9 @@ def check(batch: Batch) -> None:
         for i, tensor in enumerate(tensors):
             _check_in_place(tensor, f"{name} {i}")
     one = torch.Size([])
+    shared = [
+        own for own, size in zip(batch.shared, batch.group_sizes, strict=True) for _ in range(size)
+    ]
     for scalars in batch.scalars:
         for i, (scalar, param) in enumerate(zip(scalars, batch.params, strict=True)):
             _check_scalar(scalar, one, param.device, i)
@@ -212,7 +215,7 @@ def check(batch: Batch) -> None:
         for i, (scalar, param, beta) in enumerate(
             zip(scalars, batch.params, batch.betas, strict=True)
         ):
-            by_row = isinstance(beta, Tensor) and beta.dim() > 0
+            by_row = isinstance(beta, Tensor) and beta.dim() > 0 and not shared[i]
             _check_scalar(scalar, param.shape[:1] if by_row else one, param.device, i)
 
 

@@ -502,9 +502,13 @@ class _AdamW(NamedTuple):
         return torch.where(self.is_first, self.h.beta_max, _clip_beta(rows, self.h.beta_max))
 
     def update(self, piece: _Piece, terms: list[Tensor], rows: Tensor) -> None:
-        x, _, d, v, P, _, eM = terms
+        x, _, d, v, P, e, eM = terms
         # d = ((1 - beta) g + (beta + lambda P) d) / (1 + lambda P) = d - (1 - beta) e M P
-        d.addcmul_(_scale(eM, 1 - self.beta(rows), piece), P, value=-1)
+        take = 1 - self.beta(rows)
+        if self.h.memory_lambda == 0:  # M P is 1 without a rounding: a memory that is dropped is 0
+            d.sub_(_scale(e, take, piece))
+        else:
+            d.addcmul_(_scale(eM, take, piece), P, value=-1)
         # x = (1 - eta mu) x - eta d / P
         if self.h.weight_decay != 0:
             x.mul_(1 - self.h.weight_decay * _lr(self.h, x))

@@ -447,6 +447,8 @@ template <class Job>
 void set_rows(Job& job, const Tensor& beta) {
   job.numel = job.views.numel;
   if (beta.dim() == 0) return;
+  TORCH_CHECK_VALUE(!job.shared, "beta of tensor ", job.tensor, " has shape ", beta.sizes(),
+                    "; where it is shared by all tensors it has to be a 0-dim tensor");
   job.rows = beta.size(0);
   job.row_numel = job.numel / std::max<int64_t>(1, job.rows);
 }
@@ -455,7 +457,8 @@ void set_rows(Job& job, const Tensor& beta) {
 template <class Job, class F>
 void for_each_line(std::vector<Job>& jobs, const Tensor& rows, F f) {
   static_assert(sizeof(Sums) == 2 * sizeof(double));
-  auto* line = reinterpret_cast<Sums*>(rows.mutable_data_ptr<double>());
+  // Those of the second half are only read.
+  auto* line = reinterpret_cast<Sums*>(const_cast<void*>(rows.const_data_ptr()));
   for (Job& job : jobs) {
     f(job, line);
     line += job.rows == kNoRows ? 1 : job.rows;
@@ -510,7 +513,8 @@ void finish(std::vector<Job>& jobs, const OptionalTensor& rows) {
                         rows->size(0) == n && rows->size(1) == 2,
                     "rows has to be a float64 CPU tensor of shape [", n, ", 2], not ",
                     rows->scalar_type(), " ", rows->sizes());
-  for_each_line(jobs, rows->contiguous(), [](Job& job, Sums* line) {
+  const Tensor lines = rows->contiguous();  // the jobs point into it
+  for_each_line(jobs, lines, [](Job& job, Sums* line) {
     job.row_sums = line;
     if (job.rows == kNoRows) job.sums = *line;
   });
@@ -564,9 +568,9 @@ std::vector<AdamWJob> adamw_jobs(const AdamWTensors& t, const Options& options) 
     job.views.open(param, t.grads[i], {&t.exp_avgs[i], &t.exp_avg_sqs[i]},
                    {"exp_avg", "exp_avg_sq"}, by_row, i);
     job.tensor = i;
-    set_rows(job, t.betas[i]);
     const double* row = &options.hypers[group_of[i] * kAdamWColumns];
     job.shared = row[kAdamWColumns - 1] != 0.0;
+    set_rows(job, t.betas[i]);
     job.steps = open_scalar(t.steps[i], "step", i);
     job.prev_lrs = open_scalar(t.prev_lrs[i], "prev_lr", i);
     job.step = job.steps.read();
@@ -635,9 +639,9 @@ std::vector<SGDJob> sgd_jobs(const SGDTensors& t, const Options& options) {
     job.views.open(t.params[i], t.grads[i], {&t.momentum_buffers[i]}, {"momentum_buffer"}, by_row,
                    i);
     job.tensor = i;
-    set_rows(job, t.betas[i]);
     const double* row = &options.hypers[group_of[i] * kSGDColumns];
     job.shared = row[kSGDColumns - 1] != 0.0;
+    set_rows(job, t.betas[i]);
     job.steps = open_scalar(t.steps[i], "step", i);
     job.prev_lrs = open_scalar(t.prev_lrs[i], "prev_lr", i);
     job.step = job.steps.read();
