@@ -192,19 +192,30 @@ struct AdamW {
     });
   }
 
+  // Asks for a pack of the row, or of what lies behind it, ahead of its use. Either walk over a row
+  // does so for half as many elements as it takes, so that memory is as busy in one as in the
+  // other, and has then asked for half a row and kRowsAhead elements more than the row.
+  static void prefetch_row(const Place& row, int64_t i, int64_t offset) {
+    constexpr int64_t kRowsAhead = 512;
+    if (i / Pack<T>::kLanes % 2 != 0) return;
+    const Place p = row.at(row, offset + i / 2 + kRowsAhead);
+    __builtin_prefetch(p.g, 0, 2);
+    __builtin_prefetch(p.d, 0, 2);
+    __builtin_prefetch(p.v, 0, 2);
+    __builtin_prefetch(p.x, 0, 2);
+  }
+
   // The sums of a row. d becomes the slope, and scratch P and the weighted difference.
   template <bool Scaled, bool Decay>
   static Sums begin_row(const AdamWChunk& row, const Coefficients& c, T* scratch) {
     LaneSums<T> sums;
     Accumulator<T> accumulator;
+    const Place first = place(row);
     walk(
-        place(row), row.numel, kBlock,
-        [&](const auto& p) AM_INLINE_LAMBDA {
-          prefetch(p.g, p.v);
-          return new_root<Scaled, true>(p, c);
-        },
+        first, row.numel, kBlock,
+        [&](const auto& p) AM_INLINE_LAMBDA { return new_root<Scaled, true>(p, c); },
         [&](const auto& p, Pack<T> root, int64_t i) AM_INLINE_LAMBDA {
-          prefetch(p.d, p.x);
+          prefetch_row(first, i, row.numel / 2);
           const Pack<T> g = gradient<Scaled>(load(p.g), c);
           const Pack<T> x = Decay ? load(p.x) : Pack<T>(T(0));
           const auto terms = adamw_terms(g, load(p.d), root, c);
@@ -217,8 +228,7 @@ struct AdamW {
     return accumulator.total();
   }
 
-  // Backwards, as the end of the row is what the first cache still holds. And the first half of the
-  // next row is asked for, so that memory is not idle meanwhile.
+  // Backwards, as the end of the row is what the first cache still holds.
   static void finish_row(const AdamWChunk& row, const Coefficients& c, const T* scratch, T take) {
     constexpr int kLanes = Pack<T>::kLanes;
     const Place first = place(row);
@@ -234,14 +244,7 @@ struct AdamW {
       move(LastPlace<S, T, true>::of(first.at(first, whole), rest), whole);
     for (int64_t i = whole - kLanes; i >= 0; i -= kLanes) {
       move(first.at(first, i), i);
-      const int64_t ahead = row.numel + (whole - i) / 2;
-      if (i / kLanes % 2 == 0) {
-        const Place next = first.at(first, ahead);
-        __builtin_prefetch(next.g, 0, 2);
-        __builtin_prefetch(next.d, 0, 2);
-        __builtin_prefetch(next.v, 0, 2);
-        __builtin_prefetch(next.x, 0, 2);
-      }
+      prefetch_row(first, whole - kLanes - i, row.numel);
     }
   }
 
