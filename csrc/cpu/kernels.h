@@ -58,7 +58,7 @@ struct AdamWRows {
   Column beta_prods, betas;
   int64_t index;  // of the first row, in these
   double beta_max, step;
-  void* scratch;  // kRowScratch elements for each of a row, and room for a pack
+  void* scratch;  // for two rows, kRowScratch numbers for each element, and room for a pack
 };
 
 // What a row's update takes that its sums have worked out is kept: two numbers an element.

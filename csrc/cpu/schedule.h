@@ -211,13 +211,15 @@ class Schedule {
     }
     if (items.empty()) return;
     split(costs(items), [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        Item& item = items[i];
+      for (int64_t i = first; i < last;) {
+        Item& item = items[i++];
         if (item.job->rows == kNoRows) {
           step_one(*item.job);
-        } else {
-          item.counts = item.job->step_rows(item.begin, item.numel);
+          continue;
         }
+        int64_t rows = item.numel;  // of this run, and of those behind it
+        for (; i < last && items[i].job == item.job; ++i) rows += items[i].numel;
+        item.counts = item.job->step_rows(item.begin, rows);
       }
     });
     take_counts(items);

@@ -337,7 +337,7 @@ struct AdamWJob : JobBase<2> {
     if (step == 0.0 && lr == 0.0) return step_each(*this, first, n);
     // Kept from step to step: memory that is new each time costs as much as the step.
     static thread_local std::vector<double> scratch;
-    const size_t most = kRowScratch * (row_numel + 16);
+    const size_t most = 2 * kRowScratch * (row_numel + 16);
     if (scratch.size() < most) scratch.resize(most);
     kernels().adamw_rows[views.dtype]({chunk(first * row_numel, row_numel), n, beta_prods, betas,
                                        first, beta_max, step, scratch.data()},
