@@ -101,7 +101,8 @@ def assert_as_in_one_process(model: Module, cls, scope) -> None:
     assert any(0 < beta < 0.88 for beta in betas), f"beta says nothing here: {betas}"
     pairs = zip(whole(model), expected.parameters(), strict=True)
     errors = [relative_error(ours, theirs.detach()) for ours, theirs in pairs]
-    assert max(errors) <= 1e-5, f"{cls.__name__} {scope}: {errors}"
+    # The gradients' sums are in another order. Betas of flat pieces are 0.01 and more off.
+    assert max(errors) <= 5e-5, f"{cls.__name__} {scope}: {errors}"
 
 
 # ---- DeepSpeed --------------------------------------------------------------------
