@@ -56,8 +56,8 @@ struct Accumulator {
 // faster, and costs 10 % in them, where there is time to spare (Zen 4, AVX-512; half as far gives
 // half). The second half, which divides less, gains nothing by it.
 constexpr int64_t kPrefetchBytes = 2048;
-// Beside the sums of a row the one before it is updated, and half as far is better: 5 % of a step
-// of rows of 768 to 16,384 elements (Zen 5, AVX-512).
+// Beside the sums of a row the one before it is updated, and half as far is better: 2 to 4 % of a
+// step of rows of 768 to 16,384 elements (Zen 5, AVX-512).
 constexpr int64_t kRowPrefetchBytes = 1024;
 
 // Where a pack of a chunk lies. S: stored type of parameter and gradient; T: type of the memory
