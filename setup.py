@@ -39,7 +39,14 @@ CXX_FLAGS = [
 # The kernels are C++17; torch's headers are C++20 from 2.14 on.
 KERNEL_STANDARD, TORCH_STANDARD = "-std=c++17", "-std=c++20"
 
-TORCH_SOURCES = ["csrc/ops.cpp", "csrc/python.cpp", "csrc/cpu/ops_cpu.cpp", "csrc/cpu/step.cpp"]
+TORCH_SOURCES = [
+    "csrc/ops.cpp",
+    "csrc/python.cpp",
+    "csrc/cpu/kernels.cpp",
+    "csrc/cpu/norms.cpp",
+    "csrc/cpu/ops_cpu.cpp",
+    "csrc/cpu/step.cpp",
+]
 
 # The kernels, once for each instruction set that torch tells apart.
 KERNEL_SOURCES = {"csrc/cpu/kernels_default.cpp": []}

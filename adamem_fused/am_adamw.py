@@ -93,6 +93,8 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         fused: bool | None = None,
         capturable: bool = False,
         backend: str | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -110,7 +112,7 @@ class AMAdamW(AdaptiveMemoryOptimizer):
             "backend": backend,
         }
         self._check_group(defaults)
-        super().__init__(params, plain(defaults))
+        super().__init__(params, plain(defaults), max_grad_norm, skip_nonfinite)
 
     def _check_group(self, group: dict[str, Any], slack: float = 0.0) -> None:
         check_betas(group["betas"], slack)

@@ -82,6 +82,8 @@ class AMSGD(AdaptiveMemoryOptimizer):
         fused: bool | None = None,
         capturable: bool = False,
         backend: str | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -98,7 +100,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
             "backend": backend,
         }
         self._check_group(defaults)
-        super().__init__(params, plain(defaults))
+        super().__init__(params, plain(defaults), max_grad_norm, skip_nonfinite)
 
     def _check_group(self, group: dict[str, Any], slack: float = 0.0) -> None:
         check_number("beta_max value", group["beta_max"], 1.0, slack)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adamem_fused import backends, checkpoints, flattened, sharding
+from adamem_fused import backends, checkpoints, clipping, flattened, sharding
 from adamem_fused.backends import Backend, ops
 from adamem_fused.backends.batch import (
     FLOATING,
@@ -214,6 +214,17 @@ def agree_on_first_steps(works: list[Work]) -> None:
                 sharding.take_largest([work.batch.steps[i] for i in firsts], group)
 
 
+@dataclass
+class Kept:
+    """What is kept from step to step of the same parameters."""
+
+    # A backend's own, by its name, the device, and `Work.crosses`.
+    caches: dict[tuple[str, torch.device, bool], dict[str, Any]] = field(default_factory=dict)
+    # The specs of the last step's DTensors and of which of them the sums cross ranks, as the
+    # extension's `gather` takes it.
+    crossing: tuple[list[Any], bytes] = ([], b"")
+
+
 class AdaptiveMemoryOptimizer(Optimizer):
     """Base of AMAdamW and AMSGD. Holds no arithmetic.
 
@@ -232,11 +243,13 @@ class AdaptiveMemoryOptimizer(Optimizer):
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
-    # What a backend keeps from step to step, by its name, the device, and `Work.crosses`.
-    _caches: dict[tuple[str, torch.device, bool], dict[str, Any]]
-    # The specs of the last step's DTensors and of which of them the sums cross ranks, as the
-    # extension's `gather` takes it.
-    _crossing: tuple[list[Any], bytes]
+    # The norm to which all gradients together are clipped, and whether a step whose norm is not
+    # finite is left out. May be set between steps.
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+
+    _kept: Kept
+    _readings: clipping.Readings | None
     # In a step: parameters whose state it has made or completed, and what they had before.
     _new_state: list[tuple[Tensor, dict[str, Any] | None]]
 
@@ -244,7 +257,15 @@ class AdaptiveMemoryOptimizer(Optimizer):
     _given: flattened.Given
     _maker: str | None = None
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        max_grad_norm: float | None,
+        skip_nonfinite: bool,
+    ) -> None:
+        clipping.check_options(max_grad_norm, skip_nonfinite)
+        self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
         self._forget()
         self._given = flattened.shapes([])
         self._maker = flattened.find_maker()
@@ -252,8 +273,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """Drops what is kept from step to step; the next step makes it anew."""
-        self._caches = {}
-        self._crossing = [], b""
+        self._kept = Kept()
+        self._readings = None
         self._new_state = []
 
     # ---- what a subclass gives ----------------------------------------------------
@@ -382,16 +403,25 @@ class AdaptiveMemoryOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        current_loss = self._current_loss(loss)
+        self._step_groups(self.param_groups, self._kept, self._current_loss(loss), self._scaling)
+        return loss
+
+    def _step_groups(
+        self,
+        groups: list[dict[str, Any]],
+        kept: Kept,
+        loss: Tensor | None,
+        find_scaling: Callable[[list[Work]], clipping.Scaling],
+    ) -> None:
+        """A step of these groups, which may hold a part of the optimizer's parameters."""
         try:
-            self._run(self._collect(), current_loss)
+            self._run(self._collect(groups, kept), loss, find_scaling)
         except Exception:
             self._drop_new_state()
             raise
         finally:
             # In place: in torch 2.11 a compiled step may set no attribute of its optimizer.
             self._new_state.clear()
-        return loss
 
     def _drop_new_state(self) -> None:
         """Removes what a step that raised has made."""
@@ -437,6 +467,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
             flattened.check_new(group, without, self.param_groups, self._given)
             for i in new:
                 states[i] = self._init_state(new_params[i], group)
+        if self._takes_norm and new_params:
+            self._make_readings(clipping.home_device([param.device for param in new_params]))
         params.extend(new_params)
         grads.extend(new_grads)
         for name, values in zip((*self.memories, *self.scalars), lists, strict=True):
@@ -466,15 +498,19 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self.state[param] = state
         return state
 
-    def _collect(self) -> list[Work]:
-        """This step's tensors, a batch for each backend and device."""
-        for group in self.param_groups:
+    def _collect(
+        self, groups: list[dict[str, Any]] | None = None, kept: Kept | None = None
+    ) -> list[Work]:
+        """The tensors of a step of these groups, all if none are given: a batch for each backend
+        and device."""
+        groups, kept = groups or self.param_groups, kept or self._kept
+        for group in groups:
             self._check_group(group, ROUNDING)
             if self._maker is not None:
                 flattened.check_scope(self._maker, group)
-        return self._collect_ordinary() or self._collect_any()
+        return self._collect_ordinary(groups, kept) or self._collect_any(groups, kept)
 
-    def _collect_ordinary(self) -> list[Work]:
+    def _collect_ordinary(self, groups: list[dict[str, Any]], kept: Kept) -> list[Work]:
         """All in C++: with thousands of tensors it takes Python longer than the update.
 
         Nothing where the extension is not there, or where a closer look is needed: at tensors
@@ -485,37 +521,37 @@ class AdaptiveMemoryOptimizer(Optimizer):
             return []
         names = (*self.memories, *self.scalars)
         tensors = (
-            [group["params"] for group in self.param_groups],
+            [group["params"] for group in groups],
             self.state,
             names,
             [name in self.row_scalars for name in names],
-            [group["beta_scope"] == "row" for group in self.param_groups],
+            [group["beta_scope"] == "row" for group in groups],
             sharding.dtensor_class(),
         )
-        gathered = ops.extension.gather(*tensors, *self._crossing)
+        gathered = ops.extension.gather(*tensors, *kept.crossing)
         if isinstance(gathered, list):  # DTensors that the last step did not have
-            self._crossing = gathered, crossing(gathered)
-            gathered = ops.extension.gather(*tensors, *self._crossing)
+            kept.crossing = gathered, crossing(gathered)
+            gathered = ops.extension.gather(*tensors, *kept.crossing)
         works = []
         for crosses, part in enumerate(gathered or ()):
             if part is None:
                 continue
             sizes, lists, params, dtensors = part
             device = lists[0][0].device
-            groups = [g for g, size in zip(self.param_groups, sizes, strict=True) if size > 0]
-            first, *others = [backends.choose(group, device) for group in groups]
+            present = [g for g, size in zip(groups, sizes, strict=True) if size > 0]
+            first, *others = [backends.choose(group, device) for group in present]
             if any(other is not first for other in others):
                 return []
-            work = self._new_work(first, device, self._new_batch(*lists), bool(crosses))
-            for group, size in zip(groups, filter(None, sizes), strict=True):
+            work = self._new_work(kept, first, device, self._new_batch(*lists), bool(crosses))
+            for group, size in zip(present, filter(None, sizes), strict=True):
                 self._add_group(work, group, size)
             work.params, work.dtensors, work.ordinary = params, dtensors, True
             works.append(work)
         return works
 
-    def _collect_any(self) -> list[Work]:
+    def _collect_any(self, groups: list[dict[str, Any]], kept: Kept) -> list[Work]:
         works: dict[tuple[str, torch.device, bool], Work] = {}
-        for group in self.param_groups:
+        for group in groups:
             lists: tuple[list[Tensor], ...] = tuple(
                 [] for _ in range(2 + len(self.memories) + len(self.scalars))
             )
@@ -533,7 +569,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 backend = backends.choose(group, device)
                 work = works.get((backend.name, device, crosses))
                 if work is None:
-                    work = self._new_work(backend, device, self._new_batch(), crosses)
+                    work = self._new_work(kept, backend, device, self._new_batch(), crosses)
                     works[backend.name, device, crosses] = work
                 if sharded:
                     work.dtensors += sharding.dtensors(ts[i] for ts in written for i in places)
@@ -556,10 +592,11 @@ class AdaptiveMemoryOptimizer(Optimizer):
             lists = (*([as_real(t) for t in ts] for ts in lists[:tensors]), *lists[tensors:])
         return lists
 
+    @staticmethod
     def _new_work(
-        self, backend: Backend, device: torch.device, batch: Batch, crosses: bool = False
+        kept: Kept, backend: Backend, device: torch.device, batch: Batch, crosses: bool
     ) -> Work:
-        batch.cache = self._caches.setdefault((backend.name, device, crosses), {})
+        batch.cache = kept.caches.setdefault((backend.name, device, crosses), {})
         return Work(backend, batch, crosses=crosses)
 
     def _add_group(self, work: Work, group: dict[str, Any], size: int) -> None:
@@ -567,16 +604,34 @@ class AdaptiveMemoryOptimizer(Optimizer):
         work.batch.group_sizes.append(size)
         work.batch.shared.append(group["beta_scope"] == "global")
 
-    def _run(self, works: list[Work], loss: Tensor | None) -> None:
+    def _scaling(self, works: list[Work]) -> clipping.Scaling:
+        """GradScaler's, with the clipping and skipping that these gradients ask for."""
+        clipping.check_options(self.max_grad_norm, self.skip_nonfinite)
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        scaled = grad_scale is not None or found_inf is not None
-        if scaled and not all(work.backend.fused for work in works):
-            raise RuntimeError("grad_scale and found_inf need a fused backend for every parameter")
+        if not self._takes_norm:
+            return clipping.Scaling(grad_scale, found_inf)
+        squares = clipping.SquaredNorm()
+        for work in works:
+            squares.add(work)
+        norm = squares.total().sqrt()
+        return clipping.scaling(
+            norm, self.max_grad_norm, self.skip_nonfinite, grad_scale, found_inf
+        )
 
+    def _run(
+        self,
+        works: list[Work],
+        loss: Tensor | None,
+        find_scaling: Callable[[list[Work]], clipping.Scaling],
+    ) -> None:
+        if not works:
+            return
         if len(works) > 1:
             for work in works:  # whatever raises does so before any batch has changed
                 work.check()
+        scaling = find_scaling(works)
+        grad_scale, found_inf, _ = scaling
         # Where no segment's beta waits for what is elsewhere, a backend does both halves at once.
         waiting = self._waiting(works)
         rows = [
@@ -597,8 +652,50 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 else:
                     ops.extension.bump_versions(work.dtensors)
         agree_on_first_steps(works)
-        if loss is not None and works:
+        if loss is not None:
             self._keep_loss(loss, found_inf)
+        self._write_readings(scaling)
+
+    # ---- what a step leaves to be looked at -----------------------------------------
+
+    def _write_readings(self, scaling: clipping.Scaling) -> None:
+        written = scaling.found_inf if scaling.grad_norm is None else scaling.grad_norm
+        if written is None:
+            return
+        self._make_readings(written.device).write(scaling)
+
+    def _make_readings(self, device: torch.device) -> clipping.Readings:
+        """Those that are there, unless they are on the CPU and something else is not."""
+        known = self._readings
+        if known is None or (known.device.type == "cpu" and device.type != "cpu"):
+            self._readings = known = clipping.Readings(device)
+        return known
+
+    @property
+    def _takes_norm(self) -> bool:
+        return self.max_grad_norm is not None or self.skip_nonfinite
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the last step's gradients before clipping, unscaled: a new 0-dim tensor.
+
+        On the gradients' device; float64 where that has it. None where no step has taken it, as
+        only those do that clip or look for what is not finite.
+        """
+        if self._readings is None or not self._takes_norm:
+            return None
+        return self._readings.grad_norm.clone()
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps skip_nonfinite, or GradScaler on the device, has left out: int64, 0-dim.
+
+        A new tensor, on the gradients' device. It starts from 0 where an optimizer is made or its
+        state is loaded.
+        """
+        if self._readings is None:
+            return torch.zeros((), dtype=torch.int64, device=self._model_param.device)
+        return self._readings.skipped_steps.clone()
 
     @staticmethod
     def _waiting(works: list[Work]) -> list[Work]:
@@ -714,6 +811,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"max_grad_norm": self.max_grad_norm, "skip_nonfinite": self.skip_nonfinite}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -169,14 +169,18 @@ class Parts(NamedTuple):
     lines: list[tuple[ProcessGroup, slice | Tensor]]
     # Tensors of which each of its ranks has other rows with betas of their own.
     tensors: list[tuple[ProcessGroup, list[int]]]
+    # Tensors by all the groups over whose ranks they are sharded: none, for a whole one.
+    shards: list[tuple[tuple[ProcessGroup, ...], slice | Tensor]]
 
 
 def parts(specs: list[DTensorSpec | None], betas: list[Tensor]) -> Parts:
     ranges: dict[ProcessGroup, list[range]] = {}
     tensors: dict[ProcessGroup, list[int]] = {}
+    shards: dict[tuple[ProcessGroup, ...], list[range]] = {}
     stop = 0
     for i, (spec, beta) in enumerate(zip(specs, betas, strict=True)):
         start, stop = stop, stop + beta.numel()
+        shards.setdefault(_groups(spec), []).append(range(i, i + 1))
         if spec is None:
             continue
         for dim in _mesh_dims(spec, of_rows=False):
@@ -188,7 +192,19 @@ def parts(specs: list[DTensorSpec | None], betas: list[Tensor]) -> Parts:
             else:
                 tensors.setdefault(group, []).append(i)
     device = betas[0].device
-    return Parts([(g, _index(r, device)) for g, r in ranges.items()], list(tensors.items()))
+    return Parts(
+        [(g, _index(r, device)) for g, r in ranges.items()],
+        list(tensors.items()),
+        [(groups, _index(r, device)) for groups, r in shards.items()],
+    )
+
+
+def _groups(spec: DTensorSpec | None) -> tuple[ProcessGroup, ...]:
+    """Those over whose ranks a tensor is sharded."""
+    if spec is None:
+        return ()
+    dims = {*_mesh_dims(spec, of_rows=False), *_mesh_dims(spec, of_rows=True)}
+    return tuple(spec.mesh.get_group(dim) for dim in sorted(dims))
 
 
 def _index(ranges: list[range], device: torch.device) -> slice | Tensor:

@@ -14,6 +14,8 @@
 // is there. finish: the rest of the step, from these rows, which may have been summed over tensors
 // or over ranks. Where nothing is to happen in between, finish without rows does all of the step;
 // tensors of groups that are `shared` then take the sums over all such tensors.
+//
+// squared_norms: the sum of each tensor's squares, [tensors] float64.
 #include <torch/library.h>
 
 #define AM_OPTIONS \
@@ -35,4 +37,5 @@ TORCH_LIBRARY(adamem_fused, m) {
       "sgd_finish_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
       "Tensor(c!)[] steps, Tensor(d!)[] prev_lrs, Tensor(e!)[] betas, " AM_OPTIONS
       ", Tensor? rows) -> ()");
+  m.def("squared_norms(Tensor[] grads) -> Tensor");
 }

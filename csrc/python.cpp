@@ -15,6 +15,7 @@
 #include <string_view>
 #include <vector>
 
+#include "cpu/norms.h"
 #include "cpu/step.h"
 #include "tensor_refs.h"
 
@@ -536,6 +537,13 @@ py::object sgd_finish_(const py::list& params, const py::list& grads,
   return py::none();
 }
 
+py::object squared_norms(const py::list& grads) {
+  bool plain = !any_modes();
+  const TensorRefs refs = refs_of(grads, plain);
+  if (!plain) return not_implemented();
+  return py::cast(run("adamem_fused::squared_norms", [&] { return cpu::squared_norms(refs); }));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -549,6 +557,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("adamw_finish_", torch::wrap_pybind_function(adamw_finish_));
   m.def("sgd_begin", torch::wrap_pybind_function(sgd_begin));
   m.def("sgd_finish_", torch::wrap_pybind_function(sgd_finish_));
+  m.def("squared_norms", torch::wrap_pybind_function(squared_norms));
 }
 
 }  // namespace am

@@ -203,14 +203,21 @@ def test_found_inf_and_grad_scale_set_by_hand(cls, beta_scope, backend, steps, s
 
 @both
 @pytest.mark.parametrize("backend", UNFUSED)
-@pytest.mark.parametrize("name", ["found_inf", "grad_scale"])
-def test_unfused_backends_refuse_what_only_fused_ones_read(cls, backend, name):
-    optimizer = cls(make_model().parameters(), backend=backend)
-    gradients(optimizer)
-    setattr(optimizer, name, torch.ones(()))
-    before = snapshot(optimizer)
-    with pytest.raises(RuntimeError, match="found_inf need a fused backend"):
+def test_unfused_backends_take_scale_and_skip_where_they_are_given_them(cls, backend):
+    optimizer, twin = (cls(make_model().parameters(), backend=backend) for _ in range(2))
+    for _ in range(3):
+        gradients(optimizer)
+        gradients(twin)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.zeros(1)
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad.mul_(8.0)
         optimizer.step()
+        twin.step()
+        assert snapshot(optimizer) == snapshot(twin)
+    before = snapshot(optimizer)
+    optimizer.found_inf = torch.ones(1)
+    optimizer.step()
     assert snapshot(optimizer) == before
 
 

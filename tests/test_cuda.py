@@ -123,7 +123,7 @@ def step_both_ways(cls, groups, scope="tensor", **options) -> list[float]:
         step_through_the_seam(halves)
         assert_same_bits(whole, halves)
         for optimizer in (whole, halves):
-            (cache,) = optimizer._caches.values()
+            (cache,) = optimizer._kept.caches.values()
             assert not cache["tables"].layout.arrived.any()
         for param in parameters(whole):
             betas += whole.state[param]["beta"].reshape(-1).tolist() if param.numel() > 1 else []
@@ -303,7 +303,7 @@ def short_rows(monkeypatch):
 
 def rows_in_use(optimizer) -> list[int]:
     """The buckets' longest rows; 0: ordinary units."""
-    (cache,) = optimizer._caches.values()
+    (cache,) = optimizer._kept.caches.values()
     return [bucket.row for bucket in cache["tables"].layout.buckets]
 
 

@@ -650,7 +650,7 @@ def test_a_step_with_a_seam_gives_the_bits_of_one_without(backend, cls, plane, m
             before = [value.clone() for value in state_of(optimizer)]
             optimizer.step()
             assert not skipped or all(map(torch.equal, state_of(optimizer), before))
-            (cache,) = optimizer._caches.values()
+            (cache,) = optimizer._kept.caches.values()
             layout = cache["tables"].layout
             assert not layout.arrived.any()
             # No step reads what another has left there.

@@ -161,7 +161,7 @@ def run(cls, name, **options) -> list[Tensor]:
         before = [value.clone() for value in state_of(optimizer)]
         optimizer.step()
         assert not skipped or all(map(torch.equal, state_of(optimizer), before))
-        (cache,) = optimizer._caches.values()
+        (cache,) = optimizer._kept.caches.values()
         layout = cache["tables"].layout
         assert not layout.arrived.any()
         # No step reads what another has left there.

@@ -44,9 +44,11 @@ def contents(works):
 
 
 def assert_collects_alike(optimizer):
-    ordinary = optimizer._collect_ordinary()
+    ordinary = optimizer._collect_ordinary(optimizer.param_groups, optimizer._kept)
     assert ordinary
-    assert contents(ordinary) == contents(optimizer._collect_any())
+    assert contents(ordinary) == contents(
+        optimizer._collect_any(optimizer.param_groups, optimizer._kept)
+    )
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -186,15 +188,15 @@ def irregular_steps():
 def test_the_walk_in_cpp_gives_way(cls, change):
     params = make_params()
     optimizer = stepped(cls, params)
-    assert optimizer._collect_ordinary()
+    assert optimizer._collect_ordinary(optimizer.param_groups, optimizer._kept)
     change(optimizer, params[-1])
-    assert optimizer._collect_ordinary() == []
+    assert optimizer._collect_ordinary(optimizer.param_groups, optimizer._kept) == []
 
 
 def test_complex_parameters_and_subclasses_take_the_other_walk():
     for params in (make_params(dtype=torch.complex64), [torch.ones(3).as_subclass(Subclass)]):
         optimizer = stepped(AMAdamW, [p.detach().requires_grad_() for p in params])
-        assert optimizer._collect_ordinary() == []
+        assert optimizer._collect_ordinary(optimizer.param_groups, optimizer._kept) == []
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)

@@ -992,7 +992,10 @@ def gathered_either_way(cls, scope):
 
     @torch.no_grad()
     def assert_alike():
-        in_cpp, in_python = optimizer._collect_ordinary(), optimizer._collect_any()
+        in_cpp, in_python = (
+            optimizer._collect_ordinary(optimizer.param_groups, optimizer._kept),
+            optimizer._collect_any(optimizer.param_groups, optimizer._kept),
+        )
         assert in_cpp and contents(in_cpp) == contents(in_python)
 
     skips = [(), (), (0,), (0, 3), (), (1, 2, 5, 6), (3, 4)]
@@ -1008,7 +1011,7 @@ def gathered_either_way(cls, scope):
     # A gradient that is laid out otherwise is none for C++, but the same step.
     take_step(optimizer, 8)
     params[0].grad = shard(mesh, [Replicate()], torch.ones(6, 16))
-    assert optimizer._collect_ordinary() == []
+    assert optimizer._collect_ordinary(optimizer.param_groups, optimizer._kept) == []
     optimizer.step()
 
 
@@ -1027,7 +1030,7 @@ def gathered_in_training(sizes):
         model(batch_of(step).float()).square().mean().backward()
         optimizer.step()
     with torch.no_grad():
-        matrices, vectors = optimizer._collect_ordinary()
+        matrices, vectors = optimizer._collect_ordinary(optimizer.param_groups, optimizer._kept)
     assert [len(matrices.params), len(vectors.params)] == [2, 2]
     assert not matrices.crosses and vectors.crosses
 

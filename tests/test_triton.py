@@ -301,7 +301,7 @@ def test_tables_of_a_captured_step_are_kept_and_a_new_layout_is_refused(launches
     monkeypatch.setattr(tables, "is_capturing", lambda device: True)
     launches.step(optimizer)
     captured = launches.addresses
-    (cache,) = optimizer._caches.values()
+    (cache,) = optimizer._kept.caches.values()
     kept = list(cache["captured"])
     (kept_tables,) = kept
     assert kept_tables.addresses is captured
@@ -337,7 +337,7 @@ def test_a_captured_upload_takes_the_block_that_was_put_aside(launches, monkeypa
     launches.step(optimizer)
     (block,) = blocks
     assert block is spare
-    (cache,) = optimizer._caches.values()
+    (cache,) = optimizer._kept.caches.values()
     assert layout.spare is None
     assert cache["captured"][0] is spare
 
@@ -372,7 +372,7 @@ def test_a_captured_finish_finds_what_its_begin_uploads(launches, monkeypatch):
 
 
 def layout_of(optimizer) -> tables.Layout:
-    (cache,) = optimizer._caches.values()
+    (cache,) = optimizer._kept.caches.values()
     return cache["tables"].layout
 
 

@@ -22,10 +22,13 @@ class Backend(Protocol):
     beta from the rows and completes the update of parameters and state in place. Without rows it
     does all of the step. `*_begin` is followed by `*_finish` of the same batch, and what can be
     refused is refused before anything is changed: by `check`, and by whichever comes first.
+
+    Gradients are divided by grad_scale, and nothing is changed where found_inf is not 0. Both are
+    tensors of one element on the batch's device, or None.
     """
 
     name: str
-    # Whether grad_scale and found_inf may be given, and are read on the device.
+    # Whether `fused=True` asks for it.
     fused: bool
     # Whether *_finish without rows takes the sums over all groups that are `shared` together.
     shares_sums: bool
@@ -35,6 +38,9 @@ class Backend(Protocol):
 
     def check(self, batch: Batch) -> None:
         """Raises what a step of the batch would raise."""
+
+    def squared_norms(self, batch: Batch) -> Tensor:
+        """The sum of each gradient's squares, [tensors]; float64 where the device has it."""
 
     def adamw_begin(
         self, batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None

@@ -66,6 +66,12 @@ def _arguments(
     )  # fmt: skip
 
 
+def squared_norms(batch: Batch) -> Tensor:
+    """The sum of each gradient's squares, [tensors] float64."""
+    squares: Tensor = ops.call("squared_norms", batch.grads)
+    return squares
+
+
 def adamw_begin(batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
     """num and den of every segment, [segments, 2] float64; updates where a guess is made."""
     rows: Tensor = ops.call("adamw_begin_", *_arguments(batch, grad_scale, found_inf))

@@ -28,7 +28,7 @@ from torch import Tensor
 # torch.compiler.disable, but without importing torch._dynamo, which takes seconds, at once.
 from torch._compile import _disable_dynamo
 
-from adamem_fused.backends import cpu, cuda_library, ops
+from adamem_fused.backends import cpu, cuda_library, foreach, ops
 from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check_rows
 from adamem_fused.backends.batch import check as check
 from adamem_fused.backends.tables import Bucket, Opened, Tables, open_tables
@@ -305,6 +305,11 @@ def _finish(
 # ---- the backend ----------------------------------------------------------------------
 # torch.compile and make_fx trace the operators of csrc/ops.cpp, as the cpu backend calls them.
 # Their kernels for CUDA tensors are in cuda_ops.py, and those for fake tensors in ops.py.
+
+
+def squared_norms(batch: Batch) -> Tensor:
+    """The sum of each gradient's squares, [tensors] float64."""
+    return foreach.squared_norms(batch)
 
 
 def adamw_begin(batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:

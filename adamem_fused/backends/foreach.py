@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from adamem_fused.backends.batch import (
+    GRADS,
     AdamWBatch,
     AdamWHyper,
     Batch,
@@ -46,6 +47,12 @@ def unavailable(device: torch.device) -> str | None:
 
 # AM-SGD's den at a first step with a gradient, by dtype: a number that adds nothing to any other.
 _FIRST_DEN = {torch.float64: 1e-300, torch.float32: 1e-37}
+
+
+def squared_norms(batch: Batch) -> Tensor:
+    """The sum of each gradient's squares, [tensors]; float64 where the device has it."""
+    norms = torch._foreach_norm(batch.grads, 2, dtype=bookkeeping_dtype(batch.grads[0].device))
+    return torch.stack(norms).square()
 
 
 # ---- what is worked on at once -------------------------------------------------------
@@ -362,13 +369,18 @@ def _columns(
 
 
 def _steps(
-    kind: Any, part: _Part, t: Tensor, prev_lr: Tensor, *beta_prod: Tensor
+    kind: Any,
+    part: _Part,
+    grad_scale: Tensor | None,
+    t: Tensor,
+    prev_lr: Tensor,
+    *beta_prod: Tensor,
 ) -> Iterator[_AdamW | _SGD]:
     """A step for each chunk, of the kind `_AdamW` or `_SGD`."""
     vectors = kind.columns(part.h, part.spread(t), part.spread(prev_lr), *beta_prod)
     counts = part.chunk_counts()
     for own in zip(*(vector.split_with_sizes(counts) for vector in vectors), strict=True):
-        yield kind(part.h, part.dtype, *own)
+        yield kind(part.h, part.dtype, grad_scale, *own)
 
 
 def _begin_chunk(step: _AdamW | _SGD, pieces: list[_Piece]) -> Tensor:
@@ -377,21 +389,43 @@ def _begin_chunk(step: _AdamW | _SGD, pieces: list[_Piece]) -> Tensor:
     return torch.stack(rows).sum(0)
 
 
-def _finish_piece(step: _AdamW | _SGD, piece: _Piece, rows: Tensor | None) -> Tensor:
+def _finish_piece(
+    step: _AdamW | _SGD, piece: _Piece, rows: Tensor | None, skipped: Tensor | None
+) -> Tensor:
     """Updates the piece with the rows, its own where none are given, and returns them."""
+    written = [tensor for k, ts in enumerate(piece.lists) if k != GRADS for tensor in ts]
+    before = [] if skipped is None else list(map(torch.clone, written))
     terms = step.terms(piece, in_place=True)
     rows = step.rows(piece, terms) if rows is None else rows
     step.update(piece, terms, rows)
+    if skipped is not None:
+        for tensor, old in zip(written, before, strict=True):
+            tensor.copy_(torch.where(skipped, old, tensor))
     return rows
 
 
-def _begin(batch: Batch, kind: Any) -> Tensor:
+def _is_skipped(found_inf: Tensor | None) -> Tensor | None:
+    return None if found_inf is None else found_inf.reshape(()) != 0
+
+
+def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a | b
+
+
+def _gradient(g: Tensor, h: AdamWHyper | SGDHyper, grad_scale: Tensor | None) -> Tensor:
+    if grad_scale is None:
+        return -g if h.maximize else g
+    factor = (-1.0 if h.maximize else 1.0) / grad_scale.to(bookkeeping_dtype(g.device))
+    return g * factor.to(g)
+
+
+def _begin(batch: Batch, kind: Any, grad_scale: Tensor | None) -> Tensor:
     check(batch)
     rows: dict[int, Tensor] = {}
     for part in _parts(batch):
         scalars = _columns(part, batch.scalars, torch.stack)
         *beta_prod, _ = _columns(part, batch.row_scalars, part.join)
-        steps = _steps(kind, part, *scalars, *beta_prod)
+        steps = _steps(kind, part, grad_scale, *scalars, *beta_prod)
         own = [
             _begin_chunk(step, _pieces(batch, chunk, part.by_row))
             for step, chunk in zip(steps, part.chunks, strict=True)
@@ -402,7 +436,13 @@ def _begin(batch: Batch, kind: Any) -> Tensor:
     return torch.cat([rows[i] for i in range(len(rows))])
 
 
-def _finish(batch: Batch, rows: Tensor | None, kind: Any) -> None:
+def _finish(
+    batch: Batch,
+    rows: Tensor | None,
+    kind: Any,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
     given = None
     if rows is None:
         check(batch)
@@ -412,28 +452,35 @@ def _finish(batch: Batch, rows: Tensor | None, kind: Any) -> None:
         own: Sequence[Tensor | None] = [None] * len(part.chunks)
         if given is not None:
             own = torch.cat(_pick(given, part.tensors)).split_with_sizes(part.chunk_counts())
-        _finish_part(batch, part, own, kind)
+        _finish_part(batch, part, own, kind, grad_scale, _is_skipped(found_inf))
 
 
-def _finish_part(batch: Batch, part: _Part, rows: Sequence[Tensor | None], kind: Any) -> None:
+def _finish_part(
+    batch: Batch,
+    part: _Part,
+    rows: Sequence[Tensor | None],
+    kind: Any,
+    grad_scale: Tensor | None,
+    skipped: Tensor | None,
+) -> None:
     t, prev_lr = _columns(part, batch.scalars, torch.stack)
     *beta_prod, last_beta = _columns(part, batch.row_scalars, part.join)
-    steps = _steps(kind, part, t, prev_lr, *beta_prod)
+    steps = _steps(kind, part, grad_scale, t, prev_lr, *beta_prod)
     betas, used = [], []
     for step, chunk, own in zip(steps, part.chunks, rows, strict=True):
         pieces = _pieces(batch, chunk, part.by_row)
         if own is None and len(pieces) > 1:
             own = _begin_chunk(step, pieces)
-        own, *_ = [_finish_piece(step, piece, own) for piece in pieces]
+        own, *_ = [_finish_piece(step, piece, own, skipped) for piece in pieces]
         betas.append(step.beta(own))
         used.append(own)
     beta, lr = torch.cat(betas), torch.zeros_like(prev_lr) + _lr(part.h, prev_lr)
     is_first, is_nothing = t == 0, _is_nothing(torch.cat(used))
-    idle = _idle(part.h.lr, part.spread(is_first), is_nothing)
+    idle = _either(_idle(part.h.lr, part.spread(is_first), is_nothing), skipped)
     new = [*(prod * beta for prod in beta_prod), beta]
     _store_scalars(part, batch.row_scalars, part.split, [*beta_prod, last_beta], new, idle)
     if idle is not None:
-        idle = _idle(part.h.lr, is_first, part.every(is_nothing))
+        idle = _either(_idle(part.h.lr, is_first, part.every(is_nothing)), skipped)
     _store_scalars(part, batch.scalars, Tensor.unbind, [t, prev_lr], [t + 1, lr], idle)
 
 
@@ -459,6 +506,7 @@ class _AdamW(NamedTuple):
 
     h: AdamWHyper
     dtype: torch.dtype
+    grad_scale: Tensor | None
     is_first: Tensor
     ratio: Tensor  # (1 + mu eta) prev_lr / eta
     root_scale: Tensor  # bias_correction1 / sqrt(bias_correction2)
@@ -480,7 +528,7 @@ class _AdamW(NamedTuple):
     def terms(self, piece: _Piece, in_place: bool) -> list[Tensor]:
         """x, g, d, the new v, P, e and e M. in_place: v may replace the old one."""
         x, g, d, v = (_flat(tensors, self.dtype) for tensors in piece.lists)
-        g = -g if self.h.maximize else g
+        g = _gradient(g, self.h, self.grad_scale)
         v = v.mul_(self.h.beta2) if in_place else v * self.h.beta2
         v.addcmul_(g, g, value=1 - self.h.beta2)
         # P = bias_correction1 (sqrt(v / bias_correction2) + eps)
@@ -520,14 +568,14 @@ class _AdamW(NamedTuple):
 
 def adamw_begin(batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
     """num and den of every segment, [segments, 2]. Writes nothing else."""
-    return _begin(batch, _AdamW)
+    return _begin(batch, _AdamW, grad_scale)
 
 
 def adamw_finish(
     batch: AdamWBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
-    _finish(batch, rows, _AdamW)
+    _finish(batch, rows, _AdamW, grad_scale, found_inf)
 
 
 # ---- AM-SGD -----------------------------------------------------------------------
@@ -538,6 +586,7 @@ class _SGD(NamedTuple):
 
     h: SGDHyper
     dtype: torch.dtype
+    grad_scale: Tensor | None
     is_first: Tensor
     ratio: Tensor  # (1 + lambda) prev_lr / eta
 
@@ -548,7 +597,7 @@ class _SGD(NamedTuple):
     def terms(self, piece: _Piece, in_place: bool) -> list[Tensor]:
         """x, g without and with the weight decay, and d."""
         x, own_g, d = (_flat(tensors, self.dtype) for tensors in piece.lists)
-        own_g = -own_g if self.h.maximize else own_g
+        own_g = _gradient(own_g, self.h, self.grad_scale)
         mu = self.h.weight_decay
         # Not 0 times an x that may be infinite.
         return [x, own_g, own_g.add(x, alpha=mu) if mu != 0 else own_g, d]
@@ -593,11 +642,11 @@ class _SGD(NamedTuple):
 
 def sgd_begin(batch: SGDBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
     """num and den of every segment, [segments, 2]. Writes nothing else."""
-    return _begin(batch, _SGD)
+    return _begin(batch, _SGD, grad_scale)
 
 
 def sgd_finish(
     batch: SGDBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
-    _finish(batch, rows, _SGD)
+    _finish(batch, rows, _SGD, grad_scale, found_inf)

@@ -120,7 +120,12 @@ def _fake_sgd_finish_(
     check_like(params, {"grad": grads, "momentum_buffer": momentum_buffers})
 
 
+def _fake_squared_norms(grads: list[Tensor]) -> Tensor:
+    return grads[0].new_empty(len(grads), dtype=torch.float64)
+
+
 if unavailable is None:
+    torch.library.register_fake("adamem_fused::squared_norms")(_fake_squared_norms)
     torch.library.register_fake("adamem_fused::adamw_begin_")(_fake_adamw_begin_)
     torch.library.register_fake("adamem_fused::adamw_finish_")(_fake_adamw_finish_)
     torch.library.register_fake("adamem_fused::sgd_begin")(_fake_sgd_begin)

@@ -22,6 +22,7 @@ from torch import Tensor
 from adamem_fused.backends.batch import (
     AdamWBatch,
     AdamWHyper,
+    Batch,
     SGDBatch,
     SGDHyper,
     group_slices,
@@ -135,8 +136,18 @@ def _store(tensor: Tensor, value: Tensor, idle: Tensor) -> None:
     tensor.copy_(new.view(tensor.shape))
 
 
-def _gradient(g: Tensor, maximize: bool) -> Tensor:
-    return -g.double() if maximize else g.double()
+def _gradient(g: Tensor, maximize: bool, grad_scale: Tensor | None) -> Tensor:
+    g = -g.double() if maximize else g.double()
+    return g if grad_scale is None else g / grad_scale.to(g)
+
+
+def _is_skipped(found_inf: Tensor | None) -> bool:
+    return found_inf is not None and float(found_inf) != 0
+
+
+def squared_norms(batch: Batch) -> Tensor:
+    """The sum of each gradient's squares, [tensors] float64."""
+    return torch.stack([g.double().square().sum() for g in batch.grads])
 
 
 def adamw_begin(batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:
@@ -149,7 +160,7 @@ def adamw_begin(batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor 
             beta = batch.betas[i]
             num, den = _adamw_sums(
                 _segments(batch.params[i], beta),
-                _segments(_gradient(batch.grads[i], h.maximize), beta),
+                _segments(_gradient(batch.grads[i], h.maximize, grad_scale), beta),
                 _segments(batch.exp_avgs[i], beta),
                 _segments(batch.exp_avg_sqs[i], beta),
                 float(batch.steps[i]) + 1,
@@ -165,7 +176,9 @@ def adamw_finish(
     batch: AdamWBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
-    own = adamw_begin(batch, None, None) if rows is None else rows
+    own = adamw_begin(batch, grad_scale, found_inf) if rows is None else rows
+    if _is_skipped(found_inf):
+        return
     places = list(segment_slices(batch))
     for h, group in zip(batch.hypers, group_slices(batch), strict=True):
         for i in range(group.start, group.stop):
@@ -177,7 +190,7 @@ def adamw_finish(
             beta = torch.full_like(den, h.beta_max) if t == 1 else _clip_beta(num, den, h.beta_max)
             x, d, v = _adamw_update(
                 _segments(batch.params[i], last),
-                _segments(_gradient(batch.grads[i], h.maximize), last),
+                _segments(_gradient(batch.grads[i], h.maximize, grad_scale), last),
                 _segments(batch.exp_avgs[i], last),
                 _segments(batch.exp_avg_sqs[i], last),
                 t,
@@ -195,8 +208,8 @@ def adamw_finish(
                 batch.prev_lrs[i].fill_(float(h.lr))
 
 
-def _decayed(x: Tensor, g: Tensor, h: SGDHyper) -> Tensor:
-    g = _gradient(g, h.maximize)
+def _decayed(x: Tensor, g: Tensor, h: SGDHyper, grad_scale: Tensor | None) -> Tensor:
+    g = _gradient(g, h.maximize, grad_scale)
     # Not 0 times an x that may be infinite.
     return g + h.weight_decay * x.double() if h.weight_decay != 0 else g
 
@@ -214,11 +227,11 @@ def sgd_begin(batch: SGDBatch, grad_scale: Tensor | None, found_inf: Tensor | No
                 # No memory yet: d = g, and both sums are 0. Where the step may be idle, den tells
                 # whether there is a gradient, by a number that adds nothing to any other.
                 if float(h.lr) == 0:
-                    g = _segments(_gradient(batch.grads[i], h.maximize), beta)
+                    g = _segments(_gradient(batch.grads[i], h.maximize, grad_scale), beta)
                     _, den = _sgd_sums(g, d, prev_lr, h)
                     rows[places[i], 1] = (den != 0).to(rows) * 1e-300
                 continue
-            g = _segments(_decayed(batch.params[i], batch.grads[i], h), beta)
+            g = _segments(_decayed(batch.params[i], batch.grads[i], h, grad_scale), beta)
             rows[places[i]] = torch.stack(_sgd_sums(g, d, prev_lr, h), 1).to(rows)
     return rows.to(batch.params[0].device)
 
@@ -227,14 +240,16 @@ def sgd_finish(
     batch: SGDBatch, rows: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Beta from the rows (their own, if None); updates parameters and state in place."""
-    own = sgd_begin(batch, None, None) if rows is None else rows
+    own = sgd_begin(batch, grad_scale, found_inf) if rows is None else rows
+    if _is_skipped(found_inf):
+        return
     places = list(segment_slices(batch))
     for h, group in zip(batch.hypers, group_slices(batch), strict=True):
         eta, lam = float(h.lr), h.memory_lambda
         for i in range(group.start, group.stop):
             last = batch.betas[i]
             x = _segments(batch.params[i], last)
-            g = _segments(_decayed(batch.params[i], batch.grads[i], h), last)
+            g = _segments(_decayed(batch.params[i], batch.grads[i], h, grad_scale), last)
             d = _segments(batch.momentum_buffers[i], last)
             num, den = own[places[i]].double().unbind(1)
             t = float(batch.steps[i]) + 1

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from adamem_fused.backends import batch as batches
-from adamem_fused.backends import ops
+from adamem_fused.backends import foreach, ops
 from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check_rows
 from adamem_fused.backends.tables import Bucket, Opened, Tables, is_capturing, open_tables
 
@@ -285,6 +285,12 @@ def check(batch: Batch) -> None:
     """Raises what a step of the batch would raise."""
     _refuse_tracing()
     batches.check(batch)
+
+
+@_disable_dynamo
+def squared_norms(batch: Batch) -> Tensor:
+    """The sum of each gradient's squares, [tensors] float64."""
+    return foreach.squared_norms(batch)
 
 
 @_disable_dynamo

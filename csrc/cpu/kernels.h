@@ -78,6 +78,8 @@ struct Kernels {
   Sums (*sgd_sums[kNumDTypes])(const SGDChunk&, const SGDCoefficients<double>&);
   void (*sgd_update[kNumDTypes])(const SGDChunk&, const SGDCoefficients<double>&, double keep,
                                  double take);
+  // The sum of the elements' squares.
+  double (*squares[kNumDTypes])(const void* data, int64_t numel);
 };
 
 extern const Kernels kernels_default;
@@ -85,5 +87,8 @@ extern const Kernels kernels_default;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 #endif
+
+// Those that torch would choose, so that ATEN_CPU_CAPABILITY rules this package too.
+const Kernels& kernels();
 
 }  // namespace am::cpu

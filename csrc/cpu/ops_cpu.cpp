@@ -1,6 +1,7 @@
 // The operators' kernels for CPU tensors.
 #include <torch/library.h>
 
+#include "norms.h"
 #include "step.h"
 
 namespace am::cpu {
@@ -51,6 +52,8 @@ void sgd_finish_op(TensorList params, TensorList grads, TensorList momentum_buff
               {lrs, group_sizes, hypers, grad_scale, found_inf}, rows);
 }
 
+Tensor squared_norms_op(TensorList grads) { return squared_norms(TensorRefs(grads)); }
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(adamem_fused, CPU, m) {
@@ -58,6 +61,7 @@ TORCH_LIBRARY_IMPL(adamem_fused, CPU, m) {
   m.impl("adamw_finish_", adamw_finish_op);
   m.impl("sgd_begin", sgd_begin_op);
   m.impl("sgd_finish_", sgd_finish_op);
+  m.impl("squared_norms", squared_norms_op);
 }
 
 }  // namespace am::cpu

@@ -194,6 +194,17 @@ AM_INLINE Pack<float> load(const Float16* p) { return load_16bit(p); }
 AM_INLINE void store(BFloat16* p, Pack<float> a) { store_16bit(p, a); }
 AM_INLINE void store(Float16* p, Pack<float> a) { store_16bit(p, a); }
 
+// Half of the lanes, the first or the second, as doubles.
+AM_INLINE Pack<double> widen(const Pack<float>& a, int half) {
+  typename VectorOf<float, kRegisterBytes / 2>::type h;
+  Pack<double> out;
+  for (int k = 0; k < Pack<double>::kRegisters; ++k) {
+    std::memcpy(&h, reinterpret_cast<const char*>(&a) + half * 32 + k * sizeof(h), sizeof(h));
+    out.r[k] = __builtin_convertvector(h, Register<double>);
+  }
+  return out;
+}
+
 // The first n of a pack's elements in memory: others are read as zeros, and not written.
 template <class S>
 struct First {

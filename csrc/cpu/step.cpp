@@ -4,7 +4,6 @@
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/zeros.h>
@@ -13,32 +12,16 @@
 
 #include <algorithm>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "kernels.h"
 #include "schedule.h"
+#include "tensors.h"
 
 namespace am::cpu {
 namespace {
 
 using at::Tensor;
-
-// torch's own choice, so that ATEN_CPU_CAPABILITY rules this package too.
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  static const Kernels& chosen = [&]() -> const Kernels& {
-    const std::string capability = at::get_cpu_capability();
-    const auto starts_with = [&](const char* name) { return capability.rfind(name, 0) == 0; };
-    if (starts_with("AVX512") || starts_with("AVX10")) return kernels_avx512;
-    if (starts_with("AVX2")) return kernels_avx2;
-    return kernels_default;
-  }();
-  return chosen;
-#else
-  return kernels_default;
-#endif
-}
 
 // ---- reading what was given -----------------------------------------------------
 
@@ -90,23 +73,6 @@ void check_like(const Tensor& t, const Tensor& param, const char* name, size_t i
                     ", its parameter on the CPU");
 }
 
-DType dtype_of(const Tensor& param, size_t i) {
-  switch (param.scalar_type()) {
-    case at::kFloat:
-      return kFloat32;
-    case at::kDouble:
-      return kFloat64;
-    case at::kBFloat16:
-      return kBFloat16;
-    case at::kHalf:
-      return kFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, "param ", i, " has dtype ", param.scalar_type(),
-                       "; the cpu backend takes float32, float64, bfloat16 and float16");
-  }
-}
-
-constexpr int64_t kParamBytes[kNumDTypes] = {4, 8, 2, 2};
 constexpr int64_t kMemoryBytes[kNumDTypes] = {4, 8, 4, 4};
 
 at::ScalarType memory_type(DType dtype) { return dtype == kFloat64 ? at::kDouble : at::kFloat; }
@@ -143,7 +109,7 @@ struct Views {
   // by_row: rows have to lie one behind the other.
   void open(const Tensor& p, const Tensor& g, const Tensor* const (&m)[kMemories],
             const char* const (&names)[kMemories], bool by_row, size_t i) {
-    dtype = dtype_of(p, i);
+    dtype = dtype_of(p, "param", i);
     numel = p.numel();
     check_like(g, p, "grad", i);
     bool direct =
@@ -195,8 +161,8 @@ struct Views {
   }
 
   // A chunk's pointers. The sums only read through them.
-  char* param_at(int64_t begin) const { return param + begin * kParamBytes[dtype]; }
-  char* grad_at(int64_t begin) const { return grad + begin * kParamBytes[dtype]; }
+  char* param_at(int64_t begin) const { return param + begin * bytes_of(dtype); }
+  char* grad_at(int64_t begin) const { return grad + begin * bytes_of(dtype); }
   char* memory_at(size_t k, int64_t begin) const {
     return memories[k] + begin * kMemoryBytes[dtype];
   }
@@ -381,16 +347,6 @@ struct SGDJob : JobBase<1> {
 
   bool step_rows(int64_t first, int64_t n) const { return step_each(*this, first, n); }
 };
-
-// Calls f(i) for every tensor. With thousands of them, looking each one up in memory is
-// most of a step's time, so that is shared among the threads too.
-template <class F>
-void for_each_tensor(size_t tensors, F f) {
-  at::parallel_for(0, static_cast<int64_t>(tensors), 256, [&](int64_t begin, int64_t end) {
-    const at::NoGradGuard no_grad;  // the other threads do not have the caller's
-    for (int64_t i = begin; i < end; ++i) f(static_cast<size_t>(i));
-  });
-}
 
 template <class Job>
 auto schedule(std::vector<Job*> jobs) {
