@@ -88,7 +88,7 @@ class Scaling(NamedTuple):
 
     grad_scale: Tensor | None
     found_inf: Tensor | None
-    grad_norm: Tensor | None = None  # before clipping
+    grad_norm: Tensor | None  # before clipping
 
 
 def scaling(
@@ -116,20 +116,20 @@ def scaling(
 
 
 class Readings:
-    """What steps leave to be looked at: 0-dim tensors on one device.
+    """What steps leave to be looked at, on one device: `grad_norm` and `skipped_steps`, [1].
 
     They are written in place, so that the replay of a step that a CUDA graph has captured writes
-    them too.
+    them too. Not 0-dim: torch.compile (2.13) loses what is written to such a one of float64 on the
+    CPU.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.grad_norm = torch.zeros((), dtype=bookkeeping_dtype(device), device=device)
-        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self.grad_norm = torch.zeros(1, dtype=bookkeeping_dtype(device), device=device)
+        self.skipped_steps = torch.zeros(1, dtype=torch.int64, device=device)
 
     def write(self, scaling: Scaling) -> None:
         if scaling.grad_norm is not None:
             self.grad_norm.copy_(scaling.grad_norm)
         if scaling.found_inf is not None:
-            skipped = scaling.found_inf.to(self.skipped_steps.device).reshape(()) != 0
-            self.skipped_steps.add_(skipped)
+            self.skipped_steps.add_(scaling.found_inf.to(self.device) != 0)

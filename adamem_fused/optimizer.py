@@ -610,7 +610,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if not self._takes_norm:
-            return clipping.Scaling(grad_scale, found_inf)
+            return clipping.Scaling(grad_scale, found_inf, None)
         squares = clipping.SquaredNorm()
         for work in works:
             squares.add(work)
@@ -684,7 +684,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """
         if self._readings is None or not self._takes_norm:
             return None
-        return self._readings.grad_norm.clone()
+        return self._readings.grad_norm.reshape(()).clone()
 
     @property
     def skipped_steps(self) -> Tensor:
@@ -695,7 +695,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """
         if self._readings is None:
             return torch.zeros((), dtype=torch.int64, device=self._model_param.device)
-        return self._readings.skipped_steps.clone()
+        return self._readings.skipped_steps.reshape(()).clone()
 
     @staticmethod
     def _waiting(works: list[Work]) -> list[Work]:
