@@ -56,6 +56,11 @@ class AMAdamW(AdaptiveMemoryOptimizer):
             either value.
         backend: "cpu", "cuda", "triton", "foreach" or "reference"; None takes the fastest that is
             there.
+        max_grad_norm: the norm of all gradients together, of every group, device and rank, to which
+            a step scales them down, as torch.nn.utils.clip_grad_norm_ does before one. Gradients
+            are not written. The attribute of this name may be set between steps.
+        skip_nonfinite: leave parameters and state as they are where that norm is infinite or NaN,
+            as GradScaler does. Decided on the device, on all ranks alike; `skipped_steps` counts.
 
     Raises:
         ValueError: a hyperparameter out of range.

@@ -390,9 +390,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
             TypeError: a gradient of a parameter of a dtype that is not optimized; state of the
                 wrong type.
             RuntimeError: a sparse gradient; gap="loss" without a closure; a backend that
-                was asked for and is not there; `grad_scale` or `found_inf` for one that is
-                not fused; a parameter or state that cannot be updated in place; parameters
-                that a scheme such as FSDP1 or DeepSpeed's ZeRO has flattened or split.
+                was asked for and is not there; a parameter or state that cannot be updated
+                in place; parameters that a scheme such as FSDP1 or DeepSpeed's ZeRO has
+                flattened or split.
             ValueError: a hyperparameter that has become bad; state of the wrong shape; with
                 gap="loss", a loss that is not one number.
 
