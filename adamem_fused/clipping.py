@@ -36,6 +36,16 @@ def check_options(max_grad_norm: Any, skip_nonfinite: Any) -> None:
         raise ValueError(f"Invalid skip_nonfinite: {skip_nonfinite!r} (True or False)")
 
 
+# Of more numbers torch.sum is shared among threads, and its last bit depends on how many.
+_MOST = 2**15
+
+
+def _sum(values: Tensor) -> Tensor:
+    if values.numel() <= _MOST:
+        return values.sum()
+    return torch.stack([part.sum() for part in values.split(_MOST)]).sum()
+
+
 class SquaredNorm:
     """The squared norm of the gradients of all that is added to it."""
 
@@ -46,10 +56,10 @@ class SquaredNorm:
     def add(self, work: Work) -> None:
         squares = work.backend.squared_norms(work.batch)
         if not work.dtensors:
-            self._add_term(squares.device, (), squares.sum())
+            self._add_term(squares.device, (), _sum(squares))
             return
         for groups, tensors in work.parts().shards:
-            self._add_term(squares.device, groups, squares[tensors].sum())
+            self._add_term(squares.device, groups, _sum(squares[tensors]))
 
     def _add_term(
         self, device: torch.device, groups: tuple[ProcessGroup, ...], squares: Tensor

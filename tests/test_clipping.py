@@ -14,6 +14,7 @@ from cases import (
     gradient,
     make_optimizer,
     parameters,
+    random_tensor,
     relative_error,
     set_gradients,
 )
@@ -21,6 +22,7 @@ from snapshot import snapshot
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
+from adamem_fused import AMSGD
 from adamem_fused.backends import ops
 
 both = pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -227,6 +229,22 @@ def test_gradients_that_lie_otherwise(cls, backend):
         param.grad = grad
     optimizer.step()
     assert relative_error(optimizer.grad_norm, get_total_norm(laid)) < 1e-6
+
+
+@pytest.mark.skipif(ops.extension is None, reason=str(ops.unavailable))
+def test_a_norm_of_many_tensors_has_the_same_bits_with_any_number_of_threads():
+    params = [torch.zeros(2, requires_grad=True) for _ in range(50_000)]
+    grads = random_tensor((50_000, 2)).unbind()
+    norms = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        optimizer = AMSGD(params, max_grad_norm=1.0)
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        optimizer.step()
+        norms.append(optimizer.grad_norm)
+    assert torch.equal(norms[0], norms[1])
+    assert torch.equal(norms[0], norms[2])
 
 
 @both
@@ -474,6 +492,7 @@ def test_a_compiled_step(cls, backend):
     options = {"max_grad_norm": 1.0, "skip_nonfinite": True, "beta_scope": "tensor"}
     groups = [Group([(4, 20), (3,)])]
     compiled, plain = (make_optimizer(cls, groups, backend, **options) for _ in range(2))
+    torch._dynamo.reset()
     step_compiled = torch.compile(compiled.step, fullgraph=True, backend="aot_eager")
     for step in range(4):
         set_gradients(compiled, plain, step=step)

@@ -39,6 +39,8 @@ struct Elements {
 
 // A partial sum covers this many elements.
 constexpr int64_t kChunk = 1 << 14;
+// Tensors up to this size are done where they are looked up, by 256 for a thread.
+constexpr int64_t kSmall = 1 << 12;
 
 struct Chunk {
   size_t tensor;
@@ -53,17 +55,16 @@ Tensor squared_norms(const TensorRefs& tensors) {
   const Tensor result = at::empty({static_cast<int64_t>(n)}, at::kDouble);
   double* const norms = result.mutable_data_ptr<double>();
   std::vector<Elements> elements(n);
-  // Small tensors are done where they are looked up.
   for_each_tensor(n, [&](size_t i) {
     if (i + 16 < n) prefetch_impl(tensors[i + 16]);
     if (i + 8 < n) prefetch_storage(tensors[i + 8]);
     elements[i].open(tensors[i], i);
-    norms[i] = elements[i].numel <= kChunk ? elements[i].squares(0, elements[i].numel) : 0.0;
+    norms[i] = elements[i].numel <= kSmall ? elements[i].squares(0, elements[i].numel) : 0.0;
   });
   std::vector<Chunk> chunks;
   for (size_t i = 0; i < n; ++i) {
     const int64_t numel = elements[i].numel;
-    for (int64_t begin = 0; numel > kChunk && begin < numel; begin += kChunk)
+    for (int64_t begin = 0; numel > kSmall && begin < numel; begin += kChunk)
       chunks.push_back({i, begin, std::min(kChunk, numel - begin), 0.0});
   }
   at::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t first, int64_t last) {
