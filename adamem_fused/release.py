@@ -11,7 +11,6 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 from weakref import WeakMethod, ref
 
@@ -97,13 +96,15 @@ class Released:
         self.forget()
 
         self.check()
-        if not _parameters(optimizer).intersection(model.parameters()):
+        params = {param for group in optimizer.param_groups for param in group["params"]}
+        if params.isdisjoint(model.parameters()):
             raise ValueError("The model has no parameter of the optimizer")
-        self._check_wrapping()
         wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
         for wrapper in wrappers:
-            _Buckets.register(wrapper, self)
             self._others.update(wrapper.parameters())
+        self._check_wrapping()
+        for wrapper in wrappers:
+            _Buckets.register(wrapper, self)
         self._add_hooks()
         optimizer._released = self
 
@@ -140,7 +141,10 @@ class Released:
 
     def check(self) -> None:
         """Raises on options with which no parameter can be stepped before all have a gradient."""
-        if hasattr(self._optimizer, "found_inf"):
+        scaler = vars(self._optimizer).keys() & {"grad_scale", "found_inf"}
+        for name in scaler:  # which GradScaler does after a step, unless it raises
+            delattr(self._optimizer, name)
+        if scaler:
             raise RuntimeError(
                 "GradScaler does not go with release_gradients: backward passes have taken their "
                 "steps with scaled gradients. Train in bfloat16, or remove() the release"
@@ -172,6 +176,7 @@ class Released:
         clipping.check_options(self._optimizer.max_grad_norm, self._optimizer.skip_nonfinite)
         limit = self._optimizer.max_grad_norm
         if limit is None:
+            self._last_norm = None
             return clipping.Scaling(None, None)
         if self._squares is None:
             self._squares = clipping.SquaredNorm()
@@ -186,7 +191,6 @@ class Released:
 
     def end_step(self) -> None:
         """After a step of what still had a gradient."""
-        self._last_norm = None
         if self._squares is not None:
             self._last_norm = self._squares.total().sqrt()
             self._optimizer._write_readings(clipping.Scaling(None, None, self._last_norm))
@@ -261,25 +265,27 @@ class Released:
     def _check_wrapping(self) -> None:
         """Raises RuntimeError where a DistributedDataParallel is around the model, not in it.
 
-        The hooks would take the gradients of this rank alone. It does not mark its parameters.
+        The hooks would take the gradients of this rank alone, without an error.
         """
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return
-        inside, params = set(self._model.modules()), set(self._model.parameters())
-        for thing in gc.get_objects():
-            if (
-                issubclass(type(thing), DistributedDataParallel)
-                and thing not in inside
-                and not params.isdisjoint(thing.parameters())
-            ):
+        hooked = set(self._model.parameters()) - self._others
+        if _is_wrapped(hooked):
+            gc.collect()  # it may be an old one
+            if _is_wrapped(hooked):
                 raise RuntimeError(
                     "The model is in a DistributedDataParallel, which reduces gradients after "
                     "they are complete: pass that to release_gradients, once it is made"
                 )
 
 
-def _parameters(optimizer: AdaptiveMemoryOptimizer) -> set[Tensor]:
-    return set(chain.from_iterable(group["params"] for group in optimizer.param_groups))
+def _is_wrapped(params: set[nn.Parameter]) -> bool:
+    """Whether a DistributedDataParallel has one of them. It does not mark its parameters."""
+    return any(
+        issubclass(type(thing), DistributedDataParallel)
+        and not params.isdisjoint(thing.parameters())
+        for thing in gc.get_objects()
+    )
 
 
 class _Buckets:
