@@ -15,6 +15,11 @@ from snapshot import snapshot
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.checkpoint import checkpoint
@@ -469,6 +474,19 @@ def test_peak_of_gradients_is_at_most_a_tenth():
     assert 0 < released <= ordinary / 10
 
 
+def test_table_of_peaks():
+    result = {
+        "gradients": {"ordinary": 4e6, "released": 1e6},
+        "whole": {"ordinary": 5e6, "released": 4e6},
+        "seconds": {"ordinary": [0.1, 0.2, 0.1], "released": [0.11, 0.2, 0.1]},
+    }
+    assert peak.table_cells(result) == [
+        ["gradients at once, MB", "4.0", "1.0", "0.250"],
+        ["whole peak, MB", "5.0", "4.0", "0.800"],
+        ["backward and step, ms", "100.0", "110.0", "1.00 (1.00 to 1.05)"],
+    ]
+
+
 # ---- DistributedDataParallel ------------------------------------------------------------
 
 
@@ -537,7 +555,7 @@ def check_ddp_accumulates(views, by_no_sync):
 def check_ddp_error(views):
     wrapping = {"gradient_as_bucket_view": views}
     (model, optimizer), (expected_model, expected) = ddp_pair(AMAdamW, wrapping)
-    release_gradients(model, optimizer)
+    released = release_gradients(model, optimizer)
     train(model, optimizer, [0])
     before = snapshot(optimizer)
     optimizer.skip_nonfinite = True
@@ -545,10 +563,14 @@ def check_ddp_error(views):
         model(batch(1)).backward()
     assert snapshot(optimizer) == before
     optimizer.skip_nonfinite = False
-    optimizer.step()  # of the gradients that were left
+    with released.accumulate():  # onto the gradients that were left
+        model(batch(2)).backward()
+    optimizer.step()
     optimizer.zero_grad()
-    train(model, optimizer, [2])
-    train(expected_model, expected, range(3))
+    train(model, optimizer, [3])
+    train(expected_model, expected, [0])
+    expected_model(batch(1)).backward()
+    train(expected_model, expected, [2, 3])
     assert_same_bits(optimizer, expected)
     with pytest.raises(RuntimeError, match="join"), model.join():
         model(batch(0)).backward()
@@ -664,10 +686,10 @@ def check_fsdp(cls, scope):
         expected_model(batch(step, rank)).backward()
         expected.step()
         expected.zero_grad()
-        assert_fsdp_same_bits(optimizer, expected)
+        assert_same_shards(optimizer, expected)
 
 
-def assert_fsdp_same_bits(optimizer, expected):
+def assert_same_shards(optimizer, expected):
     for ours, theirs in zip(parameters(optimizer), parameters(expected), strict=True):
         assert torch.equal(ours.to_local(), theirs.to_local())
         assert optimizer.state[ours].keys() == expected.state[theirs].keys()
@@ -702,7 +724,7 @@ def check_fsdp_accumulates(by_sync):
         expected_model(batch(step, rank)).backward()
         expected.step()
         expected.zero_grad()
-        assert_fsdp_same_bits(optimizer, expected)
+        assert_same_shards(optimizer, expected)
 
 
 def check_fsdp_clips():
@@ -718,6 +740,27 @@ def check_fsdp_clips():
     train(model, optimizer)
 
 
+def check_tensor_parallel(scope):
+    pair = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+        pair.append((model, AMAdamW(model.parameters(), beta_scope=scope)))
+    (model, optimizer), (expected_model, expected) = pair
+    release_gradients(model, optimizer)
+    for step in range(STEPS):
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+        model(x).square().mean().backward()
+        assert no_gradients(model)
+        optimizer.step()
+        expected_model(x).square().mean().backward()
+        expected.step()
+        expected.zero_grad()
+        assert_same_shards(optimizer, expected)
+
+
 @both
 @scopes
 def test_fsdp_has_the_bits_of_ordinary_steps(two_ranks, cls, scope):
@@ -727,6 +770,11 @@ def test_fsdp_has_the_bits_of_ordinary_steps(two_ranks, cls, scope):
 @pytest.mark.parametrize("by_sync", [False, True])
 def test_fsdp_accumulates(two_ranks, by_sync):
     two_ranks.run(check_fsdp_accumulates, by_sync)
+
+
+@scopes
+def test_tensor_parallelism(two_ranks, scope):
+    two_ranks.run(check_tensor_parallel, scope)
 
 
 def test_fsdp_clips_by_the_last_norm(two_ranks):
