@@ -313,7 +313,7 @@ class _Buckets:
             raise RuntimeError(
                 "release_gradients needs the communication hook of the DistributedDataParallel, "
                 "which has one already, by mixed_precision or by a release that was removed: "
-                "make a new DistributedDataParallel"
+                "make a new DistributedDataParallel without one"
             ) from error
 
     def _start(self) -> None:
@@ -336,7 +336,7 @@ class _Buckets:
             return mean
         if bucket.index() == 0:  # they come in order
             self._start()
-            at_end(self._step_last)
+            at_end(lambda: self._step_last(released))
             if wrapper._join_config.enable:
                 self._error = RuntimeError(
                     "release_gradients does not go with DistributedDataParallel.join()"
@@ -374,15 +374,14 @@ class _Buckets:
                 self._error = error
         (self._stepped if self._error is None else self._left).append(param)
 
-    def _step_last(self) -> None:
-        released = self._released()
-        if released is not None:
-            self._step_reduced(released)
-        at_end(self._end)  # after the reducer's own, which is given later than this
+    def _step_last(self, released: Released) -> None:
+        self._step_reduced(released)
+        # After the reducer's own, which is given later than this.
+        at_end(lambda: self._end(released))
 
-    def _end(self) -> None:
-        wrapper, released = self._wrapper(), self._released()
-        assert wrapper is not None and released is not None
+    def _end(self, released: Released) -> None:
+        wrapper = self._wrapper()
+        assert wrapper is not None
         for param in self._unused:
             if param.grad is not None:
                 self._step(released, param)
