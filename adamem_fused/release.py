@@ -177,7 +177,7 @@ class Released:
         limit = self._optimizer.max_grad_norm
         if limit is None:
             self._last_norm = None
-            return clipping.Scaling(None, None)
+            return clipping.Scaling(None, None, None)
         if self._squares is None:
             self._squares = clipping.SquaredNorm()
         for work in works:
@@ -186,7 +186,7 @@ class Released:
             grad_scale = None
             if self._last_norm is not None:
                 grad_scale = clipping.scaling(self._last_norm, limit, False, None, None).grad_scale
-            self._scaling = clipping.Scaling(grad_scale, None)
+            self._scaling = clipping.Scaling(grad_scale, None, None)
         return self._scaling
 
     def end_step(self) -> None:
