@@ -31,6 +31,8 @@ from adamem_fused.state import COMPLEX, beta_shape
 if TYPE_CHECKING:
     from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
+    from adamem_fused.release import Released
+
 ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
 
 
@@ -257,6 +259,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
     _given: flattened.Given
     _maker: str | None = None
 
+    # Where release_gradients lets backward passes take the steps.
+    _released: Released | None = None
+
     def __init__(
         self,
         params: ParamsT,
@@ -276,6 +281,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self._kept = Kept()
         self._readings = None
         self._new_state = []
+        if self._released is not None:
+            self._released.forget()
 
     # ---- what a subclass gives ----------------------------------------------------
 
@@ -357,8 +364,11 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """GradScaler's question: does step() unscale and skip on found_inf, on the device?
 
         As torch.optim's do, it says so only where that was asked for: trainers then leave the
-        gradients scaled, and some refuse to clip them.
+        gradients scaled, and some refuse to clip them. Where gradients are released it says so
+        too: the step that it takes then can say what is wrong, where unscaling finds nothing.
         """
+        if self._released is not None:
+            return True
         # A step takes what has a gradient, whether it is frozen by now or not.
         trained = [
             group
@@ -399,12 +409,24 @@ class AdaptiveMemoryOptimizer(Optimizer):
             Parameters and state are then as they were. They are not where sharded parameters share
             their sums and a collective fails: a part of the update may be done by then.
         """
+        released = self._released
+        if released is not None:
+            released.check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step_groups(self.param_groups, self._kept, self._current_loss(loss), self._scaling)
+        find_scaling = self._scaling if released is None else released.scaling
+        self._step_groups(self.param_groups, self._kept, self._current_loss(loss), find_scaling)
+        if released is not None:
+            released.end_step()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim's; the next backward pass may then step, where gradients are released."""
+        super().zero_grad(set_to_none)
+        if self._released is not None:
+            self._released.begin()
 
     def _step_groups(
         self,
