@@ -544,6 +544,112 @@ py::object squared_norms(const py::list& grads) {
   return py::cast(run("adamem_fused::squared_norms", [&] { return cpu::squared_norms(refs); }));
 }
 
+// ---- betas: those of the last step ------------------------------------------------
+
+// What parameters have as state["beta"], in their order.
+struct BetaRefs {
+  TensorRefs betas;
+  std::vector<int64_t> structure;  // of each parameter, its elements and how many betas it has
+  bool is_ordinary = true;         // else the rest is not whole
+};
+
+// In loops of which each asks for what the next one reads, as Gatherer: after a step of thousands
+// of tensors all of it is in slow memory.
+BetaRefs find_betas(const py::list& groups, const py::dict& state, const py::str& name,
+                    const DTensors& dtensors) {
+  constexpr size_t kAhead = 16;
+  struct Entry {
+    const Tensor* param;
+    PyObject* own;  // its state; then its beta; null where there is none
+  };
+  std::vector<Entry> entries;
+  Cursor states(state.ptr());
+  for (const py::handle group : groups) {
+    PyObject* const* items = items_of(group);
+    const size_t n = py::len(group);
+    for (size_t i = 0; i < n; ++i) {
+      if (i + kAhead < n) __builtin_prefetch(items[i + kAhead]);
+      PyObject* own = states.find(items[i]);
+      __builtin_prefetch(own);
+      entries.push_back({&tensor_of(items[i]), own});
+    }
+  }
+  for (const Entry& entry : entries) {
+    prefetch_impl(*entry.param);
+    if (entry.own != nullptr && PyDict_Check(entry.own))
+      prefetch(reinterpret_cast<PyDictObject*>(entry.own)->ma_keys, 256);
+  }
+  for (Entry& entry : entries) {
+    if (entry.own == nullptr) continue;
+    const bool any = PyDict_Check(entry.own) && entry.param->numel() > 0;
+    entry.own = any ? PyDict_GetItemWithError(entry.own, name.ptr()) : nullptr;
+    if (entry.own == nullptr && PyErr_Occurred()) throw python_error();
+    __builtin_prefetch(entry.own);
+  }
+  BetaRefs found;
+  found.betas.reserve(entries.size());
+  for (const Entry& entry : entries) {
+    if (entry.own == nullptr) continue;
+    PyObject* const beta = dtensors.is(entry.own) ? dtensors.local(entry.own) : entry.own;
+    if (!is_exact(beta)) {
+      found.is_ordinary = false;
+      return found;
+    }
+    found.betas.push_back(THPVariable_Unpack(beta));
+  }
+  found.structure.reserve(2 * entries.size());
+  for_each_ahead(found.betas, [&](size_t i) {
+    const Tensor& beta = found.betas[i];
+    found.is_ordinary = found.is_ordinary && is_plain(beta) && beta.dim() <= 1 &&
+                        beta.is_contiguous() && beta.device() == found.betas[0].device() &&
+                        (beta.scalar_type() == at::kFloat || beta.scalar_type() == at::kDouble);
+    if (found.is_ordinary) __builtin_prefetch(beta.unsafeGetTensorImpl()->data());
+  });
+  size_t k = 0;
+  for (const Entry& entry : entries) {
+    found.structure.push_back(entry.param->numel());
+    found.structure.push_back(entry.own == nullptr ? 0 : found.betas[k++].numel());
+  }
+  return found;
+}
+
+Tensor read(const TensorRefs& betas) {
+  int64_t n = 0;
+  for (size_t i = 0; i < betas.size(); ++i) n += betas[i].numel();
+  Tensor values = at::empty({n}, at::kDouble);
+  double* out = values.data_ptr<double>();
+  for (size_t i = 0; i < betas.size(); ++i) {
+    const Tensor& beta = betas[i];
+    if (beta.scalar_type() == at::kFloat)
+      out = std::copy_n(static_cast<const float*>(beta.const_data_ptr()), beta.numel(), out);
+    else
+      out = std::copy_n(static_cast<const double*>(beta.const_data_ptr()), beta.numel(), out);
+  }
+  return values;
+}
+
+Tensor concatenate(const TensorRefs& betas) {
+  std::vector<Tensor> flat;
+  flat.reserve(betas.size());
+  for (size_t i = 0; i < betas.size(); ++i)
+    flat.push_back(betas[i].dim() == 0 ? betas[i].unsqueeze(0) : betas[i]);
+  return at::cat(flat);
+}
+
+// The last betas of parameters, in their order, as a new tensor [betas], float64 on the CPU; and,
+// as bytes, two words of each parameter: its elements and how many of these betas are its, 0 where
+// it has none or no elements.
+//
+// None where one is not ordinary: a plain contiguous tensor of at most one dimension, or a
+// DTensor's shard that is one, on the device of the others.
+py::object betas(const py::list& groups, const py::dict& state, const py::str& name,
+                 const py::object& dtensor) {
+  const BetaRefs found = find_betas(groups, state, name, DTensors(dtensor));
+  if (!found.is_ordinary || found.betas.size() == 0 || any_modes()) return py::none();
+  const Tensor values = found.betas[0].is_cpu() ? read(found.betas) : concatenate(found.betas);
+  return py::make_tuple(values, as_bytes(found.structure, py::bytes()));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -553,6 +659,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("bump_versions", torch::wrap_pybind_function(bump_versions));
   m.def("describe", torch::wrap_pybind_function(describe));
   m.def("any_modes", any_modes);
+  m.def("betas", torch::wrap_pybind_function(betas));
   m.def("adamw_begin_", torch::wrap_pybind_function(adamw_begin_));
   m.def("adamw_finish_", torch::wrap_pybind_function(adamw_finish_));
   m.def("sgd_begin", torch::wrap_pybind_function(sgd_begin));
