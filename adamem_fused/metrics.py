@@ -118,30 +118,29 @@ def read_metrics(
             known = kept.get(betas.values.device)
             if known is None or known.key != (betas.structure, sizes, caps):
                 kept[betas.values.device] = Elements(betas, sizes, caps)
-        found |= zip(("beta_mean", "beta_min", "at_cap"), _over_devices(parts, kept), strict=True)
+        numbers = over_devices([(kept[betas.values.device], betas.values) for betas in parts])
+        found |= zip(("beta_mean", "beta_min", "at_cap"), numbers, strict=True)
     found["skipped_steps"] = optimizer.skipped_steps
     return found
 
 
-def _over_devices(parts: list[Betas], kept: dict[torch.device, Elements]) -> list[Tensor]:
-    elements = [kept[betas.values.device] for betas in parts]
-    numbers = [e.summarize(betas.values) for e, betas in zip(elements, parts, strict=True)]
+def over_devices(parts: list[tuple[Elements, Tensor]]) -> list[Tensor]:
+    """Mean, smallest, and share at the cap, of the values of each part's elements."""
+    numbers = [elements.summarize(values) for elements, values in parts]
     if len(parts) == 1:
         return numbers[0]
-    home = clipping.home_device([betas.values.device for betas in parts])
+    home = clipping.home_device([values.device for _, values in parts])
     means, smallest, at_cap = (
-        torch.stack([value.to(home, bookkeeping_dtype(home)) for value in values])
-        for values in zip(*numbers, strict=True)
+        [number.to(home, bookkeeping_dtype(home)) for number in of_parts]
+        for of_parts in zip(*numbers, strict=True)
     )
-    total = sum(e.total for e in elements)
-    shares = [e.total / total for e in elements]
-
-    def mean(values: Tensor) -> Tensor:
-        return torch.stack(
-            [value * share for value, share in zip(values, shares, strict=True)]
-        ).sum()
-
-    return [mean(means), smallest.min(), mean(at_cap)]
+    total = sum(elements.total for elements, _ in parts)
+    shares = [elements.total / total for elements, _ in parts]
+    mean, share = (
+        torch.stack([number * share for number, share in zip(terms, shares, strict=True)]).sum()
+        for terms in (means, at_cap)
+    )
+    return [mean, torch.stack(smallest).min(), share]
 
 
 def read_betas_by_name(
