@@ -27,7 +27,7 @@ class Betas(NamedTuple):
     """
 
     values: Tensor  # [betas], new memory, in the order of the parameters
-    # Two int64 of each parameter: its elements, and how many of these betas are its.
+    # Two int64 of each parameter: its elements, and how many of these betas are its, 0 or more.
     structure: bytes
 
     def numels_and_counts(self) -> tuple[list[int], list[int]]:
@@ -58,9 +58,9 @@ def _read_any(lists: list[list[Tensor]], state: dict[Tensor, Any]) -> list[Betas
         beta = sharding.local(beta)
         if beta.device not in betas:
             betas[beta.device] = []
-            structures[beta.device] = array("q", [0]) * (2 * len(params))
+            structures[beta.device] = array("q", chain(*((p.numel(), 0) for p in params)))
         betas[beta.device].append(beta.reshape(-1).to(bookkeeping_dtype(beta.device)))
-        structures[beta.device][2 * i : 2 * i + 2] = array("q", [param.numel(), beta.numel()])
+        structures[beta.device][2 * i + 1] = beta.numel()
     return [
         Betas(torch.cat(betas[device]), structure.tobytes())
         for device, structure in structures.items()

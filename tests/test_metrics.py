@@ -190,6 +190,30 @@ def test_a_beta_that_is_not_a_number_is_seen(walk):
     assert mean != mean and least != least
 
 
+@pytest.mark.skipif(ops.extension is None, reason=str(ops.unavailable))
+@both
+def test_both_walks_find_the_same(cls):
+    """Also of state in another order, of another kind, or missing."""
+    optimizer = cls(zeros(*[(i % 5, 16 + i % 3) for i in range(600)]), beta_scope="row")
+    params = parameters(optimizer)
+    generator = torch.Generator().manual_seed(0)
+    for i in torch.randperm(600, generator=generator).tolist():
+        shape, dtype = [(i % 5,), ()][i % 2], [torch.float32, torch.float64][i % 3 == 0]
+        beta = torch.rand(shape, generator=generator, dtype=dtype)
+        optimizer.state[params[i]] = [{"exp_avg": 1, "beta": beta}, {"mine": 1}, 3][i % 7 % 3]
+    lists = [params[:100], [], params[100:]]
+    found = ops.extension.betas(lists, optimizer.state, "beta", None)
+    assert found is not None
+    ((values, structure),) = metrics._read_any(lists, optimizer.state)
+    assert torch.equal(found[0], values) and found[1] == structure
+
+
+def test_betas_that_do_not_lie_one_beside_the_other_are_read_all_the_same(walk):
+    optimizer = AMAdamW(zeros((3, 20)), beta_scope="row")
+    optimizer.state[parameters(optimizer)[0]]["beta"] = torch.arange(6.0)[::2]
+    assert values(optimizer)[0] == pytest.approx(2.0)
+
+
 # ---- when ---------------------------------------------------------------------------
 
 
@@ -289,15 +313,17 @@ def test_on_a_device_nothing_is_read_nor_copied_to_it(walk):
 
 
 def test_on_several_devices_they_are_on_the_first_that_is_not_the_cpu(walk):
-    on_cpu, on_meta = zeros(3), zeros(5, device="meta")
-    optimizer = AMAdamW([*on_cpu, *on_meta])
-    with_betas(optimizer, 0.5, torch.zeros((), device="meta"))
+    (near,), (far, farther) = zeros(3), zeros(5, 7, device="meta")
+    optimizer = AMAdamW([far, near, farther])
+    beta = torch.zeros((), device="meta")
+    with_betas(optimizer, beta, 0.5, beta)
     found = optimizer.metrics()
     assert all(found[name].device == META and found[name].shape == () for name in OF_BETAS)
-    named = optimizer.betas_by_name([("far", on_meta[0]), ("near", on_cpu[0])])
+    named = optimizer.betas_by_name([("far", far), ("near", near), ("farther", farther)])
     assert [(name, beta.device.type) for name, beta in named.items()] == [
         ("far", "meta"),
         ("near", "cpu"),
+        ("farther", "meta"),
     ]
 
 
