@@ -477,27 +477,3 @@ def metrics_on_one_rank():
 
 def test_a_rank_without_rows_has_no_betas_and_is_not_waited_for(two_ranks):
     two_ranks.run(metrics_on_one_rank)
-
-
-# ---- on a GPU -------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_nothing_is_waited_for():
-    """Not yet run on one."""
-    params = [Parameter(param.detach().cuda()) for param in zeros((50, 20), 7, (3, 4))]
-    optimizer = AMAdamW(params, beta_scope="row", skip_nonfinite=True)
-    for param in params:
-        param.grad = torch.ones_like(param)
-    optimizer.step()
-    names = [(str(i), param) for i, param in enumerate(params)]
-    optimizer.metrics()
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        found, named = optimizer.metrics(), optimizer.betas_by_name(names)
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
-    assert [found[name].item() for name in OF_BETAS] == pytest.approx([0.89, 0.89, 1.0])
-    assert [beta.item() for beta in named.values()] == pytest.approx([0.89] * 3)
