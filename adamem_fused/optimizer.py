@@ -25,6 +25,7 @@ from adamem_fused.backends.batch import (
     group_slices,
     segment_slices,
 )
+from adamem_fused.metrics import Elements, Named, read_betas_by_name, read_metrics
 from adamem_fused.options import ROUNDING, plain
 from adamem_fused.state import COMPLEX, beta_shape
 
@@ -252,6 +253,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     _kept: Kept
     _readings: clipping.Readings | None
+    _elements: dict[torch.device, Elements]
     # In a step: parameters whose state it has made or completed, and what they had before.
     _new_state: list[tuple[Tensor, dict[str, Any] | None]]
 
@@ -280,6 +282,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """Drops what is kept from step to step; the next step makes it anew."""
         self._kept = Kept()
         self._readings = None
+        self._elements = {}
         self._new_state = []
         if self._released is not None:
             self._released.forget()
@@ -716,8 +719,55 @@ class AdaptiveMemoryOptimizer(Optimizer):
         state is loaded.
         """
         if self._readings is None:
-            return torch.zeros((), dtype=torch.int64, device=self._model_param.device)
+            return torch.zeros((), dtype=torch.int64, device=self._first_device)
         return self._readings.skipped_steps.reshape(()).clone()
+
+    @property
+    def _first_device(self) -> torch.device:
+        """The first parameter's, of those that are trained if any are."""
+        lists = [group["params"] for group in self.param_groups]
+        trained = (param for param in chain(*lists) if param.requires_grad)
+        first = next(chain(trained, *lists), None)
+        return torch.device("cpu") if first is None else first.device
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, Tensor]:
+        """Numbers to look at, for every step: new 0-dim tensors, which nothing was waited for.
+
+        grad_norm: the property; only where a step has taken it.
+        beta_mean, beta_min: of the last betas of all parameters. In the mean a beta counts with the
+            elements that it is for: those of its parameter, or of its row.
+        at_cap: of the elements, the share whose beta was at what is now its group's cap, or above.
+        skipped_steps: the property.
+
+        float64 where the device has it, skipped_steps int64; on the parameters' device, or, where
+        they are on several, the first that is not the CPU. A parameter that has had no gradient has
+        no beta, and one without elements counts as having none. Before there is any beta, the three
+        that are made of them are left out.
+
+        There is no collective. A beta for a whole parameter counts with all of it, sharded or not,
+        and is the same on all ranks; where sharded rows have betas of their own, this rank's rows
+        stand for the others too, so that ranks have numbers of their own.
+        """
+        return read_metrics(self, self._elements)
+
+    @torch.no_grad()
+    def betas_by_name(self, named: Named | None = None) -> dict[str, Tensor]:
+        """The last beta of each parameter by its name, the mean of a parameter's rows' betas.
+
+        New 0-dim tensors on the parameters' devices, float64 where these have it. Parameters that
+        have no beta are left out, as `metrics` leaves them out. Where sharded rows have betas, the
+        mean is over this rank's; there is no collective.
+
+        Args:
+            named: a module, or (name, parameter) pairs. None: the names that the optimizer was
+                given, as with model.named_parameters() or `adamem_fused.param_groups`.
+
+        Raises:
+            ValueError: named is None, and the optimizer was given no names.
+            TypeError: named is something else.
+        """
+        return read_betas_by_name(self, named)
 
     @staticmethod
     def _waiting(works: list[Work]) -> list[Work]:

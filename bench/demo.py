@@ -23,10 +23,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from adamem_fused import AMAdamW
+from adamem_fused import AMAdamW, param_groups
 from adamem_fused.backends import cpu
 from bench.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SEED, output_folder
-from bench.betas import beta_by_tensor, share_at_cap
 from bench.demo_model import GPT, tensor_label
 from bench.demo_report import ROWS_OF, Comparison, Run, format_table, plot, write_json
 from bench.demo_text import HELD_OUT_FILES, TRAINING_FILES, read_text, standard_library
@@ -111,14 +110,6 @@ def new_model(config: Config) -> GPT:
     return model
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    params = list(model.parameters())
-    return [
-        {"params": [p for p in params if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0},
-    ]
-
-
 # ---- training -------------------------------------------------------------------------
 
 
@@ -131,19 +122,18 @@ def held_out_loss(model: GPT, windows: Tensor) -> float:
     return total / len(windows)
 
 
-def last_betas(optimizer: Optimizer, params: Sequence[Tensor]) -> list[float]:
+def last_betas(optimizer: Optimizer, model: nn.Module) -> list[float]:
     """Each tensor's beta1 of the last step; the mean over its rows where they have their own."""
     if isinstance(optimizer, AMAdamW):
-        return beta_by_tensor(optimizer, params)
+        return torch.stack(list(optimizer.betas_by_name(model).values())).tolist()
     beta: float = optimizer.param_groups[0]["betas"][0]
-    return [beta] * len(params)
+    return [beta for _ in model.parameters()]
 
 
 def train(name: str, config: Config, training: bytes, held_out: bytes) -> Run:
     """One contestant's run, to its end or to its first loss that is not finite."""
     start = time.perf_counter()
     model = new_model(config)
-    params = list(model.parameters())
     optimizer = CONTESTANTS[name](param_groups(model, config.weight_decay), lr=config.lr)
     scheduler = CosineAnnealingLR(optimizer, T_max=config.steps)
     windows = held_out_windows(held_out, config)
@@ -158,7 +148,7 @@ def train(name: str, config: Config, training: bytes, held_out: bytes) -> Run:
         run.held_out_losses.append(loss)
         return True
 
-    looked_at = params[run.tensors.index(ROWS_OF)]
+    looked_at = list(model.parameters())[run.tensors.index(ROWS_OF)]
     batches = training_batches(training, config)
     smoothed = math.nan
     evaluate(0)
@@ -177,11 +167,11 @@ def train(name: str, config: Config, training: bytes, held_out: bytes) -> Run:
 
             optimizer.zero_grad()
             scheduler.step()
-            betas = last_betas(optimizer, params)
+            betas = last_betas(optimizer, model)
             run.train_losses.append(value)
             run.betas.append(betas)
             if isinstance(optimizer, AMAdamW):
-                run.at_cap.append(share_at_cap(optimizer))
+                run.at_cap.append(optimizer.metrics()["at_cap"].item())
                 beta = optimizer.state[looked_at]["beta"]
                 if beta.dim() > 0:
                     run.row_betas.append(beta.clone())

@@ -24,10 +24,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from adamem_fused import AMAdamW
+from adamem_fused import AMAdamW, param_groups
 from bench import demo
 from bench.arguments import COUNT, SEED, output_folder
-from bench.betas import share_at_cap
 from bench.demo_text import TRAINING_FILES, read_text, standard_library
 from bench.environment import environment, folder_name
 from bench.kernels.devices import find_device
@@ -94,7 +93,7 @@ class Training:
         self, make: Callable[..., Optimizer], config: demo.Config, device: torch.device
     ) -> None:
         self.model = demo.new_model(config).to(device)
-        groups = demo.param_groups(self.model, config.weight_decay)
+        groups = param_groups(self.model, config.weight_decay)
         self.optimizer = make(groups, lr=config.lr)
         self.scheduler = CosineAnnealingLR(self.optimizer, T_max=config.steps)
         self.synchronize: Callable[[], None] = (
@@ -118,7 +117,7 @@ class Training:
         self.optimizer_seconds.append(end - before)
         self.scheduler.step()
         if isinstance(self.optimizer, AMAdamW):
-            self.at_cap.append(share_at_cap(self.optimizer))
+            self.at_cap.append(self.optimizer.metrics()["at_cap"].item())
 
     def measured(self) -> dict[str, list[float]]:
         return {

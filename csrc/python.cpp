@@ -544,6 +544,127 @@ py::object squared_norms(const py::list& grads) {
   return py::cast(run("adamem_fused::squared_norms", [&] { return cpu::squared_norms(refs); }));
 }
 
+// ---- betas: those of the last step ------------------------------------------------
+
+// Reads a run of parameters at a time, in loops of which each asks for what the next one reads, as
+// Gatherer does.
+class BetaReader {
+ public:
+  static constexpr size_t kRun = 64;
+
+  BetaReader(const py::dict& state, const py::str& name, DTensors dtensors)
+      : states_(state.ptr()), name_(name.ptr()), dtensors_(dtensors) {}
+
+  // Adds those of a run; false where one of them is not ordinary.
+  bool add(PyObject* const* params, size_t n) {
+    PyObject* found[kRun];  // the state of each; then its beta; null where there is none
+    for (size_t i = 0; i < n; ++i) {
+      prefetch_impl(tensor_of(params[i]));
+      found[i] = states_.find(params[i]);
+      __builtin_prefetch(found[i]);
+    }
+    for (size_t i = 0; i < n; ++i) {
+      if (found[i] == nullptr) continue;
+      if (PyDict_Check(found[i]))
+        prefetch(reinterpret_cast<PyDictObject*>(found[i])->ma_keys, 256);
+      else
+        found[i] = nullptr;
+    }
+    for (size_t i = 0; i < n; ++i) {
+      if (found[i] == nullptr) continue;
+      const bool any = THPVariable_Unpack(params[i]).numel() > 0;
+      found[i] = any ? PyDict_GetItemWithError(found[i], name_) : nullptr;
+      if (found[i] == nullptr && PyErr_Occurred()) throw python_error();
+      __builtin_prefetch(found[i]);
+    }
+    TensorRefs betas;
+    betas.reserve(n);
+    for (size_t i = 0; i < n; ++i) {
+      if (found[i] == nullptr) continue;
+      PyObject* const beta = dtensors_.is(found[i]) ? dtensors_.local(found[i]) : found[i];
+      if (!is_exact(beta)) return false;
+      betas.push_back(THPVariable_Unpack(beta));
+      prefetch_impl(THPVariable_Unpack(beta));
+    }
+    for (size_t i = 0, k = 0; i < n; ++i) {
+      structure_.push_back(THPVariable_Unpack(params[i]).numel());
+      structure_.push_back(0);
+      if (found[i] == nullptr) continue;
+      const Tensor& beta = betas[k++];
+      if (!is_ordinary(beta)) return false;
+      structure_.back() = beta.numel();
+      prefetch_storage(beta);
+    }
+    if (!device_.has_value()) return true;
+    if (!device_->is_cpu()) {
+      for (size_t k = 0; k < betas.size(); ++k) elsewhere_.push_back(betas[k]);
+      return true;
+    }
+    for (size_t k = 0; k < betas.size(); ++k) __builtin_prefetch(betas[k].const_data_ptr());
+    for (size_t k = 0; k < betas.size(); ++k) {
+      if (betas[k].scalar_type() == at::kFloat)
+        append<float>(betas[k]);
+      else
+        append<double>(betas[k]);
+    }
+    return true;
+  }
+
+  bool any() const { return device_.has_value(); }
+  const std::vector<int64_t>& structure() const { return structure_; }
+
+  // [betas]; float64 on the CPU.
+  Tensor values() const {
+    if (elsewhere_.size() == 0) return at::tensor(values_, at::kDouble);
+    std::vector<Tensor> flat;
+    flat.reserve(elsewhere_.size());
+    for (size_t k = 0; k < elsewhere_.size(); ++k)
+      flat.push_back(elsewhere_[k].dim() == 0 ? elsewhere_[k].unsqueeze(0) : elsewhere_[k]);
+    return at::cat(flat);
+  }
+
+ private:
+  bool is_ordinary(const Tensor& beta) {
+    if (!device_.has_value()) device_ = beta.device();
+    return is_plain(beta) && beta.dim() <= 1 && beta.is_contiguous() && beta.device() == *device_ &&
+           (beta.scalar_type() == at::kFloat || beta.scalar_type() == at::kDouble);
+  }
+
+  template <class T>
+  void append(const Tensor& beta) {
+    const T* data = static_cast<const T*>(beta.const_data_ptr());
+    values_.insert(values_.end(), data, data + beta.numel());
+  }
+
+  Cursor states_;
+  PyObject* name_;
+  DTensors dtensors_;
+  std::optional<c10::Device> device_;
+  std::vector<int64_t> structure_;
+  std::vector<double> values_;
+  TensorRefs elsewhere_;  // not on the CPU
+};
+
+// The last betas of parameters, in their order, as a new tensor [betas], float64 on the CPU; and,
+// as bytes, two words of each parameter: its elements and how many of these betas are its, 0 where
+// it has none or no elements.
+//
+// None where there are none, or one is not ordinary: a plain contiguous tensor of at most one
+// dimension, or a DTensor's shard that is one, on the device of the others.
+py::object betas(const py::list& groups, const py::dict& state, const py::str& name,
+                 const py::object& dtensor) {
+  if (any_modes()) return py::none();
+  BetaReader reader(state, name, DTensors(dtensor));
+  for (const py::handle group : groups) {
+    PyObject* const* items = items_of(group);
+    const size_t n = py::len(group);
+    for (size_t begin = 0; begin < n; begin += BetaReader::kRun)
+      if (!reader.add(items + begin, std::min(BetaReader::kRun, n - begin))) return py::none();
+  }
+  if (!reader.any()) return py::none();
+  return py::make_tuple(reader.values(), as_bytes(reader.structure(), py::bytes()));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -553,6 +674,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("bump_versions", torch::wrap_pybind_function(bump_versions));
   m.def("describe", torch::wrap_pybind_function(describe));
   m.def("any_modes", any_modes);
+  m.def("betas", torch::wrap_pybind_function(betas));
   m.def("adamw_begin_", torch::wrap_pybind_function(adamw_begin_));
   m.def("adamw_finish_", torch::wrap_pybind_function(adamw_finish_));
   m.def("sgd_begin", torch::wrap_pybind_function(sgd_begin));

@@ -7,11 +7,9 @@ import struct
 import pytest
 import torch
 
-from adamem_fused import AMAdamW
 from adamem_fused.backends import ops
 from bench import demo
 from bench.arguments import output_folder
-from bench.betas import beta_by_tensor, share_at_cap
 from bench.demo_report import Comparison, Run, format_table, steps_to_reach
 from bench.demo_text import HELD_OUT_FILES, TRAINING_FILES, Text, read_text, standard_library
 from bench.environment import cache_sizes, environment
@@ -91,24 +89,6 @@ def test_the_share_at_the_cap_and_the_optimizers_time_are_told(demo_run):
     for name in ADAPTIVE:
         assert 1 / 6 <= contestants[name]["mean_at_cap"] <= 1  # that of the first step is 1
         assert contestants[name]["optimizer_time_to_baseline"] > 0
-
-
-def test_elements_at_the_cap_are_counted():
-    params = [torch.zeros(n, requires_grad=True) for n in (30, 60, 10, 5)]
-    optimizer = AMAdamW([{"params": params[:2]}, {"params": params[2:], "betas": (0.5, 0.99)}])
-    for param, beta in zip(params, (0.89, 0.8899, 0.5), strict=False):
-        optimizer.state[param]["beta"] = torch.tensor(beta)
-    assert share_at_cap(optimizer) == pytest.approx(0.4)  # and one has not had a gradient yet
-
-
-def test_a_beta_of_a_row_is_for_the_elements_of_the_row():
-    vector, matrix, empty = (torch.zeros(*s, requires_grad=True) for s in ((40,), (3, 20), (0, 20)))
-    optimizer = AMAdamW([vector, matrix, empty], betas=(0.9, 0.99), beta_scope="row")
-    optimizer.state[vector]["beta"] = torch.tensor(0.3)
-    optimizer.state[matrix]["beta"] = torch.tensor([0.9, 0.0, 0.9])
-    optimizer.state[empty]["beta"] = torch.empty(0)
-    assert share_at_cap(optimizer) == pytest.approx(0.4)
-    assert beta_by_tensor(optimizer, [vector, matrix]) == pytest.approx([0.3, 0.6])
 
 
 @needs_extension

@@ -162,3 +162,21 @@ def test_tensors_beyond_two_to_the_31_elements_are_updated_to_their_end(backend)
     for part in (param[:4096], param[2**31 - 4096 :]):
         assert torch.equal(part, torch.full_like(part, 0.5))
     assert optimizer.state[param]["exp_avg"][-1].item() > 0
+
+
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+def test_metrics_wait_for_nothing(backend, scope):
+    params, optimizer = make(backend, AMAdamW, beta_scope=scope, skip_nonfinite=True)
+    set_grads(params, 0)
+    optimizer.step()
+    optimizer.metrics()  # makes what is kept
+    named = [(str(i), param) for i, param in enumerate(params)]
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found, betas = optimizer.metrics(), optimizer.betas_by_name(named)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    numbers = [found[name].item() for name in ("beta_mean", "beta_min", "at_cap")]
+    assert numbers == pytest.approx([0.89, 0.89, 1.0])
+    assert [beta.item() for beta in betas.values()] == pytest.approx([0.89] * 3)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from lion_pytorch import Lion
@@ -96,13 +95,3 @@ BY_ROW = {
     for plane in PLANES
     for contestant in (am_adamw(plane, "row", 0.1), am_sgd(plane, "row"))
 }
-
-
-def param_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay, vectors without; a group that would be empty is left out."""
-    params = list(model.parameters())
-    groups = [
-        {"params": [p for p in params if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]

@@ -16,10 +16,9 @@ import torch
 from schedulefree import AdamWScheduleFree
 from torch.optim import Optimizer
 
-from adamem_fused import AMSGD, AMAdamW
-from bench.betas import beta_by_tensor, share_at_cap
+from adamem_fused import AMSGD, AMAdamW, param_groups
 from bench.demo_model import tensor_label
-from bench.experiments.contestants import Contestant, param_groups
+from bench.experiments.contestants import Contestant
 from bench.experiments.grid import Cell, Grid
 from bench.experiments.results import Run
 from bench.experiments.tasks import Problem, Task
@@ -52,7 +51,6 @@ def train(task: Task, contestant: Contestant, cell: Cell) -> Run:
     """One run, to its end or to its first loss that is not finite."""
     problem = _problem(task.make, task.steps, cell.seed)
     model = copy.deepcopy(problem.model)
-    params = list(model.parameters())
     weight_decay = task.weight_decay if contestant.family == "adam" else 0.0
     optimizer = contestant.make(param_groups(model, weight_decay), lr=cell.lr)
     lr = contestant.lr_scale * cell.lr
@@ -79,9 +77,9 @@ def train(task: Task, contestant: Contestant, cell: Cell) -> Run:
         optimizer.step()
         optimizer_seconds.append(time.thread_time() - step_start)
         if isinstance(optimizer, (AMAdamW, AMSGD)):
-            betas.append(beta_by_tensor(optimizer, params))
+            betas.append(torch.stack(list(optimizer.betas_by_name(model).values())).tolist())
         if isinstance(optimizer, AMAdamW):
-            at_cap.append(share_at_cap(optimizer))
+            at_cap.append(optimizer.metrics()["at_cap"].item())
     seconds = time.thread_time() - start
 
     _set_training(optimizer, False)

@@ -32,7 +32,6 @@ from torch.optim import Optimizer
 
 from adamem_fused import AMSGD, AMAdamW
 from bench import gpu_cases
-from bench.betas import share_at_cap
 from bench.environment import gpu_clocks
 from bench.gpu_check import gpu
 from bench.gpu_check.record import Case, NotDone, Part
@@ -174,7 +173,7 @@ def make_params(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[T
 
 def make_ours(
     optimizer: str, params: Sequence[Tensor], backend: str, regime: str = "cap"
-) -> Optimizer:
+) -> AMAdamW | AMSGD:
     """optimizer: "AMAdamW" or "AMSGD", with " anchored" for that plane."""
     options: dict[str, Any] = {"lr": 1e-9, "backend": backend}
     if optimizer.endswith(" anchored"):
@@ -204,7 +203,7 @@ def time_case(
 
     def look(side: str) -> None:
         if side == "ours":
-            shares.append(share_at_cap(ours))
+            shares.append(ours.metrics()["at_cap"].item())
 
     sides: dict[str, Step] = {"ours": ours.step, "torch": theirs.step}
     found = measure(sides, Gradients(params, regime), PAIRS, SAMPLE_SECONDS, look)

@@ -1,0 +1,115 @@
+"""Parameter groups as they are most often written by hand: which parameters decay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from adamem_fused.metrics import named_parameters
+from adamem_fused.options import check_number
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+def param_groups(
+    model: nn.Module | Iterable[tuple[str, Tensor]],
+    weight_decay: float = 1e-2,
+    *,
+    embeddings: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """A model's trained parameters in groups for an optimizer of torch.optim or of this package.
+
+    Without weight decay are biases, by their names; whatever has fewer than two dimensions; the
+    parameters of norms, which are modules of a class whose name, or a base's, ends in "Norm"; and
+    what a model names in `no_weight_decay()`, as timm's do. All others have it. Frozen parameters
+    are left out.
+
+    Args:
+        model: a module; or (name, parameter) pairs, in which norms and embeddings are not known as
+            such.
+        weight_decay: of those that decay.
+        embeddings: options for the weights of nn.Embedding and nn.EmbeddingBag, in a group of their
+            own: {"weight_decay": 0.0}, or {"beta_scope": "tensor"} beside rows. They decay unless
+            it says otherwise. A weight that an output layer shares is one of them. None: they are
+            as other matrices.
+
+    Returns:
+        Groups of which "params" is a list of (name, parameter) pairs, in the model's order, from
+        which torch's optimizers keep the names in "param_names": those that decay, embeddings,
+        those that do not. None of them is empty.
+
+    Raises:
+        TypeError: model or embeddings is something else.
+        ValueError: a bad weight_decay; nothing to train; embeddings with pairs, or with "params".
+    """
+    check_number("weight_decay", weight_decay)
+    named = named_parameters(model)
+    _check_embeddings(embeddings, model)
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    of_norms = {id(param) for module in modules if _is_norm(module) for param in _own(module)}
+    of_embeddings = {
+        id(param)
+        for module in modules
+        if embeddings is not None and isinstance(module, _EMBEDDINGS)
+        for param in _own(module)
+    }
+    exempt = _no_weight_decay(model)
+
+    decayed: list[tuple[str, Tensor]] = []
+    embedded: list[tuple[str, Tensor]] = []
+    others: list[tuple[str, Tensor]] = []
+    seen: set[int] = set()
+    for name, param in named:
+        if not param.requires_grad or id(param) in seen:
+            continue
+        seen.add(id(param))
+        if id(param) in of_embeddings:
+            embedded.append((name, param))
+        elif (
+            param.dim() < 2
+            or "bias" in name.rpartition(".")[2]
+            or id(param) in of_norms
+            or name in exempt
+        ):
+            others.append((name, param))
+        else:
+            decayed.append((name, param))
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": embedded, "weight_decay": weight_decay, **(embeddings or {})},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError(f"no parameter to train: of {len(named)} parameters none requires grad")
+    return groups
+
+
+def _check_embeddings(embeddings: Any, model: Any) -> None:
+    if embeddings is None:
+        return
+    if not isinstance(embeddings, dict):
+        raise TypeError(
+            "embeddings has to be a dict of a group's options, or None, not a "
+            f"{type(embeddings).__name__}"
+        )
+    if not isinstance(model, nn.Module):
+        raise ValueError("embeddings needs the model: its parameters do not say what they are of")
+    if "params" in embeddings:
+        raise ValueError('embeddings has "params", which are found in the model')
+
+
+def _own(module: nn.Module) -> Iterator[Tensor]:
+    return module.parameters(recurse=False)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    # torch's BatchNorm2d and InstanceNorm2d are a _BatchNorm and an _InstanceNorm.
+    return any(cls.__name__.endswith("Norm") for cls in type(module).__mro__)
+
+
+def _no_weight_decay(model: Any) -> set[str]:
+    names = getattr(model, "no_weight_decay", None)
+    return set(names()) if callable(names) else set()
