@@ -269,6 +269,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self._forget()
         self._given = flattened.shapes([])
         self._maker = flattened.find_maker()
+        flattened.check_norm(self._maker, self._takes_norm)
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
@@ -504,6 +505,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """The tensors of a step of these groups, all if none are given: a batch for each backend
         and device."""
         groups, kept = groups or self.param_groups, kept or self._kept
+        flattened.check_norm(self._maker, self._takes_norm)
         for group in groups:
             self._check_group(group, ROUNDING)
             if self._maker is not None:
