@@ -3,7 +3,8 @@
 Beta belongs to a whole tensor, to a whole row of it, or to the whole model, and the norm by which
 gradients are clipped to the whole model. A rank that is given a piece of a flat buffer, or one of
 many optimizers, cannot know it. A DTensor says what it is a part of (sharding.py); these do not, so
-they are told by what they leave: an attribute, the caller, or a parameter that was not there before.
+they are told by what they leave: an attribute, the caller, or a parameter that was not there
+before.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ def check_norm(maker: str | None, takes_norm: bool) -> None:
     if maker is not None and takes_norm:
         raise RuntimeError(
             f"{maker}, so max_grad_norm and skip_nonfinite would go by the norm of that part, not "
-            "of the model. Leave them out, or use FSDP2 (torch.distributed.fsdp.fully_shard), which "
-            "offloads too (CPUOffloadPolicy)"
+            "of the model. Leave them out, or use FSDP2 (torch.distributed.fsdp.fully_shard), "
+            "which offloads too (CPUOffloadPolicy)"
         )
 
 
