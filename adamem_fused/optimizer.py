@@ -393,7 +393,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
             RuntimeError: a sparse gradient; gap="loss" without a closure; a backend that
                 was asked for and is not there; `grad_scale` or `found_inf` for one that is
                 not fused; a parameter or state that cannot be updated in place; parameters
-                that a scheme such as FSDP1 or DeepSpeed's ZeRO has flattened or split.
+                that a scheme such as FSDP1 or DeepSpeed's ZeRO has flattened or split; clipping
+                or skipping by the norm where this is one of several optimizers of a model.
             ValueError: a hyperparameter that has become bad; state of the wrong shape; with
                 gap="loss", a loss that is not one number.
 
