@@ -43,7 +43,7 @@ _MOST = 2**15
 def _sum(values: Tensor) -> Tensor:
     if values.numel() <= _MOST:
         return values.sum()
-    return torch.stack([part.sum() for part in values.split(_MOST)]).sum()
+    return torch.stack([part.sum() for part in torch.split(values, _MOST)]).sum()
 
 
 class SquaredNorm:

@@ -1,9 +1,10 @@
 """Schemes that flatten or split plain parameters, refused: their betas would be other ones.
 
-Beta belongs to a whole tensor, to a whole row of it, or to the whole model. A rank that is given a
-piece of a flat buffer, or one of many optimizers, cannot know it. A DTensor says what it is a part
-of (sharding.py); these do not, so they are told by what they leave: an attribute, the caller, or
-a parameter that was not there before.
+Beta belongs to a whole tensor, to a whole row of it, or to the whole model, and the norm by which
+gradients are clipped to the whole model. A rank that is given a piece of a flat buffer, or one of
+many optimizers, cannot know it. A DTensor says what it is a part of (sharding.py); these do not, so
+they are told by what they leave: an attribute, the caller, or a parameter that was not there
+before.
 """
 
 from __future__ import annotations
@@ -89,6 +90,16 @@ def check_scope(maker: str | None, group: dict[str, Any]) -> None:
         raise RuntimeError(
             f'{maker}, so beta_scope="global" would be a beta for that part, not for the model. '
             'Pass beta_scope="tensor"'
+        )
+
+
+def check_norm(maker: str | None, takes_norm: bool) -> None:
+    """Raises RuntimeError where a step of one optimizer of several asks for the norm."""
+    if maker is not None and takes_norm:
+        raise RuntimeError(
+            f"{maker}, so max_grad_norm and skip_nonfinite would go by the norm of that part, not "
+            "of the model. Leave them out, or use FSDP2 (torch.distributed.fsdp.fully_shard), "
+            "which offloads too (CPUOffloadPolicy)"
         )
 
 

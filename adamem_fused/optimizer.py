@@ -276,6 +276,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self._forget()
         self._given = flattened.shapes([])
         self._maker = flattened.find_maker()
+        flattened.check_norm(self._maker, self._takes_norm)
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
@@ -405,7 +406,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
             RuntimeError: a sparse gradient; gap="loss" without a closure; a backend that
                 was asked for and is not there; a parameter or state that cannot be updated
                 in place; parameters that a scheme such as FSDP1 or DeepSpeed's ZeRO has
-                flattened or split.
+                flattened or split; clipping or skipping by the norm where this is one of
+                several optimizers of a model.
             ValueError: a hyperparameter that has become bad; state of the wrong shape; with
                 gap="loss", a loss that is not one number.
 
@@ -529,6 +531,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """The tensors of a step of these groups, all if none are given: a batch for each backend
         and device."""
         groups, kept = groups or self.param_groups, kept or self._kept
+        flattened.check_norm(self._maker, self._takes_norm)
         for group in groups:
             self._check_group(group, ROUNDING)
             if self._maker is not None:

@@ -21,6 +21,7 @@ from torch.utils import swap_tensors
 from adamem_fused import AMSGD, AMAdamW
 
 both = pytest.mark.parametrize("cls", OPTIMIZERS)
+NORM_OPTIONS = ({"max_grad_norm": 1.0}, {"skip_nonfinite": True})
 SCOPES = ("tensor", "row", "global")
 # Beta leaves its cap with these within a few steps.
 OPTIONS = {
@@ -86,6 +87,17 @@ def assert_refused(optimizer, match):
     for param, old in zip(parameters(optimizer), before, strict=True):
         assert torch.equal(bits(param.detach()), old)
     assert not any(optimizer.state.values())
+
+
+def assert_norm_is_refused(optimizer, maker):
+    """Also where it is asked for between steps."""
+    for option in NORM_OPTIONS:
+        for name, value in option.items():
+            usual = getattr(optimizer, name)
+            setattr(optimizer, name, value)
+            with pytest.raises(RuntimeError, match=rf"^{maker}.* norm of that part"):
+                optimizer.step()
+            setattr(optimizer, name, usual)
 
 
 # ---- FSDP1 ------------------------------------------------------------------------
@@ -177,6 +189,10 @@ def over_ranks(cls):
     with pytest.raises(RuntimeError, match=r"^ZeroRedundancyOptimizer"):
         sharded.step()
     sharded.param_groups[0]["beta_scope"] = "tensor"
+    assert_norm_is_refused(sharded.optim, "ZeroRedundancyOptimizer")
+    for option in NORM_OPTIONS:
+        with pytest.raises(RuntimeError, match=r"^ZeroRedundancyOptimizer .* norm of that part"):
+            ZeroRedundancyOptimizer(model.parameters(), cls, beta_scope="tensor", **option)
     with pytest.raises(RuntimeError, match=r"^ZeroRedundancyOptimizer"):
         sharded.add_param_group(
             {"params": [Parameter(torch.ones(3).double())], "beta_scope": "global"}
@@ -190,10 +206,11 @@ def over_ranks(cls):
     )
     train(model, whole)
     assert_as_in_one_process(cls, "global", model.parameters())
+    ZeroRedundancyOptimizer(model.parameters(), cls, process_group=alone, max_grad_norm=1.0)
 
 
 @both
-def test_one_beta_for_the_model_is_refused_of_zero_redundancy_optimizer(two_ranks, cls):
+def test_what_is_of_the_model_is_refused_of_zero_redundancy_optimizer(two_ranks, cls):
     two_ranks.run(over_ranks, cls)
 
 
@@ -209,6 +226,14 @@ def test_one_beta_for_the_model_is_refused_of_optimizers_for_each_parameter(cls)
     assert_as_in_one_process(cls, "tensor", model.parameters())
 
 
+@both
+@pytest.mark.parametrize("option", NORM_OPTIONS, ids=lambda option: next(iter(option)))
+def test_a_norm_of_the_model_is_refused_of_optimizers_for_each_parameter(cls, option):
+    options = {"beta_scope": "tensor", **option}
+    with pytest.raises(RuntimeError, match="optimizer for each parameter, so max_grad_norm"):
+        _apply_optimizer_in_backward(cls, model_of().parameters(), options)
+
+
 def module_of(monkeypatch, name, source):
     module = types.ModuleType(name)
     exec(source, module.__dict__)
@@ -222,7 +247,8 @@ def test_makers_that_are_not_installed_are_told_by_their_modules(monkeypatch, na
     module = module_of(monkeypatch, name, source)
     with pytest.raises(RuntimeError, match=rf"^{name.split('.')[0]}'s"):
         module.make(module, AMSGD, [Parameter(torch.ones(3))])
-    module.make(module, AMSGD, [Parameter(torch.ones(3))], beta_scope="tensor")
+    optimizer = module.make(module, AMSGD, [Parameter(torch.ones(3))], beta_scope="tensor")
+    assert_norm_is_refused(optimizer, name.split(".")[0])
     AMSGD([Parameter(torch.ones(3))])
 
 

@@ -1,6 +1,12 @@
-"""Trainers whose schemes flatten or split parameters are refused; their DDP and FSDP2 are not."""
+"""Trainers whose schemes flatten or split parameters are refused; their DDP and FSDP2 are not.
+
+What they clip the optimizer clips by max_grad_norm, and docs/training_loop.md has how a scheduler
+sees a skipped step.
+"""
 
 import contextlib
+import itertools
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -14,12 +20,15 @@ from ranks import Ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Linear, Module, Sequential, Tanh
+from torch.optim.lr_scheduler import LambdaLR
 
 from adamem_fused import AMSGD, AMAdamW
 
 pytestmark = pytest.mark.integrations
 
 STEPS = 6
+# The gradients' sums, or the norm's, are in another order; these steps enlarge what comes of it.
+TOLERANCE = 5e-5
 # Beta leaves its cap with these within a few steps. No decay: HF Trainer gives biases none.
 OPTIONS = {
     cls: {"memory_plane": "anchored", "weight_decay": 0.0, "lr": lr}
@@ -57,8 +66,26 @@ def loader() -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(rows(), batch_size=4)
 
 
-def make(cls, params, scope):
-    return cls(params, beta_scope=scope, **OPTIONS[cls])
+def make(cls, params, scope, **options):
+    return cls(params, beta_scope=scope, **OPTIONS[cls], **options)
+
+
+class OfTakenSteps:
+    """As in docs/training_loop.md: a scheduler stands still where a step was skipped."""
+
+    def step(self, *args):
+        norm = self.optimizer.grad_norm
+        if norm is None or norm.isfinite():
+            super().step(*args)
+
+
+class Decay(LambdaLR):
+    def __init__(self, optimizer):
+        super().__init__(optimizer, lambda step: 0.9**step)
+
+
+class DecayOfTakenSteps(OfTakenSteps, Decay):
+    pass
 
 
 def part() -> Tensor:
@@ -101,8 +128,18 @@ def assert_as_in_one_process(model: Module, cls, scope) -> None:
     assert any(0 < beta < 0.88 for beta in betas), f"beta says nothing here: {betas}"
     pairs = zip(whole(model), expected.parameters(), strict=True)
     errors = [relative_error(ours, theirs.detach()) for ours, theirs in pairs]
-    # The gradients' sums are in another order. Betas of flat pieces are 0.01 and more off.
-    assert max(errors) <= 5e-5, f"{cls.__name__} {scope}: {errors}"
+    # Betas of flat pieces are 0.01 and more off.
+    assert max(errors) <= TOLERANCE, f"{cls.__name__} {scope}: {errors}"
+
+
+# Below the gradients' norm in the first steps, above it in later ones.
+MAX_NORM = 0.3
+
+
+def assert_clipped_alike(actual: Module, expected: Module) -> None:
+    pairs = zip(whole(actual), whole(expected), strict=True)
+    errors = [relative_error(ours, theirs) for ours, theirs in pairs]
+    assert max(errors) <= TOLERANCE, errors
 
 
 # ---- DeepSpeed --------------------------------------------------------------------
@@ -179,7 +216,7 @@ def test_deepspeeds_zero_of_one_rank_is_right_for_one_beta_and_warns():
 # ---- accelerate -------------------------------------------------------------------
 
 
-def train_with_accelerate(cls, scope, deepspeed=None, fsdp=None):
+def train_with_accelerate(cls, scope, deepspeed=None, fsdp=None, clip=None, scaler=None, **options):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
@@ -190,12 +227,15 @@ def train_with_accelerate(cls, scope, deepspeed=None, fsdp=None):
         accelerator.state._shared_state["distributed_type"] = DistributedType.FSDP
         accelerator.state._shared_state["fsdp_plugin"] = fsdp
         accelerator.state._shared_state["device"] = torch.device("cpu")
+    accelerator.scaler = scaler  # accelerate makes one for GPUs alone
     model = Model()
-    optimizer = make(cls, model.parameters(), scope)
+    optimizer = make(cls, model.parameters(), scope, **options)
     model, optimizer, batches = accelerator.prepare(model, optimizer, loader())
     for _ in range(STEPS):
         for batch in batches:
             accelerator.backward(model(batch)[0])
+            if clip is not None:
+                accelerator.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad()
     return accelerator.unwrap_model(model)
@@ -247,31 +287,107 @@ def test_accelerate_takes_the_steps_of_one_process(two_ranks, version):
     two_ranks.run(takes_accelerate, version)
 
 
+def clips_as_accelerate(version):
+    set_up()
+
+    def train(cls, scope, **options):
+        fsdp = fsdp_plugin(version) if version else None
+        return train_with_accelerate(cls, scope, fsdp=fsdp, **options)
+
+    for cls, scope in CASES:
+        theirs = train(cls, scope, clip=MAX_NORM)
+        assert_clipped_alike(train(cls, scope, max_grad_norm=MAX_NORM), theirs)
+        # The step unscales, where accelerate's clipping lets the scaler do it.
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        ours = train(cls, scope, scaler=scaler, fused=True, max_grad_norm=MAX_NORM)
+        assert_clipped_alike(ours, theirs)
+
+
+@pytest.mark.parametrize("version", [None, 2], ids=["ddp", "fsdp2"])
+def test_max_grad_norm_clips_as_accelerate_does(two_ranks, version):
+    two_ranks.run(clips_as_accelerate, version)
+
+
+def skipped_step_with_accelerate(schedule, scaler, **options):
+    """Whether accelerate has seen that a step was skipped; and how often the lr has gone down."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = scaler
+    model = Model()
+    optimizer = AMAdamW(model.parameters(), **options)
+    scheduler = schedule(optimizer)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    seen = []
+    for bad in (False, True, False):
+        accelerator.backward(model(rows())[0])
+        if bad:
+            next(model.parameters()).grad.fill_(math.inf)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        seen.append(accelerator.optimizer_step_was_skipped)
+    # A scheduler has a step for each rank.
+    return seen, scheduler.scheduler.last_epoch // accelerator.num_processes
+
+
+def shows_skipped_steps():
+    set_up()
+    new_scaler = partial(torch.amp.GradScaler, "cpu")
+    # The scaler decides, and accelerate sees that.
+    seen, decays = skipped_step_with_accelerate(Decay, new_scaler())
+    assert seen == [False, True, False] and decays == 2
+    # The step decides, as torch's fused ones do.
+    seen, decays = skipped_step_with_accelerate(Decay, new_scaler(), fused=True)
+    assert seen == [False] * 3 and decays == 3
+    for options in (
+        {"scaler": new_scaler(), "fused": True, "max_grad_norm": 1.0},
+        {"scaler": new_scaler(), "fused": True, "skip_nonfinite": True},
+        {"scaler": new_scaler(), "max_grad_norm": 1.0},
+        {"scaler": None, "skip_nonfinite": True},
+    ):
+        _, decays = skipped_step_with_accelerate(DecayOfTakenSteps, **options)
+        assert decays == 2, options
+
+
+def test_a_scheduler_of_accelerate_can_see_a_skipped_step(two_ranks):
+    two_ranks.run(shows_skipped_steps)
+
+
 # ---- HF Trainer -------------------------------------------------------------------
 
 
-def train_with_trainer(cls, scope, folder, **arguments):
+def training_arguments(folder, **arguments):
     from accelerate.state import AcceleratorState
-    from transformers import Trainer, TrainingArguments
+    from transformers import TrainingArguments
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    model = Model()
-    trainer = Trainer(
-        model,
-        TrainingArguments(
-            output_dir=folder,
-            use_cpu="deepspeed" not in arguments,
-            per_device_train_batch_size=4,
-            max_steps=STEPS,
-            max_grad_norm=0.0,
-            lr_scheduler_type="constant",
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
+    return TrainingArguments(
+        **{
+            "output_dir": folder,
+            "use_cpu": "deepspeed" not in arguments,
+            "per_device_train_batch_size": 4,
+            "max_steps": STEPS,
+            "max_grad_norm": 0.0,
+            "lr_scheduler_type": "constant",
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
             **arguments,
-        ),
+        }
+    )
+
+
+def train_with_trainer(cls, scope, folder, options=None, **arguments):
+    from transformers import Trainer
+
+    trainer = Trainer(
+        Model(),
+        training_arguments(folder, **arguments),
         train_dataset=[{"x": row} for row in rows()],
-        optimizer_cls_and_kwargs=(cls, {**OPTIONS[cls], "beta_scope": scope}),
+        optimizer_cls_and_kwargs=(cls, {**OPTIONS[cls], "beta_scope": scope, **(options or {})}),
     )
     trainer.train()
     return trainer.accelerator.unwrap_model(trainer.model_wrapped)
@@ -304,10 +420,87 @@ def test_hf_trainer_takes_the_steps_of_one_process(two_ranks, tmp_path):
     two_ranks.run(takes_trainer, str(tmp_path))
 
 
+def clips_as_trainer(folder):
+    set_up()
+    for cls, scope in CASES:
+        theirs = train_with_trainer(cls, scope, folder, max_grad_norm=MAX_NORM)
+        ours = train_with_trainer(cls, scope, folder, {"max_grad_norm": MAX_NORM})
+        assert_clipped_alike(ours, theirs)
+
+
+def test_max_grad_norm_clips_as_hf_trainer_does(two_ranks, tmp_path):
+    two_ranks.run(clips_as_trainer, str(tmp_path))
+
+
+def logs_the_norm_of_the_step(folder):
+    """As in docs/training_loop.md: without a reading of all gradients for the log."""
+    from transformers import Trainer
+
+    set_up()
+
+    class TrainerOfItsNorm(Trainer):
+        def _get_grad_norm(self, model, grad_norm=None):
+            return self.optimizer.optimizer.grad_norm
+
+    logged = []
+    for trainer_class in (Trainer, TrainerOfItsNorm):
+        model = Model()
+        optimizer = AMAdamW(model.parameters(), max_grad_norm=MAX_NORM)
+        arguments = training_arguments(folder, logging_steps=1)
+        dataset = [{"x": row} for row in rows()]
+        trainer = trainer_class(
+            model, arguments, train_dataset=dataset, optimizers=(optimizer, None)
+        )
+        trainer.train()
+        logged.append([entry.get("grad_norm") for entry in trainer.state.log_history[:-1]])
+    theirs, ours = logged
+    assert ours[0] is None  # it is the last step's
+    assert ours[1:] == pytest.approx(theirs[:-1], rel=1e-5)
+
+
+def test_hf_trainer_can_log_the_norm_that_the_step_took(two_ranks, tmp_path):
+    two_ranks.run(logs_the_norm_of_the_step, str(tmp_path))
+
+
+def decays_with_trainer(folder, schedule, scaler=None, **options):
+    from transformers import Trainer
+
+    model = Model()
+    backward = itertools.count()
+    next(model.parameters()).register_hook(
+        lambda grad: torch.full_like(grad, math.inf) if next(backward) == 1 else grad
+    )
+    optimizer = AMAdamW(model.parameters(), **options)
+    trainer = Trainer(
+        model,
+        training_arguments(folder, max_steps=3),
+        train_dataset=[{"x": row} for row in rows()],
+        optimizers=(optimizer, schedule(optimizer)),
+    )
+    trainer.accelerator.scaler = scaler
+    trainer.train()
+    assert all(param.isfinite().all() for param in whole(model))
+    return trainer.lr_scheduler.last_epoch
+
+
+def shows_trainers_schedulers_skipped_steps(folder):
+    set_up()
+    decays = partial(decays_with_trainer, folder)
+    new_scaler = partial(torch.amp.GradScaler, "cpu")
+    assert decays(Decay, new_scaler()) == 2
+    assert decays(Decay, new_scaler(), fused=True) == 3
+    assert decays(DecayOfTakenSteps, new_scaler(), fused=True, skip_nonfinite=True) == 2
+    assert decays(DecayOfTakenSteps, skip_nonfinite=True) == 2
+
+
+def test_a_scheduler_of_hf_trainer_can_see_a_skipped_step(two_ranks, tmp_path):
+    two_ranks.run(shows_trainers_schedulers_skipped_steps, str(tmp_path))
+
+
 # ---- Lightning --------------------------------------------------------------------
 
 
-def train_with_lightning(make_optimizer, **options):
+def train_with_lightning(make_optimizer, schedule=None, bad_batch=None, **options):
     from lightning import LightningModule, Trainer
 
     class Lit(LightningModule):
@@ -318,8 +511,16 @@ def train_with_lightning(make_optimizer, **options):
         def training_step(self, batch, index):
             return self.model(batch)[0]
 
+        def on_after_backward(self):
+            if self.global_step == bad_batch:
+                next(self.parameters()).grad.fill_(math.inf)
+
         def configure_optimizers(self):
-            return make_optimizer(self.parameters())
+            optimizer = make_optimizer(self.parameters())
+            if schedule is None:
+                return optimizer
+            self.schedule = schedule(optimizer)
+            return [optimizer], [{"scheduler": self.schedule, "interval": "step"}]
 
     model = Lit()
     trainer = Trainer(
@@ -332,6 +533,7 @@ def train_with_lightning(make_optimizer, **options):
         **options,
     )
     trainer.fit(model, loader())
+    model.model.decays = None if schedule is None else model.schedule.last_epoch
     return model.model
 
 
@@ -356,6 +558,48 @@ def test_lightning_clips_under_mixed_precision_unless_the_step_is_to_unscale(cls
     assert all(param.isfinite().all() for param in model.parameters())
     with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
         train_with_lightning(partial(cls, lr=0.01, fused=True), **options)
+
+
+def with_a_scaler():
+    """Lightning's 16-mixed, which it makes bf16-mixed on a CPU, but for the rounding of float16."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    class Scaled(MixedPrecision):
+        def autocast_context_manager(self):
+            return contextlib.nullcontext()
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    return {"plugins": [Scaled("16-mixed", "cpu", scaler)]}
+
+
+@pytest.mark.parametrize("scope", ["tensor", "row", "global"])
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("precision", [dict, with_a_scaler], ids=["32", "16-mixed"])
+def test_max_grad_norm_clips_as_lightning_does(cls, scope, precision):
+    options = partial(make, cls, scope=scope)
+    theirs = train_with_lightning(options, gradient_clip_val=MAX_NORM, **precision())
+    for fused in (None, True):
+        ours = train_with_lightning(
+            partial(options, fused=fused, max_grad_norm=MAX_NORM), **precision()
+        )
+        assert_clipped_alike(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "precision", "options", "decays"),
+    [
+        # Lightning's schedulers see no skipped step, whoever decides.
+        (Decay, with_a_scaler, {}, 12),
+        (Decay, with_a_scaler, {"fused": True}, 12),
+        (DecayOfTakenSteps, with_a_scaler, {"fused": True, "skip_nonfinite": True}, 11),
+        (DecayOfTakenSteps, dict, {"skip_nonfinite": True}, 11),
+    ],
+    ids=["scaler", "fused", "fused-seen", "seen"],
+)
+def test_a_scheduler_of_lightning_can_see_a_skipped_step(schedule, precision, options, decays):
+    model = train_with_lightning(partial(AMAdamW, **options), schedule, bad_batch=3, **precision())
+    assert all(param.isfinite().all() for param in model.parameters())
+    assert model.decays == decays
 
 
 # ---- torchao ----------------------------------------------------------------------
@@ -388,14 +632,35 @@ def offload(monkeypatch):
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_torchaos_cpu_offload_is_refused_one_beta_for_the_model(offload, cls):
+@pytest.mark.parametrize("minimal_size", [0, 100], ids=["all", "large"])
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+def test_torchaos_cpu_offload_takes_the_steps_of_one_optimizer(offload, cls, minimal_size, scope):
+    model, plain = Model(), Model()
+    options = {**OPTIONS[cls], "beta_scope": scope}
+    optimizer = offload(model.parameters(), cls, minimal_size=minimal_size, **options)
+    expected = cls(plain.parameters(), **options)
+    for _ in range(STEPS):
+        for trained, stepped in ((model, optimizer), (plain, expected)):
+            stepped.zero_grad()
+            trained(rows())[0].backward()
+            stepped.step()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_torchaos_cpu_offload_is_refused_what_is_of_the_model(offload, cls):
     options = {**OPTIONS[cls], "minimal_size": 0}
     with pytest.raises(RuntimeError, match=r"^torchao's CPUOffloadOptimizer .*\"tensor\""):
         offload(Model().parameters(), cls, beta_scope="global", **options)
+    options["beta_scope"] = "tensor"
+    for more in ({"max_grad_norm": 1.0}, {"skip_nonfinite": True}):
+        with pytest.raises(RuntimeError, match=r"^torchao's CPUOffloadOptimizer .* norm of that"):
+            offload(Model().parameters(), cls, **more, **options)
     model = Model()
-    optimizer = offload(model.parameters(), cls, beta_scope="tensor", **options)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        model(rows())[0].backward()
+    optimizer = offload(model.parameters(), cls, **options)
+    for part in optimizer.optim_dict.values():
+        part.max_grad_norm = 1.0
+    model(rows())[0].backward()
+    with pytest.raises(RuntimeError, match=r"^torchao's CPUOffloadOptimizer .* norm of that"):
         optimizer.step()
-    assert_as_in_one_process(model, cls, "tensor")
