@@ -435,7 +435,7 @@ def phase_table(result: dict[str, Any]) -> Table:
         for name in names:
             aimed_at = at_most if name.startswith("AMAdamW") and UNFUSED not in name else None
             row.append(format_cell(ratio(seconds, name, baseline(name)), at_most=aimed_at))
-        row.append(format_cell(ratio(seconds, METRICS, names[0])))
+        row.append(format_share(ratio(seconds, METRICS, names[0])))
         rows.append(row)
     text = (
         "Clipping by the global norm, step and zero_grad(), caches warm: times over those of "
@@ -470,7 +470,7 @@ def norm_table(result: dict[str, Any]) -> Table:
 
 def peak_table(result: dict[str, Any]) -> Table:
     return (
-        "Memory at its peak, with release_gradients() and without it",
+        "Gradient release in a training: gradients and memory at their peak, and its time",
         list(peak.HEADERS),
         peak.table_cells(result["peak"]),
     )
@@ -496,6 +496,11 @@ def format_cell(
         return cell
     met = found.median <= aimed_at if at_least is None else found.median >= aimed_at
     return f"{cell} of {aimed_at:.2f}{'' if met else ', not met'}"
+
+
+def format_share(found: Spread | None) -> str:
+    """A small ratio, in percent."""
+    return f"{found.median:.1%} ({found.low:.1%} to {found.high:.1%})" if found else "-"
 
 
 def _median(passes: Sequence[Sequence[float]]) -> float:

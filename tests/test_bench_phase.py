@@ -238,7 +238,7 @@ def test_the_phase_is_told_as_ratios_to_torchs(stubs):
     assert gpt2["AMAdamW cpu"] == "0.80 (0.80 to 0.80) of 0.85"
     assert gpt2["AMAdamW cpu, row"] == "0.90 (0.90 to 0.90) of 0.85, not met"
     assert gpt2["AMAdamW cpu, clip_grad_norm_"] == "1.20 (1.20 to 1.20)"
-    assert (gpt2["AMSGD cpu"], gpt2[METRICS]) == ("-", "0.10 (0.10 to 0.10)")
+    assert (gpt2["AMSGD cpu"], gpt2[METRICS]) == ("-", "10.0% (10.0% to 10.0%)")
     assert one["AMAdamW cpu"] == "0.80 (0.80 to 0.80)"
     assert one["AMSGD cpu"] == "0.50 (0.50 to 0.50)"  # of SGD
     assert one[METRICS] == "-"
