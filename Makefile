@@ -53,6 +53,7 @@ demo: .venv/installed
 bench-cpu: .venv/installed
 	$(BIN)/python -m bench kernels --device cpu
 	$(BIN)/python -m bench train --device cpu
+	$(BIN)/python -m bench phase --device cpu
 	$(BIN)/python -m bench host
 	$(BIN)/python -m bench readme
 
@@ -63,6 +64,7 @@ experiments: .venv/installed
 bench:
 	$(PYTHON) -m bench kernels --device cuda
 	$(PYTHON) -m bench train --device cuda
+	$(PYTHON) -m bench phase --device cuda
 
 # Takes the machine's own torch, which knows its GPU, and its nvcc where nothing is compiled yet.
 gpu-check:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench import host, train
+from bench import host, phase, train
 from bench.kernels.contestants import ADAMW_BASELINE, is_ours_fused
 from bench.kernels.results import Report, Row, Spread, baseline
 from bench.kernels.tables import format_ratio, format_reasons, target_cells
@@ -44,7 +44,8 @@ def add_parser(commands: Any) -> None:
         "readme",
         help="writes the README's performance section from the committed results",
         description=f"Writes what stands between {BEGIN} and {END} in README.md from every "
-        f"{RESULTS}/*/kernels.json, and the train.json, host.json and pictures beside it.",
+        f"{RESULTS}/*/kernels.json, and the train.json, phase.json, host.json and pictures beside "
+        "it.",
     )
     parser.set_defaults(run=run, parser=parser)
 
@@ -127,6 +128,10 @@ def device_section(report: Report, folder: Path, root: Path) -> str:
             f"aimed at) ([train.json]({link}/train.json)):\n",
             _table(train.table_cells(result), train.HEADERS),
         ]
+    whole = folder / "phase.json"
+    if whole.exists():
+        for text, headers, cells in phase.tables(json.loads(whole.read_text())):
+            parts += [f"{text} ([phase.json]({link}/phase.json)):\n", _table(cells, headers)]
     submitted = folder / "host.json"
     if submitted.exists():
         result = json.loads(submitted.read_text())

@@ -121,6 +121,11 @@ def _fake_sgd_finish_(
 
 
 def _fake_squared_norms(grads: list[Tensor]) -> Tensor:
+    for i, grad in enumerate(grads):
+        if grad.device != grads[0].device:
+            raise ValueError(
+                f"grad of tensor {i} is on {grad.device}, and that of tensor 0 on {grads[0].device}"
+            )
     return grads[0].new_empty(len(grads), dtype=torch.float64)
 
 

@@ -14,6 +14,10 @@ What beta is depends on the gradients, and the work may depend on beta. Hence th
 And one with a beta for each row, whose work does not depend on it:
 
     row      as cap, with beta_scope="row"
+
+And one that clips by the global norm, torch's by clip_grad_norm_ before its step:
+
+    clip     as cap, with max_grad_norm
 """
 
 from __future__ import annotations
@@ -43,6 +47,8 @@ MAX_STEPS = 50  # of a sample: gradients that fall stay numbers of full precisio
 LEAD = 8  # steps of gradients that fall until beta is below its cap
 FALL = 0.7
 COPIED = 2**28  # numbers
+# The work is that of clipping, and the gradients, which both sides share, stay as they are.
+MAX_NORM = 1e30
 
 Step = Callable[[], Any]
 
@@ -57,6 +63,7 @@ CASES = (
     ("5000x1000", "AMAdamW", torch.float32, "cap"),
     ("llama-2-7b", "AMAdamW", torch.float32, "cap"),
     ("resnet-50", "AMAdamW", torch.float32, "cap"),
+    ("gpt2-small", "AMAdamW", torch.float32, "clip"),
     ("gpt2-small", "AMAdamW", torch.float32, "row"),
     ("llama-2-7b", "AMAdamW", torch.float32, "row"),
     ("resnet-50", "AMAdamW", torch.float32, "row"),
@@ -79,7 +86,7 @@ CASES = (
 )
 # What share of the parameters has its beta at the cap, for the regime to be what it is called.
 # "row" is that whatever it is.
-AT_CAP = {"cap": (0.999, 1.0), "below": (0.0, 0.001), "mixture": (0.86, 0.9)}
+AT_CAP = {"cap": (0.999, 1.0), "clip": (0.999, 1.0), "below": (0.0, 0.001), "mixture": (0.86, 0.9)}
 
 
 class Gradients:
@@ -180,6 +187,8 @@ def make_ours(
         options["memory_plane"] = "anchored"
     if regime == "row":
         options["beta_scope"] = "row"
+    if regime == "clip":
+        options["max_grad_norm"] = MAX_NORM
     if optimizer.startswith("AMAdamW"):
         return AMAdamW(params, weight_decay=1e-9, **options)
     return AMSGD(params, **options)
@@ -201,13 +210,18 @@ def time_case(
     ours, theirs = make_ours(optimizer, params, backend, regime), make_theirs(optimizer, params)
     shares = []
 
+    def clip_and_step() -> None:
+        torch.nn.utils.clip_grad_norm_(params, MAX_NORM, foreach=True)
+        theirs.step()
+
     def look(side: str) -> None:
         if side == "ours":
             shares.append(ours.metrics()["at_cap"].item())
 
-    sides: dict[str, Step] = {"ours": ours.step, "torch": theirs.step}
+    clips = regime == "clip"
+    sides: dict[str, Step] = {"ours": ours.step, "torch": clip_and_step if clips else theirs.step}
     found = measure(sides, Gradients(params, regime), PAIRS, SAMPLE_SECONDS, look)
-    if regime not in ("cap", "row"):
+    if regime not in ("cap", "row", "clip"):
         for side in sides:
             del found[side]["wall"]  # the gradients' changes are in it
     aimed_at = optimizer.startswith("AMAdamW") and dtype == torch.float32
@@ -219,6 +233,8 @@ def time_case(
         gpu_cases.MISSED[regime],
         gpu_cases.LONGEST_ROW[backend] if regime == "row" else None,
     )
+    if clips:
+        predicted += dtype.itemsize  # the gradients are read for their norm
     found |= {
         "numel": case.numel,
         "target": case.targets.get(regime) if aimed_at else None,

@@ -40,6 +40,22 @@ class Sample(NamedTuple):
     kernel: float | None
 
 
+class Timed(Protocol):
+    """Work that is timed: a side's step, say.
+
+    Attributes:
+        replays: of the work captured as a CUDA graph, if it was.
+    """
+
+    replays: list[Callable[[], None]]
+
+    def next_gradients(self) -> None:
+        """What comes before the work, and is not timed."""
+
+    def step(self) -> object:
+        """The work."""
+
+
 class Device(Protocol):
     """A device, and how a step is measured on it."""
 
@@ -63,7 +79,7 @@ class Device(Protocol):
     def prepare(self, side: Side) -> None:
         """What measuring a side needs first; it has taken steps already."""
 
-    def measure(self, side: Side, steps: int, cold: bool) -> Sample:
+    def measure(self, side: Timed, steps: int, cold: bool) -> Sample:
         """Times some steps; with `cold`, the caches are flushed before each."""
 
     def temporary_bytes(self, side: Side) -> int | None:
@@ -161,7 +177,7 @@ class Cpu:
     def prepare(self, side: Side) -> None:
         pass
 
-    def measure(self, side: Side, steps: int, cold: bool) -> Sample:
+    def measure(self, side: Timed, steps: int, cold: bool) -> Sample:
         times = []
         for _ in range(steps):
             side.next_gradients()
@@ -258,7 +274,7 @@ class Cuda:
             side.replays.clear()  # it reads from the device, say
             torch.cuda.synchronize()
 
-    def measure(self, side: Side, steps: int, cold: bool) -> Sample:
+    def measure(self, side: Timed, steps: int, cold: bool) -> Sample:
         step_times, host_times, kernel_times = [], [], []
         for _ in range(steps):
             side.next_gradients()

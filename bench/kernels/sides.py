@@ -71,8 +71,8 @@ class Side:
         if self._missed:
             missing, off = _missing(start, self._missed)
             if off > TOLERANCE:
-                start, turned = _in_fifths(start), _in_fifths(turned)
-                gradient_sets = [_in_fifths(gradients) for gradients in gradient_sets]
+                start, turned = in_fifths(start), in_fifths(turned)
+                gradient_sets = [in_fifths(gradients) for gradients in gradient_sets]
                 missing, _ = _missing(start, self._missed)
             first, second = map(list, gradient_sets)
             for place in missing:
@@ -125,7 +125,7 @@ def _missing(tensors: Sequence[Tensor], share: float) -> tuple[list[int], float]
     return chosen, abs(sum(sizes[i] for i in chosen) / sum(sizes) - share)
 
 
-def _in_fifths(tensors: Sequence[Tensor]) -> list[Tensor]:
+def in_fifths(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Each in five parts, of whole cache lines where it is large, and what is left over."""
     parts: list[Tensor] = []
     for tensor in tensors:
