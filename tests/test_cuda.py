@@ -47,7 +47,7 @@ def emulated(monkeypatch):
 @pytest.mark.parametrize(
     "selection",
     [
-        ["test_gpu_cases.py"],
+        ["test_gpu_cases.py", "test_gpu_norms.py"],
         ["test_versions.py", "-k", "cuda"],
         # Without what takes the emulation longest.
         ["test_amp.py", "test_layouts.py", "test_determinism.py", "-k", "cuda and not hundreds"],
@@ -231,12 +231,15 @@ def test_the_number_of_launches_does_not_grow_with_the_tensors(monkeypatch, cls,
     sharing = ["share_rows", f"{kind}_beta"] if scope == "global" else []
     expected = [f"{kind}_prepare", f"{kind}_begin", *sharing, f"{kind}_finish"]
     set_gradients(optimizer, step=0)
-    assert calls.of_step(optimizer) == ["longest_row", f"{kind}_load", *expected]
+    loads = [f"{kind}_load", "squares_load"]
+    assert calls.of_step(optimizer) == ["longest_row", *loads, *expected]
     assert calls.of_step(optimizer) == expected
     calls.names = []
     step_through_the_seam(optimizer)
     seam = ("prepare", "begin", "prepare", "beta", "finish")
     assert calls.names == [f"{kind}_{name}" for name in seam]
+    optimizer.max_grad_norm = 1.0
+    assert calls.of_step(optimizer) == ["squares", "squared_norms", *expected]
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -546,6 +549,85 @@ def test_rows_take_no_second_launch(monkeypatch, cls, n):
     assert calls.names == [f"{kind}_{name}" for name in seam]
 
 
+# ---- squared norms ----------------------------------------------------------------------
+
+
+def squared_norms(optimizer) -> torch.Tensor:
+    (work,) = optimizer._collect()
+    return cuda.squared_norms(work.batch)
+
+
+def expected_norms(optimizer) -> torch.Tensor:
+    return torch.stack([param.grad.double().square().sum() for param in parameters(optimizer)])
+
+
+@pytest.mark.parametrize("resident, running", [(1, 1), (7, 2), (40, 5)])
+def test_norms_of_a_thousand_tensors(short_rows, resident, running):
+    """In whatever order blocks run."""
+    shapes = [*([(3,), (4, 6), (0,), ()] * 250), *SHAPES, *ROW_SHAPES]
+    optimizer = make_optimizer(OPTIMIZERS[0], [Group(shapes)], "cuda", beta_scope="row")
+    set_gradients(optimizer, step=0)
+    once = squared_norms(optimizer)
+    torch.testing.assert_close(once, expected_norms(optimizer), rtol=1.5e-7, atol=0.0)
+    cuda_emulator.set_blocks(resident, running)
+    assert torch.equal(once, squared_norms(optimizer))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3 * CHUNK,), (11, 512), (2, 5000), (1, 14336)])
+@pytest.mark.parametrize("value, readings", [(1.0, 1), (1e-30, 2), (1e30, 2), (0.0, 1)])
+def test_norms_read_gradients_once_and_again_where_squares_leave_the_range(
+    dtype, shape, value, readings
+):
+    if dtype == torch.float16 and value not in (0.0, 1.0):
+        pytest.skip("float16 does not hold it")
+    optimizer = make_optimizer(OPTIMIZERS[1], [Group([shape], dtype)], "cuda", beta_scope="row")
+    (param,) = parameters(optimizer)
+    param.grad = torch.full_like(param, value)
+    squared_norms(optimizer)
+    cuda_emulator.traffic()
+    norms = squared_norms(optimizer)
+    # Where all are the same, so are the roundings of a thread's sums.
+    torch.testing.assert_close(norms, expected_norms(optimizer), rtol=1e-6, atol=0.0)
+    readings = 1 if dtype == torch.float64 else readings
+    assert cuda_emulator.traffic() == (readings * param.numel() * dtype.itemsize, 0)
+
+
+def test_one_launch_more_for_each_dtype_of_gradients_and_none_for_rows(monkeypatch):
+    """Buckets of other rows, and of parameters of other dtypes, share one."""
+    shapes = [(4, 20), (3, 60), (7,)]
+    groups = [Group(shapes), Group([(5,)], torch.bfloat16), Group(shapes, torch.bfloat16)]
+    optimizer = make_optimizer(OPTIMIZERS[0], groups, "cuda", beta_scope="row", max_grad_norm=1.0)
+    calls = Calls(monkeypatch)
+    for _ in range(2):
+        set_gradients(optimizer, step=0)
+        names = calls.of_step(optimizer)
+    assert len(rows_in_use(optimizer)) == 6
+    assert names[:3] == ["squares", "squares", "squared_norms"]
+    assert "squared_norms" not in names[3:]
+
+
+def test_norms_without_elements_are_zeros():
+    optimizer = make_optimizer(OPTIMIZERS[0], [Group([(0,), (0, 3), (3, 0)])], "cuda")
+    set_gradients(optimizer, step=0)
+    assert squared_norms(optimizer).tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_scale_of_doubles_loses_no_digits(cls):
+    """As clipping gives it: float64 parameters see all of it."""
+    params, scales = [], (torch.tensor(1.0 + 2.0**-40, dtype=torch.float64), torch.tensor(1.0))
+    for scale in scales:
+        optimizer = make_optimizer(cls, [Group([(300,)], torch.float64)], "cuda", lr=0.1)
+        optimizer.grad_scale = scale
+        for step in range(2):
+            set_gradients(optimizer, step=step)
+            optimizer.step()
+        params += parameters(optimizer)
+    difference = (params[0] - params[1]).abs().max().item()
+    assert 1e-16 < difference < 1e-9
+
+
 # ---- CUDA graphs ------------------------------------------------------------------------
 
 
@@ -562,6 +644,7 @@ def test_kernels_are_loaded_before_a_capture(monkeypatch, cls, dtype, scope):
     set_gradients(optimizer, step=0)
     calls = Calls(monkeypatch)
     whole, halves = optimizer.step, partial(step_through_the_seam, optimizer)
+    clipped = {"squares", "squared_norms"}
     before, captured = (halves, whole) if scope == "global" else (whole, halves)
     before()
     launched = set(calls.names)
@@ -571,6 +654,9 @@ def test_kernels_are_loaded_before_a_capture(monkeypatch, cls, dtype, scope):
     assert set(calls.names) - launched == (
         {"share_rows"} if scope == "global" else {f"{kind_of(cls)}_beta"}
     )
+    optimizer.max_grad_norm = 1.0
+    whole()
+    assert clipped <= set(calls.names) and not clipped & launched
 
 
 # ---- the library ------------------------------------------------------------------------
@@ -692,7 +778,7 @@ def test_a_source_checkout_compiles_the_library_once(monkeypatch, tmp_path, noth
 
 # ---- operators --------------------------------------------------------------------------
 
-OPERATORS = ("adamw_begin_", "adamw_finish_", "sgd_begin", "sgd_finish_")
+OPERATORS = ("adamw_begin_", "adamw_finish_", "sgd_begin", "sgd_finish_", "squared_norms")
 needs_operators = pytest.mark.skipif(ops.unavailable is not None, reason=str(ops.unavailable))
 
 
@@ -722,13 +808,26 @@ def test_the_operators_kernels_do_what_the_backend_does(monkeypatch, cls, lr):
 
 
 @needs_operators
+def test_the_operators_norms_are_those_of_the_backend():
+    groups = [Group([(5,), (), (0,)], dtype) for dtype in DTYPES] + [Group([(3000,)])]
+    optimizer = make_optimizer(OPTIMIZERS[0], groups, "cuda")
+    set_gradients(optimizer, step=0)
+    parameters(optimizer)[0].grad[1] = 1e30
+    grads = [param.grad for param in parameters(optimizer)]
+    actual, expected = cuda_ops.squared_norms(grads), squared_norms(optimizer)
+    torch.testing.assert_close(actual, expected, rtol=3e-7, atol=0.0)
+
+
+@needs_operators
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-@pytest.mark.parametrize("scope", ["tensor", "global"])
-def test_a_compiled_step_goes_through_the_operators(cls, scope):
+@pytest.mark.parametrize(
+    "options", [{"beta_scope": "tensor"}, {"beta_scope": "global"}, {"max_grad_norm": 0.1}], ids=str
+)
+def test_a_compiled_step_goes_through_the_operators(cls, options):
     """On the CPU these are the cpu backend's."""
     torch._dynamo.reset()
     compiled, plain = (
-        make_optimizer(cls, [Group([(4, 5), (3,)])], backend, beta_scope=scope)
+        make_optimizer(cls, [Group([(4, 5), (3,)])], backend, **options)
         for backend in ("cuda", "cpu")
     )
 

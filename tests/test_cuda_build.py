@@ -96,6 +96,8 @@ def built(tmp_path_factory) -> dict[tuple[str, int], Built]:
 
 def planned_blocks(name: str) -> int:
     """The blocks of a kernel that a multiprocessor is to hold."""
+    if "squares_kernel" in name:
+        return CONFIG["kBlocksNorm"]
     if "AnyType" in name or "<double" in name:
         return CONFIG["kBlocksWide"]
     if "__half" in name or "__nv_bfloat16" in name:
@@ -108,8 +110,9 @@ def planned_blocks(name: str) -> int:
 def test_kernels_compile_without_spills_for_the_planned_occupancy(built, target):
     kernels = built[target].kernels
     # begin, finish and rows for each combination of dtypes and for two that are general; prepare
-    # and beta.
-    assert len(kernels) == (1 if target[0] == "rows" else 3 * (len(STORED) + 2) + 2)
+    # and beta. Squares for each dtype, and their sums.
+    optimizers = 3 * (len(STORED) + 2) + 2
+    assert len(kernels) == {"rows": 1, "norms": 4 + 1}.get(target[0], optimizers)
     for kernel in kernels:
         # CUDA's power of doubles has a frame of no bytes, and is reported in between.
         assert (kernel.stack, kernel.spills) == (0, 0), kernel
@@ -180,9 +183,28 @@ def test_aligned_tensors_are_accessed_up_to_16_bytes_at_a_time(built, optimizer,
 
 
 @needs_nvcc
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_squares_are_read_16_bytes_at_a_time_and_two_ahead(built, arch):
+    """Past L1, as the step comes to them next."""
+    command = [cuobjdump(), "-sass", built["norms", arch].object]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    seen = 0
+    for function in demangled(sass).split("Function : ")[1:]:
+        match = re.match(r"void squares_kernel<(\w+)>", function)
+        if match is None:
+            continue
+        # Two and one, and again where the squares leave the range.
+        loops = 1 if match[1] == "double" else 2
+        assert len(re.findall(r"LDG\.E\.128\.STRONG", function)) == 3 * loops, match[0]
+        assert re.search(r"LDG\.E\.128\.STRONG[^\n]*\n(?:[^\n]*\n)??[^\n]*LDG\.E\.128", function)
+        seen += 1
+    assert seen == 4
+
+
+@needs_nvcc
 def test_the_library_needs_no_torch_and_says_what_goes_wrong(built, tmp_path):
     path = tmp_path / "_cuda.so"
-    objects = [built[source, 90].object for source in ("adamw", "rows", "sgd")]
+    objects = [built[source, 90].object for source in ("adamw", "norms", "rows", "sgd")]
     subprocess.run([NVCC, "-shared", "-cudart=static", "-o", path, *objects], check=True)
     linked = subprocess.run(["ldd", path], capture_output=True, text=True, check=True).stdout
     assert "cudart" not in linked and "torch" not in linked and "python" not in linked

@@ -78,6 +78,33 @@ def test_a_captured_step_follows_lr_scale_and_found_inf(backend, cls, scope):
         assert torch.equal(replayed, stepped)
 
 
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("scope", ["tensor", "global", "row"])
+def test_a_captured_step_clips_and_skips(backend, cls, scope):
+    """By the norm of the gradients that it finds when it is replayed."""
+    sides = []
+    for captured in (True, False):
+        options = {"beta_scope": scope, "max_grad_norm": 0.5, "skip_nonfinite": True}
+        params, optimizer = make(backend, cls, ((300, 70), (2, 20_000), (5,), ()), **options)
+        optimizer.grad_scale = torch.tensor(1.0, device="cuda")
+        set_grads(params, 0)
+        optimizer.step()
+        norms = []
+        step = capture(optimizer).replay if captured else optimizer.step
+        for k in range(1, 6):
+            set_grads(params, k)
+            optimizer.grad_scale.fill_(2.0**k)
+            if k == 3:
+                params[1].grad[1, -1] = torch.nan
+            step()
+            norms.append(optimizer.grad_norm)
+        assert [norm.isnan().item() for norm in norms] == [k == 3 for k in range(1, 6)]
+        assert optimizer.skipped_steps.item() == 1
+        sides.append([*values(params, optimizer), *norms])
+    for replayed, stepped in zip(*sides, strict=True):
+        torch.testing.assert_close(replayed, stepped, rtol=0.0, atol=0.0, equal_nan=True)
+
+
 def test_steps_between_replays_leave_the_graph_its_addresses(backend):
     params, optimizer = make(backend, AMAdamW)
     twins, twin = make(backend, AMAdamW)
@@ -103,10 +130,11 @@ def test_steps_between_replays_leave_the_graph_its_addresses(backend):
         assert torch.equal(ours, expected)
 
 
-def test_a_graph_that_uploads_its_own_tables_can_be_replayed(backend):
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_a_graph_that_uploads_its_own_tables_can_be_replayed(backend, max_grad_norm):
     """As when the backward pass is captured too: the gradients are the graph's."""
-    params, optimizer = make(backend, AMAdamW)
-    twins, twin = make(backend, AMAdamW)
+    params, optimizer = make(backend, AMAdamW, max_grad_norm=max_grad_norm)
+    twins, twin = make(backend, AMAdamW, max_grad_norm=max_grad_norm)
     for side, steps in ((params, optimizer), (twins, twin)):
         set_grads(side, 0)
         steps.step()
@@ -134,8 +162,9 @@ def test_capturing_without_a_step_before_says_what_to_do(backend):
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("scope", ["tensor", "global"])
-def test_a_step_never_waits_for_the_device(backend, cls, scope):
-    params, optimizer = make(backend, cls, beta_scope=scope)
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5, "skip_nonfinite": True}], ids=str)
+def test_a_step_never_waits_for_the_device(backend, cls, scope, options):
+    params, optimizer = make(backend, cls, beta_scope=scope, **options)
     set_grads(params, 0)
     optimizer.step()
     torch.cuda.set_sync_debug_mode("error")
@@ -158,7 +187,9 @@ def test_tensors_beyond_two_to_the_31_elements_are_updated_to_their_end(backend)
     param.grad = torch.ones_like(param)
     # Without lambda the first step is AdamW's: lr times the sign of the gradient.
     optimizer = AMAdamW([param], lr=0.5, weight_decay=0.0, memory_lambda=0.0, backend=backend)
+    optimizer.max_grad_norm = 1e6  # more than it is
     optimizer.step()
+    assert optimizer.grad_norm.item() == pytest.approx(n**0.5, rel=1e-6)
     for part in (param[:4096], param[2**31 - 4096 :]):
         assert torch.equal(part, torch.full_like(part, 0.5))
     assert optimizer.state[param]["exp_avg"][-1].item() > 0

@@ -78,6 +78,21 @@ def test_many_steps_give_the_same_bits_again(backend, cls, scope, shapes):
         assert all(map(torch.equal, first, again))
 
 
+@pytest.mark.parametrize("dtypes", [*((dtype,) for dtype in DTYPES), DTYPES], ids=str)
+@pytest.mark.parametrize("scope, shapes", BY_SCOPE)
+def test_squared_norms_are_those_of_doubles_and_the_same_bits_again(backend, dtypes, scope, shapes):
+    params, optimizer = make(backend, AMSGD, shapes, dtypes, beta_scope=scope)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    found = []
+    for _ in range(5):
+        (work,) = optimizer._collect()
+        found.append(work.backend.squared_norms(work.batch))
+    expected = torch.stack([param.grad.double().square().sum() for param in params])
+    torch.testing.assert_close(found[0], expected, rtol=1e-6, atol=0.0)
+    assert all(torch.equal(found[0], again) for again in found[1:])
+
+
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_rows_give_the_same_bits_wherever_they_begin(backend, cls):
     """With 16-byte accesses and without: the order of a row's sums is one."""
@@ -135,9 +150,10 @@ def test_every_device_is_its_own(backend, cls):
 
 @pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_a_compiled_step_is_the_step(backend, cls):
-    params, optimizer = make(backend, cls)
-    twins, twin = make(backend, cls)
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_a_compiled_step_is_the_step(backend, cls, max_grad_norm):
+    params, optimizer = make(backend, cls, max_grad_norm=max_grad_norm)
+    twins, twin = make(backend, cls, max_grad_norm=max_grad_norm)
     compiled = torch.compile(optimizer.step, fullgraph=True)
     for step in range(3):
         for i, (param, other) in enumerate(zip(params, twins, strict=True)):

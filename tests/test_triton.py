@@ -23,7 +23,12 @@ HERE = Path(__file__).parent
 
 @pytest.mark.parametrize(
     "selection",
-    [["test_gpu_cases.py"], ["test_gpu_rows.py"], ["test_versions.py", "-k", "triton"]],
+    [
+        ["test_gpu_cases.py"],
+        ["test_gpu_rows.py"],
+        ["test_gpu_norms.py"],
+        ["test_versions.py", "-k", "triton"],
+    ],
     ids=lambda selection: selection[0],
 )
 def test_kernels_under_the_interpreter(selection):
@@ -114,7 +119,11 @@ def test_few_launches_whatever_the_tensors(launches, cls, scope, n):
     optimizer = cls(groups, backend="triton", beta_scope=scope)
     launches.step(optimizer)
     shared = ["sum_shared", "am_beta"] if scope == "global" else []
-    assert launches.names == ["am_prepare", "am_begin", *shared, "am_finish"]
+    step = ["am_prepare", "am_begin", *shared, "am_finish"]
+    assert launches.names == step
+    optimizer.max_grad_norm = 1.0
+    launches.step(optimizer)
+    assert launches.names == ["am_squares", "sum_squares", *step]
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -156,6 +165,18 @@ def test_rows_take_one_launch_for_each_power_of_2_of_their_length(launches, cls,
     assert launches.names == [*begin, *seam, "am_finish"]
     assert launches.lengths == [64, 32] * (2 if halves else 1)
     assert layout_of(optimizer).units == 5 + 2
+
+
+def test_squared_norms_take_one_launch_more_for_each_dtype_of_gradients_and_none_for_rows(launches):
+    """Buckets of other rows, and of parameters of other dtypes, share one."""
+    params = [param for shape in [(3, 60), (5, 20), (7,)] for param in make_params(1, shape)]
+    params += [torch.zeros(4, 60, dtype=torch.bfloat16, requires_grad=True)]
+    set_grads(params)
+    optimizer = AMAdamW(params, backend="triton", beta_scope="row", max_grad_norm=1.0)
+    launches.step(optimizer)
+    assert len(layout_of(optimizer).buckets) == 4
+    assert launches.names[:3] == ["am_squares", "am_squares", "sum_squares"]
+    assert "am_squares" not in launches.names[3:]
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -359,9 +380,14 @@ def test_what_a_graph_is_to_upload_is_not_there_for_an_eager_step(launches, monk
     assert launches.addresses is not captured
 
 
-def test_a_captured_finish_finds_what_its_begin_uploads(launches, monkeypatch):
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_a_captured_finish_finds_what_the_first_of_its_step_uploads(
+    launches, monkeypatch, max_grad_norm
+):
+    """Begin, or the squared norms."""
     (param,) = make_params(1)
-    optimizer = AMAdamW([param], backend="triton", gap="loss", beta_scope="global")
+    options = {"gap": "loss", "beta_scope": "global", "max_grad_norm": max_grad_norm}
+    optimizer = AMAdamW([param], backend="triton", **options)
     optimizer.step(lambda: torch.tensor(1.0))
     layout_of(optimizer).spare = torch.empty(2 + 2 + 4 + 1 + 11, dtype=torch.int64)
     monkeypatch.setattr(tables, "is_capturing", lambda device: True)
@@ -369,6 +395,21 @@ def test_a_captured_finish_finds_what_its_begin_uploads(launches, monkeypatch):
     launches.uploads = 0
     optimizer.step(lambda: torch.tensor(1.0))
     assert launches.uploads == 1
+
+
+def test_a_step_that_raises_after_its_norms_leaves_nothing_to_the_next(launches, monkeypatch):
+    """Its gradients are freed, and those of the next are looked at."""
+    params = make_params(2)
+    optimizer = AMAdamW(params, backend="triton", max_grad_norm=1.0)
+    launches.step(optimizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer, "_finish", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step()
+    gone = weakref.ref(params[0].grad)
+    set_grads(params)
+    assert gone() is None
+    assert launches.step(optimizer) == own_addresses(optimizer)
 
 
 def layout_of(optimizer) -> tables.Layout:

@@ -55,9 +55,10 @@ ARGUMENTS = {
     "arrived": "*i32",
     "partials": "*fp64",
     "totals": "*fp64",
+    "tensor_chunks": "*i64",
+    "norms": "*fp64",
     "rows": "*fp64",
     "coefficients": "*fp64",
-    "grad_scale": "*fp32",
     "found_inf": "*fp32",
     "n": "i32",
     "units": "i32",
@@ -82,6 +83,7 @@ def compile_kernel(
     decay=True,
     row=1024,
     half="WHOLE",
+    scale="*fp64",
 ):
     """The kernel compiled as the backend launches it on such a device, some arguments None."""
     kernel, config = getattr(kernels, name), config_of(target)
@@ -106,8 +108,9 @@ def compile_kernel(
         **dict.fromkeys(absent),
     }
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    arguments = {**ARGUMENTS, "grad_scale": scale}
     signature = {
-        arg: "constexpr" if arg in constants else ARGUMENTS[arg] for arg in kernel.arg_names
+        arg: "constexpr" if arg in constants else arguments[arg] for arg in kernel.arg_names
     }
     options = {"num_warps": 1 if name == "am_prepare" else config.num_warps}
     if name in ("am_begin", "am_finish"):
@@ -175,6 +178,7 @@ def test_begin_without_a_scaler_compiles_without_spills(kind, decay, dtypes, tar
     "name, absent",
     [
         ("am_prepare", ()),
+        ("sum_squares", ()),
         ("am_beta", ()),
         ("am_beta", ("rows", "found_inf")),
         ("sum_rows", ()),
@@ -228,6 +232,36 @@ def test_a_row_is_written_when_all_of_its_threads_have_read(half, absent, target
     ptx = compile_kernel("adamw", "am_rows", target, absent=absent, half=half).asm["ptx"]
     read = ptx.rindex("ld.global.v4")
     assert "bar.sync" in ptx[read : ptx.index("st.global", read)]
+
+
+@pytest.mark.parametrize("target", [*CUDA, HIP], ids=target_name)
+@pytest.mark.parametrize("grad", [tl.float32, tl.bfloat16, tl.float16, tl.float64], ids=str)
+def test_squares_compile_without_spills(grad, target, tmp_path):
+    dtypes = (grad, grad, grad if grad == tl.float64 else tl.float32)
+    compiled = compile_kernel("adamw", "am_squares", target, dtypes)
+    check_spills(compiled, target, tmp_path)
+
+
+@pytest.mark.parametrize("target", CUDA, ids=target_name)
+@pytest.mark.parametrize("grad, accesses", [(tl.float32, 2), (tl.bfloat16, 1), (tl.float64, 2)])
+def test_squares_are_read_16_bytes_at_a_time(grad, accesses, target):
+    """In float32 the loop is there twice: for what is beyond the range of its squares."""
+    dtypes = (grad, grad, grad if grad == tl.float64 else tl.float32)
+    ptx = compile_kernel("adamw", "am_squares", target, dtypes).asm["ptx"]
+    loops = 1 if grad == tl.float64 else 2
+    loads = re.findall(r"ld\.global\.v(4\.b32|2\.b64)", ptx)
+    assert len(loads) == accesses * loops
+    assert not re.search(r"\b(?:atom|red)\.", ptx)
+
+
+@pytest.mark.parametrize("scale", ["*fp32", "*fp64"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_scale_is_read_in_the_type_that_it_has(kind, scale):
+    """GradScaler's, or one that clips, which float64 parameters do not lose digits of."""
+    ptx = compile_kernel(kind, "am_prepare", CUDA[1], scale=scale).asm["ptx"]
+    widened = len(re.findall(r"cvt\.f64\.f32", ptx))
+    narrow = compile_kernel(kind, "am_prepare", CUDA[1], scale="*fp32").asm["ptx"]
+    assert len(re.findall(r"cvt\.f64\.f32", narrow)) - widened == (scale == "*fp64")
 
 
 def vectors(counts, kind, name, seam) -> int:

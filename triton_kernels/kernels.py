@@ -19,6 +19,9 @@ the rest.
 
 No program waits for another. With found_inf not 0 nothing is written but scratch, and rows of
 zeros.
+
+The squared norms of gradients, which clip a step or leave it out, are there before it: squares
+takes a chunk's sum, whatever its unit, and a program a tensor adds them up.
 """
 
 import triton
@@ -59,6 +62,7 @@ from adamem_fused.triton_kernels.tables import (
     chunks_of,
     column,
     data_pointer,
+    elements_of,
     ends,
     find_scalar,
     is_aligned,
@@ -104,6 +108,11 @@ FINISH = tl.constexpr(2)
 
 # How many chunks a program of finish looks at together.
 LOOK = tl.constexpr(32)
+
+# Where the largest of a chunk's gradients is in between, its squares are summed as they are in
+# float32: those that are below its range then add nothing.
+LEAST = tl.constexpr(1e-15)
+MOST = tl.constexpr(1e17)
 
 
 @triton.jit
@@ -656,3 +665,67 @@ def am_finish(
                     _finish_chunk(x, g, d, v, middle, length, rest, keep, take, c, ADAMW, T, BLOCK)
                 at -= stride
         at = end
+
+
+# ---- squared norms --------------------------------------------------------------------
+
+
+@triton.jit
+def _square_blocks(
+    g, sums, largest, factor, begin, end, numel, T: tl.constexpr, BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    for k in range(begin, end, BLOCK):
+        gs = load_elements(g, k + tl.arange(0, BLOCK), numel, VECTOR, T) * factor
+        sums = tl.fma(gs, gs, sums)
+        largest = tl.maximum(largest, tl.abs(gs))
+    return sums, largest
+
+
+@triton.jit
+def _square_chunk(g, middle, end, factor, T: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of squares of a chunk's gradients times the factor, and the largest of these."""
+    sums = tl.zeros([BLOCK], T)
+    largest = tl.zeros([BLOCK], T)
+    sums, largest = _square_blocks(g, sums, largest, factor, 0, middle, end, T, BLOCK, True)
+    sums, largest = _square_blocks(g, sums, largest, factor, middle, end, end, T, BLOCK, False)
+    return tl.sum(sums).to(tl.float64), tl.max(largest)
+
+
+@triton.jit(**ANY_LIST)
+def am_squares(
+    addresses, layout, chunk_units, partials, n, units, first_chunk, GRAD: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Every chunk's sum of squared gradients, from first_chunk on. One program a chunk.
+
+    Backwards: the step begins with the first chunks, which are those that L2 then still holds.
+    """
+    at = first_chunk + (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
+    i, chunk = place(layout, chunk_units, at, units)
+    begin, length = elements_of(layout, units, i, chunk, CHUNK)
+    g = data_pointer(addresses, 1, n, column(layout, TENSOR, units, i), GRAD) + begin
+    middle = tl.where(is_aligned(g, g, g, g), length // BLOCK * BLOCK, 0)
+    if tl.float64 == GRAD:
+        squares, _ = _square_chunk(g, middle, length, 1.0, tl.float64, BLOCK)
+    else:
+        squares, largest = _square_chunk(g, middle, length, 1.0, tl.float32, BLOCK)
+        is_small = (largest < LEAST) & (largest > 0.0)
+        if is_small | (largest > MOST):
+            # Once more, by a power of 2 that takes all that count into the middle of the range.
+            factor = tl.where(is_small, 2.0**100, 2.0**-100).to(tl.float32)
+            squares, _ = _square_chunk(g, middle, length, factor, tl.float32, BLOCK)
+            squares *= tl.where(is_small, 2.0**-200, 2.0**200).to(tl.float64)
+    tl.store(partials + at, squares)
+
+
+@triton.jit(**ANY_LIST)
+def sum_squares(tensor_chunks, partials, norms, n, PARTIALS: tl.constexpr):
+    """norms [n]: the sum over each tensor's chunks, in a fixed order. One program a tensor."""
+    i = tl.program_id(0).to(tl.int64)
+    first, count = tl.load(tensor_chunks + i), tl.load(tensor_chunks + n + i)
+    sums = tl.zeros([PARTIALS], tl.float64)
+    for k in range(0, count, PARTIALS):
+        offsets = k + tl.arange(0, PARTIALS)
+        sums += tl.load(partials + first + offsets, mask=offsets < count, other=0.0)
+    tl.store(norms + i, tl.sum(sums))

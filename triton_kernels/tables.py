@@ -20,7 +20,8 @@ A chunk is CHUNK elements of an ordinary unit, or what is left of it; or, of a u
 whole rows as fit, and one at least: chunk_units [chunks] int32 names its unit. Sums of an ordinary
 unit's chunk go to partials [2, chunks] float64, and arrived [units] int32 counts those of a unit.
 What is worked out of its scalars is in coefficients [units, columns] float64. Offsets are 64 bits
-wide but within a chunk.
+wide but within a chunk. A tensor's chunks lie side by side: tensor_chunks [2, n] int64 holds the
+first, and how many there are.
 """
 
 import triton
@@ -52,6 +53,7 @@ ANY_LIST = {
     "do_not_specialize_on_alignment": [
         *["addresses", "layout", "hypers", "lrs", "chunk_units", "arrived"],
         *["partials", "totals", "rows", "coefficients", "grad_scale", "found_inf"],
+        *["tensor_chunks", "norms"],
     ],
 }
 
@@ -206,6 +208,21 @@ def rows_of(layout, units, i, chunk, CHUNK: tl.constexpr):
     most = tl.maximum(CHUNK // tl.maximum(numel, 1), 1)
     first = chunk * most
     return first, tl.minimum(column(layout, ROWS, units, i) - first, most).to(tl.int32)
+
+
+@triton.jit
+def elements_of(layout, units, i, chunk, CHUNK: tl.constexpr):
+    """A chunk's first element in its tensor, and how many it has; of either kind of unit."""
+    numel = column(layout, NUMEL, units, i)
+    if column(layout, ROWS, units, i) == NO_ROWS:
+        start = chunk * CHUNK
+        begin = column(layout, ROW, units, i) * numel + start
+        length = tl.minimum(numel - start, CHUNK).to(tl.int32)
+    else:
+        row, count = rows_of(layout, units, i, chunk, CHUNK)
+        begin = row * numel
+        length = count * numel.to(tl.int32)
+    return begin, length
 
 
 @triton.jit

@@ -11,7 +11,8 @@ is the tensor (and, in a group that is `shared`, all such tensors together). Whe
 [rows], it is each index of the first dimension, of which the tensor has as many.
 
 `rows` [segments, 2], which the backends' first half gives and their second takes, hold num and den
-of each segment, tensor by tensor. `cache` is the backend's own, kept from step to step.
+of each segment, tensor by tensor. `cache` and `opened` are the backend's own: the first is kept
+from step to step, the second what it has looked up for this one.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class AdamWBatch:
     group_sizes: list[int] = field(default_factory=list)
     shared: list[bool] = field(default_factory=list)
     cache: dict[str, Any] = field(default_factory=dict)
+    opened: Any = None
 
     @property
     def memories(self) -> dict[str, list[Tensor]]:
@@ -118,6 +120,7 @@ class SGDBatch:
     group_sizes: list[int] = field(default_factory=list)
     shared: list[bool] = field(default_factory=list)
     cache: dict[str, Any] = field(default_factory=dict)
+    opened: Any = None
 
     @property
     def memories(self) -> dict[str, list[Tensor]]:

@@ -6,6 +6,8 @@ share a beta, share_rows and beta are in between. Where they share none, all way
 bits. Each further combination of dtypes takes one more of begin and of finish, and strided tensors
 take copies. Tensors whose rows have betas of their own are done when begin is, and take one more
 launch of it for each power of 2 of elements that their rows may have.
+The squared norms of the gradients are two launches before all that, and one more for each further
+dtype of gradients.
 Nothing is read back from the device, a step can be captured in a CUDA graph, and two runs give the
 same bits.
 
@@ -28,10 +30,10 @@ from torch import Tensor
 # torch.compiler.disable, but without importing torch._dynamo, which takes seconds, at once.
 from torch._compile import _disable_dynamo
 
-from adamem_fused.backends import cpu, cuda_library, foreach, ops
+from adamem_fused.backends import cpu, cuda_library, ops
 from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check_rows
 from adamem_fused.backends.batch import check as check
-from adamem_fused.backends.tables import Bucket, Opened, Tables, open_tables
+from adamem_fused.backends.tables import Bucket, Opened, Tables, open_tables, tagged_address
 
 name = "cuda"
 fused = True
@@ -94,7 +96,7 @@ class _Step(ctypes.Structure):
         ("arrived", ctypes.c_void_p),
         ("rows", ctypes.c_void_p),
         ("coefficients", ctypes.c_void_p),
-        ("grad_scale", ctypes.c_void_p),
+        ("grad_scale", ctypes.c_int64),
         ("found_inf", ctypes.c_void_p),
         ("tensors", ctypes.c_int64),
         ("units", ctypes.c_int64),
@@ -187,6 +189,11 @@ def _float(scalar: Tensor | None) -> Tensor | None:
     return None if scalar is None else scalar.to(torch.float32)
 
 
+def _float_or_double(scalar: Tensor | None) -> Tensor | None:
+    is_double = scalar is not None and scalar.dtype == torch.float64
+    return scalar if is_double else _float(scalar)
+
+
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -210,7 +217,7 @@ def _step(
         arrived=layout.arrived.data_ptr(),
         rows=_address(rows),
         coefficients=layout.coefficients.data_ptr(),
-        grad_scale=_address(grad_scale),
+        grad_scale=tagged_address(grad_scale),
         found_inf=_address(found_inf),
         tensors=len(batch.params),
         units=layout.units,
@@ -227,15 +234,17 @@ def _longest_row(device: torch.device) -> int:
     return longest.value
 
 
-def _open(batch: Batch, kernels: _Kernels, updated: bool, again: bool = False) -> Opened:
+def _open(batch: Batch, kernels: _Kernels, updated: bool) -> Opened:
     chunk, longest_row = _library().adamem_chunk(), _longest_row(batch.params[0].device)
-    opened = open_tables(batch, chunk, longest_row, kernels.coefficients, updated, again)
+    opened = open_tables(batch, chunk, longest_row, kernels.coefficients, updated)
     layout = opened.tables.layout
     if batch.cache.get("loaded") is not layout:
         # Before a step is captured in a CUDA graph: a new layout is refused then.
         device = batch.params[0].device.index or 0
         for bucket in layout.buckets:
             _call(kernels.load, _bucket(bucket), device)
+        for run in layout.runs:
+            _call(_library().adamem_squares_load, _DTYPES[run.grad], device)
         batch.cache["loaded"] = layout
     return opened
 
@@ -250,7 +259,7 @@ def _begin(
 ) -> Tensor:
     device = batch.params[0].device
     rows = _empty_rows(batch)
-    grad_scale, found_inf = _float(grad_scale), _float(found_inf)
+    grad_scale, found_inf = _float_or_double(grad_scale), _float(found_inf)
     with _on(device) as stream:
         # Kept to the end of the launches: it owns the copies that they read.
         opened = _open(batch, kernels, updated=False)
@@ -281,9 +290,9 @@ def _finish(
         rows = rows.contiguous()
     elif any(batch.shared):
         rows = _empty_rows(batch)
-    grad_scale, found_inf = _float(grad_scale), _float(found_inf)
+    grad_scale, found_inf = _float_or_double(grad_scale), _float(found_inf)
     with _on(device) as stream:
-        opened = _open(batch, kernels, updated=True, again=given)
+        opened = _open(batch, kernels, updated=True)
         part = _FINISH if given else _WHOLE
         step = _step(batch, opened.tables, part, rows, grad_scale, found_inf)
         if given:
@@ -302,6 +311,22 @@ def _finish(
         opened.store(batch)
 
 
+def _squared_norms(batch: Batch) -> Tensor:
+    device = batch.params[0].device
+    norms = torch.empty(len(batch.params), dtype=torch.float64, device=device)
+    kernels = _kernels("adamw" if isinstance(batch, AdamWBatch) else "sgd")
+    with _on(device) as stream:
+        opened = _open(batch, kernels, updated=False)
+        layout = opened.tables.layout
+        step = _step(batch, opened.tables, _BEGIN, None, None, None)
+        for run in reversed(layout.runs):
+            run_chunks = ctypes.c_int64(run.first_chunk), ctypes.c_int64(run.chunks)
+            _call(_library().adamem_squares, step, *run_chunks, _DTYPES[run.grad], stream)
+        chunks, result = (ctypes.c_void_p(t.data_ptr()) for t in (layout.tensor_chunks, norms))
+        _call(_library().adamem_squared_norms, step, chunks, result, stream)
+    return norms
+
+
 # ---- the backend ----------------------------------------------------------------------
 # torch.compile and make_fx trace the operators of csrc/ops.cpp, as the cpu backend calls them.
 # Their kernels for CUDA tensors are in cuda_ops.py, and those for fake tensors in ops.py.
@@ -309,7 +334,9 @@ def _finish(
 
 def squared_norms(batch: Batch) -> Tensor:
     """The sum of each gradient's squares, [tensors] float64."""
-    return foreach.squared_norms(batch)
+    if torch.compiler.is_compiling() or ops.is_traced():
+        return cpu.squared_norms(batch)
+    return _squared_norms(batch)
 
 
 def adamw_begin(batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor:

@@ -110,8 +110,15 @@ def sgd_finish_(
     cuda.sgd_finish(batch, rows, grad_scale, found_inf)
 
 
+def squared_norms(grads: Tensors) -> Tensor:
+    # Without the tables of a step, which take more than gradients.
+    norms = torch._foreach_norm(grads, 2, dtype=torch.float64)
+    return torch.stack(norms).square()
+
+
 def register() -> None:
     """Gives the operators their CUDA kernels, where the extension has declared them."""
     if ops.unavailable is None and torch.version.hip is None:
-        for function in (adamw_begin_, adamw_finish_, sgd_begin, sgd_finish_):
+        functions = (adamw_begin_, adamw_finish_, sgd_begin, sgd_finish_, squared_norms)
+        for function in functions:
             torch.library.impl(f"adamem_fused::{function.__name__}", "cuda", function)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from itertools import chain
+from itertools import chain, groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -37,6 +37,14 @@ class Bucket(NamedTuple):
 
     dtypes: tuple[torch.dtype, ...]  # of param, grad and memories
     row: int  # a power of 2 that the longest of their rows has at most; 0: of ordinary units
+    first_chunk: int
+    chunks: int
+
+
+class Run(NamedTuple):
+    """Chunks that lie side by side, of buckets whose gradients have one dtype."""
+
+    grad: torch.dtype
     first_chunk: int
     chunks: int
 
@@ -109,13 +117,23 @@ def describe(batch: Batch, last: Description | None = None, updated: bool = Fals
         addresses, structure = ops.extension.describe(lists, *known, updated)
         return Description(addresses, structure, batch.group_sizes)
     if updated:
-        torch.autograd.graph.increment_version(list(chain(lists[0], *lists[1 + GRADS :])))
+        _tell_autograd(batch)
     addresses = b"".join(array("q", map(Tensor.data_ptr, tensors)) for tensors in lists)
     attributes = attrgetter("dtype", "device", "layout", "shape")
     others = [list(map(attributes, tensors)) for tensors in lists]
     strides = [list(map(Tensor.stride, tensors)) for tensors in lists]
     inference = [list(map(Tensor.is_inference, tensors)) for tensors in lists]
     return Description(addresses, (others, strides, inference), batch.group_sizes)
+
+
+def _tell_autograd(batch: Batch) -> None:
+    """Bumps the versions of what a step updates."""
+    lists = batch.lists()
+    updated = [*lists[0], *chain.from_iterable(lists[1 + GRADS :])]
+    if ops.extension is not None:
+        ops.extension.bump_versions(updated)
+    else:
+        torch.autograd.graph.increment_version(updated)
 
 
 def _same_layout(tensor: Tensor, strides: tuple[int, ...]) -> bool:
@@ -163,23 +181,30 @@ class Layout:
         for k, unit in enumerate(units):
             row = 0 if unit.rows == NO_ROWS else 1 << max(0, unit.numel - 1).bit_length()
             by_kind.setdefault((dtypes[unit.tensor], row), []).append(k)
+        counts = [unit.count_chunks(chunk) for unit in units]
         first_chunk = [0] * len(units)
         chunk_units: list[Tensor] = []
         self.buckets: list[Bucket] = []
         self.chunks = 0
         for (own, row), places in by_kind.items():
-            counts = [units[k].count_chunks(chunk) for k in places]
             begin = self.chunks
-            for k, count in zip(places, counts, strict=True):
+            for k in places:
                 first_chunk[k] = self.chunks
-                self.chunks += count
+                self.chunks += counts[k]
             # On the CPU whatever torch.set_default_device says, as all that is uploaded.
-            repeats = torch.tensor(counts, device="cpu")
+            repeats = torch.tensor([counts[k] for k in places], device="cpu")
             chunk_units.append(
                 torch.tensor(places, dtype=torch.int32, device="cpu").repeat_interleave(repeats)
             )
             if self.chunks > begin:
                 self.buckets.append(Bucket(own, row, begin, self.chunks - begin))
+        self.runs = _runs(self.buckets)
+        # Those of a tensor's units lie side by side: its first one, and how many it has.
+        tensor_chunks = [[0] * len(params) for _ in range(2)]
+        for unit, first, count in zip(units, first_chunk, counts, strict=True):
+            if tensor_chunks[1][unit.tensor] == 0:
+                tensor_chunks[0][unit.tensor] = first
+            tensor_chunks[1][unit.tensor] += count
         groups = [g for g, size in enumerate(batch.group_sizes) for _ in range(size)]
         doubles = [
             sum(1 << k for k, scalar in enumerate(own) if scalar.dtype == torch.float64)
@@ -206,6 +231,8 @@ class Layout:
         ]
         table = torch.tensor(columns, dtype=torch.int64, device="cpu").reshape(-1, LAYOUT_ROWS)
         self.table = upload(table.t().contiguous(), device)
+        chunks_of = torch.tensor(tensor_chunks, dtype=torch.int64, device="cpu")
+        self.tensor_chunks = upload(chunks_of, device)  # [2, tensors]
         nothing = torch.empty(0, dtype=torch.int32, device="cpu")
         self.chunk_units = upload(torch.cat([nothing, *chunk_units]), device)
         self.partials = torch.empty(2, self.chunks, dtype=torch.float64, device=device)
@@ -217,6 +244,15 @@ class Layout:
         )
         # Pinned words for the upload of a step that a graph captures, see `_upload`.
         self.spare: Tensor | None = None
+
+
+def _runs(buckets: list[Bucket]) -> list[Run]:
+    runs = []
+    for grad, own in groupby(buckets, key=lambda bucket: bucket.dtypes[GRADS]):
+        first, *others = own
+        chunks = first.chunks + sum(bucket.chunks for bucket in others)
+        runs.append(Run(grad, first.first_chunk, chunks))
+    return runs
 
 
 # Rows of the layout: those of csrc/cuda/tables.h and triton_kernels/tables.py.
@@ -240,11 +276,11 @@ def _hyper_values(h: AdamWHyper | SGDHyper, shared: bool) -> list[float]:
     return [lr, h.beta_max, h.beta2, log_beta2, *map(float, h[3:]), float(shared)]
 
 
-def _lr_word(lr: float | Tensor) -> int:
-    """The address of a learning rate on the device, tagged; 0 for a number."""
-    if not isinstance(lr, Tensor):
+def tagged_address(scalar: Any) -> int:
+    """Twice the address of a scalar on the device, plus 1 for float64; 0 for what is no tensor."""
+    if not isinstance(scalar, Tensor):
         return 0
-    return 2 * lr.data_ptr() + (lr.dtype == torch.float64)
+    return 2 * scalar.data_ptr() + (scalar.dtype == torch.float64)
 
 
 def _place_lr(h: Any, device: torch.device) -> Any:
@@ -295,25 +331,28 @@ _NOT_PREPARED = (
 
 
 def open_tables(
-    batch: Batch,
-    chunk: int,
-    longest_row: int,
-    coefficients: int,
-    updated: bool,
-    again: bool = False,
+    batch: Batch, chunk: int, longest_row: int, coefficients: int, updated: bool
 ) -> Opened:
     """The tables of this step's tensors, uploaded if anything in them has changed.
 
-    Every tensor is looked at: gradients are new ones at every step, and a parameter or its
-    state may have been given other memory.
+    Every tensor is looked at once a step, by whatever of it comes first: gradients are new ones at
+    every step, and a parameter or its state may have been given other memory. What follows in the
+    same step takes what the first has found, in a CUDA graph's capture too.
 
-    updated: for the half of a step that completes the update, and so tells autograd of it.
-    again: for the second half of a step whose first has opened them.
+    updated: for what completes the step, and so tells autograd of it.
     """
+    opened: Opened | None = batch.opened
+    if opened is None:
+        opened = _open(batch, chunk, longest_row, coefficients, updated)
+    elif updated:
+        _tell_autograd(batch)
+    batch.opened = None if updated else opened
+    return opened
+
+
+def _open(batch: Batch, chunk: int, longest_row: int, coefficients: int, updated: bool) -> Opened:
     device = batch.params[0].device
     capturing = is_capturing(device)
-    # What a graph is to upload is there once it is replayed: for no step but its own.
-    recorded: Tables | None = batch.cache.pop("recorded", None)
     last: Tables | None = batch.cache.get("tables")
     description = describe(batch, None if last is None else last.description, updated)
     if last is not None and description[1:] == last.description[1:]:
@@ -335,14 +374,11 @@ def open_tables(
             own[k * len(batch.params) + i] = copy.data_ptr()
         addresses = own.tobytes()
     hypers = [_place_lr(h, device) for h in batch.hypers]
-    lrs = array("q", [_lr_word(h.lr) for h in hypers])
+    lrs = array("q", [tagged_address(h.lr) for h in hypers])
     values = array("d", chain.from_iterable(map(_hyper_values, hypers, batch.shared)))
     content = addresses, lrs.tobytes(), values.tobytes()
-    known = (recorded, last) if capturing and again else (last,)
-    for tables in known:
-        if tables is not None and tables.layout is layout and tables.content == content:
-            break
-    else:
+    tables = last
+    if tables is None or tables.layout is not layout or tables.content != content:
         words = _upload(b"".join(content), layout, batch)
         sizes = [len(lists) * len(batch.params), len(lrs), len(values)]
         on_device, lr_words, table = torch.split(words, sizes)
@@ -350,9 +386,8 @@ def open_tables(
             layout, description, content, on_device, lr_words, table.view(torch.float64)
         )
     if capturing:
-        if tables is not last:
-            batch.cache["recorded"] = tables
-        # The graph reads them whenever it is replayed, whatever later steps bring. The tensors
+        # What the graph is to upload is there once it is replayed: for no step but its own. It
+        # reads the tables whenever it is replayed, whatever later steps bring. The tensors
         # that they lead to are the user's to keep, as with torch's optimizers; copies that stand
         # in for some are of the graph's own memory.
         batch.cache.setdefault("captured", []).append(tables)

@@ -4,7 +4,9 @@ A step is three launches, whatever the number of tensors: prepare, a program a u
 row that no program can hold); begin, a program a chunk; finish, for what the guess has missed, and
 for units that do not guess. Each further combination of dtypes takes one more of begin and of
 finish. Tensors whose rows have betas take one launch in the place of these two, for each
-combination of dtypes and each power of two that their rows' length is rounded up to.
+combination of dtypes and each power of two that their rows' length is rounded up to. The squared
+norms of the gradients are two launches before all that, and one more for each further dtype of
+gradients.
 
 Where num and den are asked for, or a beta is shared by tensors, sums and beta come between begin
 and finish. Tensors whose rows have betas are read once in each half, if num and den are asked for.
@@ -32,7 +34,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from adamem_fused.backends import batch as batches
-from adamem_fused.backends import foreach, ops
+from adamem_fused.backends import ops
 from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch, check_rows
 from adamem_fused.backends.tables import Bucket, Opened, Tables, is_capturing, open_tables
 
@@ -90,16 +92,24 @@ def _programs(device: torch.device) -> int:
 
 
 @functools.cache
-def _dtypes(dtypes: tuple[torch.dtype, ...]) -> dict[str, Any]:
-    """The constants of a bucket's dtypes, and that of the arithmetic."""
+def _names() -> dict[torch.dtype, Any]:
+    """What Triton calls the dtypes."""
     import triton.language as tl
 
-    names = {
+    return {
         torch.float32: tl.float32,
         torch.float64: tl.float64,
         torch.bfloat16: tl.bfloat16,
         torch.float16: tl.float16,
     }
+
+
+@functools.cache
+def _dtypes(dtypes: tuple[torch.dtype, ...]) -> dict[str, Any]:
+    """The constants of a bucket's dtypes, and that of the arithmetic."""
+    import triton.language as tl
+
+    names = _names()
     param, grad, *memories = (names[dtype] for dtype in dtypes)
     arithmetic = tl.float64 if tl.float64 in (param, *memories) else tl.float32
     return {
@@ -116,7 +126,7 @@ def _refuse(*args: Any, fn: Any, **kwargs: Any) -> bool:
     raise RuntimeError(
         f"a step is being captured in a CUDA graph, and {fn.name} is not compiled for it: take a "
         "step with the same dtypes and options outside of the graph first, with weight decay, "
-        "grad_scale and found_inf if the captured one has them"
+        "max_grad_norm, grad_scale and found_inf if the captured one has them"
     )
 
 
@@ -153,10 +163,10 @@ def _refuse_tracing() -> None:
         )
 
 
-def _open(batch: Batch, updated: bool, again: bool = False) -> Opened:
+def _open(batch: Batch, updated: bool) -> Opened:
     _refuse_tracing()
     config, coefficients = _config(batch.params[0].device), _kernel("COEFFICIENTS").value
-    return open_tables(batch, config.chunk, config.longest_row, coefficients, updated, again)
+    return open_tables(batch, config.chunk, config.longest_row, coefficients, updated)
 
 
 def _arguments(
@@ -176,6 +186,7 @@ def _arguments(
         "chunk_units": layout.chunk_units,
         "arrived": layout.arrived,
         "partials": layout.partials,
+        "tensor_chunks": layout.tensor_chunks,
         "totals": layout.totals,
         "rows": rows,
         "coefficients": layout.coefficients,
@@ -261,7 +272,7 @@ def _finish(
         check_rows(rows, batch)
         rows = rows.contiguous()
     with _on(device):
-        opened = _open(batch, updated=True, again=rows is not None)
+        opened = _open(batch, updated=True)
         tables = opened.tables
         arguments = _arguments(batch, tables, rows, grad_scale, found_inf)
         if rows is None:
@@ -277,6 +288,21 @@ def _finish(
         opened.store(batch)
 
 
+def _squared_norms(batch: Batch) -> Tensor:
+    device = batch.params[0].device
+    norms = torch.empty(len(batch.params), dtype=torch.float64, device=device)
+    with _on(device):
+        opened = _open(batch, updated=False)
+        layout, config = opened.tables.layout, _config(device)
+        arguments = {**_arguments(batch, opened.tables, None, None, None), "norms": norms}
+        for run in reversed(layout.runs):
+            dtype = _names()[run.grad]
+            own = {"first_chunk": run.first_chunk, "GRAD": dtype, "BLOCK": config.block_of(dtype)}
+            _launch("am_squares", run.chunks, {**arguments, **own}, num_warps=config.num_warps)
+        _launch("sum_squares", len(batch.params), arguments, num_warps=config.num_warps)
+    return norms
+
+
 # torch.compile breaks its graph at a step of this backend: there is nothing in it to trace.
 
 
@@ -290,7 +316,7 @@ def check(batch: Batch) -> None:
 @_disable_dynamo
 def squared_norms(batch: Batch) -> Tensor:
     """The sum of each gradient's squares, [tensors] float64."""
-    return foreach.squared_norms(batch)
+    return _squared_norms(batch)
 
 
 @_disable_dynamo

@@ -2,9 +2,9 @@
 
     compute-sanitizer ... python -m bench.gpu_check.sanitizer BACKEND [planted]
 
-takes the steps: all of a backend's kernels and dtypes, aligned and not, tensors of one chunk and
-of several, and matrices with a beta a row. With `planted` one gradient has less memory than it
-says, which has to be found: else nothing was looked at.
+takes the steps, clipped: all of a backend's kernels and dtypes, aligned and not, tensors of one
+chunk and of several, and matrices with a beta a row. With `planted` one gradient has less memory
+than it says, which has to be found: else nothing was looked at.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def take_steps(backend: str, planted: bool) -> None:
             ]
             for param in params:
                 param.requires_grad_()
-            optimizer = cls(params, lr=0.01, backend=backend, beta_scope=scope)
+            optimizer = cls(params, lr=0.01, backend=backend, beta_scope=scope, max_grad_norm=1.0)
             for _ in range(2):
                 grads = [torch.randn_like(param) for param in params]
                 if planted:

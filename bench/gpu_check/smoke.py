@@ -1,7 +1,8 @@
 """Whether a backend does anything right: minutes of measuring are spared where it does not.
 
-Small steps against the reference backend, the same steps again and again bit for bit, and a
-captured step replayed. The first case of each kind takes the time of compiling too.
+Small steps against the reference backend, clipped or not, the same steps again and again bit for
+bit, and a captured step replayed that clips and leaves out what is not finite. The first case of
+each kind takes the time of compiling too.
 """
 
 from __future__ import annotations
@@ -51,13 +52,32 @@ def set_grads(params: Sequence[Tensor], step: int) -> None:
             param.grad.copy_(grad)
 
 
+def norm_of(optimizer: AMAdamW | AMSGD) -> Tensor:
+    assert optimizer.grad_norm is not None
+    return optimizer.grad_norm
+
+
 def compare(
-    backend: str, cls: type[AMAdamW] | type[AMSGD], shapes: str, dtype: torch.dtype, scope: str
+    backend: str,
+    cls: type[AMAdamW] | type[AMSGD],
+    shapes: str,
+    dtype: torch.dtype,
+    scope: str,
+    max_grad_norm: float | None = None,
 ) -> Case:
     """Steps beside the reference's; each begins where the reference's last one ended."""
     ours, theirs = (make_params(SHAPES[shapes], dtype) for _ in range(2))
-    optimizer = cls(ours, lr=0.05, weight_decay=0.1, backend=backend, beta_scope=scope)
-    reference = cls(theirs, lr=0.05, weight_decay=0.1, backend="reference", beta_scope=scope)
+    optimizer, reference = (
+        cls(
+            params,
+            lr=0.05,
+            weight_decay=0.1,
+            backend=name,
+            beta_scope=scope,
+            max_grad_norm=max_grad_norm,
+        )
+        for params, name in ((ours, backend), (theirs, "reference"))
+    )
     betas = []
     for step in range(STEPS):
         set_grads(theirs, step)
@@ -66,6 +86,10 @@ def compare(
             param.grad = other.grad.clone()
         optimizer.step()
         reference.step()
+        if max_grad_norm is not None:
+            norm, right = norm_of(optimizer).item(), norm_of(reference).item()
+            if abs(norm - right) > 1e-6 * right or right < max_grad_norm:
+                raise AssertionError(f"the norm is {norm:.9g}, and should be {right:.9g}")
         for param, other in zip(ours, theirs, strict=True):
             pairs = {"param": (param.detach(), other.detach())}
             pairs |= {k: (v, reference.state[other][k]) for k, v in optimizer.state[param].items()}
@@ -89,7 +113,7 @@ def train(
 ) -> list[Tensor]:
     """Steps while lr, grad_scale and found_inf change; the parameters and the state.
 
-    Of two groups, the second with a beta a row.
+    Of two groups, the second with a beta a row. Clipped, and one step left out for its norm.
     """
     params = make_params(SHAPES["mixed"] + SHAPES["2^20"] + SHAPES["rows"], torch.float32)
     rows = len(SHAPES["rows"])
@@ -98,12 +122,16 @@ def train(
         {"params": params[-rows:], "beta_scope": "row"},
     ]
     lr = torch.tensor(0.01, device=gpu.device)
-    optimizer = cls(groups, lr=lr, backend=backend, capturable=True)
+    options: dict[str, Any] = {"max_grad_norm": 1.0, "skip_nonfinite": True}
+    optimizer = cls(groups, lr=lr, backend=backend, capturable=True, **options)
     optimizer.grad_scale = torch.ones((), device=gpu.device)
     optimizer.found_inf = torch.zeros((), device=gpu.device)
     step: Callable[[], Any] = optimizer.step
     for k in range(steps):
         set_grads(params, k)
+        if k == 2:
+            assert params[0].grad is not None
+            params[0].grad.view(-1)[-1] = torch.nan
         lr.fill_(0.01 * (k % 4))
         optimizer.grad_scale.fill_(2.0**k)
         optimizer.found_inf.fill_(float(k == 3))
@@ -111,7 +139,9 @@ def train(
         if captured and k == 0:
             step = gpu.capture(optimizer.step)
     state = [value for param in params for value in optimizer.state[param].values()]
-    return [*(param.detach() for param in params), *state]
+    # NaN, where the last step was one, is not equal to itself.
+    readings = [norm_of(optimizer).nan_to_num(-1.0), optimizer.skipped_steps]
+    return [*(param.detach() for param in params), *state, *readings]
 
 
 def same_bits(first: Sequence[Tensor], others: Iterable[Sequence[Tensor]]) -> Case:
@@ -133,16 +163,19 @@ def repeated(backend: str, cls: type[AMAdamW] | type[AMSGD]) -> Case:
 
 def run(part: Part, backend: str) -> None:
     compared = (
-        ("tiny", torch.float32, "tensor"),
-        ("2^20", torch.float32, "tensor"),
-        ("mixed", torch.bfloat16, "tensor"),
-        ("rows", torch.float32, "row"),
-        ("rows", torch.bfloat16, "row"),
+        ("tiny", torch.float32, "tensor", None),
+        ("2^20", torch.float32, "tensor", None),
+        ("mixed", torch.bfloat16, "tensor", None),
+        ("rows", torch.float32, "row", None),
+        ("rows", torch.bfloat16, "row", None),
+        ("mixed", torch.bfloat16, "tensor", 0.5),
+        ("rows", torch.float32, "row", 0.5),
     )
     for cls in (AMAdamW, AMSGD):
-        for shapes, dtype, scope in compared:
-            name = f"{cls.__name__} {shapes} {dtype}".replace("torch.", "")
-            part.case(name, partial(compare, backend, cls, shapes, dtype, scope))
+        for shapes, dtype, scope, max_norm in compared:
+            clipped = "" if max_norm is None else " clipped"
+            name = f"{cls.__name__} {shapes} {dtype}{clipped}".replace("torch.", "")
+            part.case(name, partial(compare, backend, cls, shapes, dtype, scope, max_norm))
     for cls in (AMAdamW, AMSGD):
         part.case(f"{cls.__name__} graph replay", partial(replayed, backend, cls))
         part.case(f"{cls.__name__} repeated", partial(repeated, backend, cls))

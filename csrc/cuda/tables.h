@@ -41,7 +41,7 @@ struct Step {
   int32_t* arrived;            // [units]: chunks whose partials are there; 0 between steps
   Sums* rows;                  // [segments] of the seam, or null
   double* coefficients;        // [units, columns]: a Row for each, see kernels.h
-  const float* grad_scale;     // or null
+  int64_t grad_scale;          // as a group's lr; 0: there is none
   const float* found_inf;      // or null; not 0: nothing is written but rows and scratch
   int64_t tensors, units;
   int64_t device;  // that all of them are on
@@ -138,7 +138,7 @@ __device__ inline double read_lr(const Step& s, int64_t group, int columns) {
 }
 
 __device__ inline double read_grad_scale(const Step& s) {
-  return s.grad_scale == nullptr ? 1.0 : static_cast<double>(*s.grad_scale);
+  return s.grad_scale == 0 ? 1.0 : read_number(s.grad_scale >> 1, s.grad_scale & 1);
 }
 
 __device__ inline bool is_skipped(const Step& s) {
