@@ -376,14 +376,18 @@ struct Norm {
     for (int half = 0; half < 2; ++half) sums[half] = sums[half] + widen(a, half);
   }
 
-  // Calls f(pack, 0 or 1) for all of them, in turns: so that no addition waits for the last one.
+  static constexpr int kApart = 4;
+
+  // Calls f(pack, 0 to kApart - 1) for all of them, in turns: so that no addition waits for the
+  // last one.
   template <class F>
   AM_INLINE void for_each_pack(const S* g, int64_t numel, F f) {
     int64_t i = 0;
-    for (; i + 2 * kLanes <= numel; i += 2 * kLanes) {
-      prefetch(g + i, g + i + kLanes);
-      f(load(g + i), 0);
-      f(load(g + i + kLanes), 1);
+    for (; i + kApart * kLanes <= numel; i += kApart * kLanes) {
+      for (int k = 0; k < kApart; ++k) {
+        prefetch(g + i + k * kLanes);
+        f(load(g + i + k * kLanes), k);
+      }
     }
     for (; i < numel; i += kLanes)
       f(load(First<const S>{g + i, std::min<int64_t>(kLanes, numel - i)}), 0);
@@ -398,7 +402,7 @@ struct Norm {
 
   // A float's square has neither rounding, overflow nor underflow.
   static double in_double(const S* g, int64_t numel) {
-    Wide sums[4];
+    Wide sums[2 * kApart];
     for (Wide& sum : sums) sum = Wide(0.0);
     for_each_pack(g, numel, [&](Pack<T> a, int k) AM_INLINE_LAMBDA {
       if constexpr (std::is_same_v<T, double>) {
@@ -410,18 +414,19 @@ struct Norm {
         }
       }
     });
-    return total((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (int k = 1; k < 2 * kApart; ++k) sums[0] = sums[0] + sums[k];
+    return total(sums[0]);
   }
 
   // By blocks, and so that memory is all that is waited for: up to twice the rate of the above.
   static double in_float(const S* g, int64_t numel) {
     Wide sums[2] = {Wide(0.0), Wide(0.0)};
     for (int64_t begin = 0; begin < numel; begin += kBlock) {
-      Pack<float> block[2] = {Pack<float>(0.0f), Pack<float>(0.0f)};
+      Pack<float> block[kApart];
+      for (Pack<float>& sum : block) sum = Pack<float>(0.0f);
       for_each_pack(g + begin, std::min(kBlock, numel - begin),
                     [&](Pack<float> a, int k) AM_INLINE_LAMBDA { block[k] = fma(a, a, block[k]); });
-      add_wide(block[0], sums);
-      add_wide(block[1], sums);
+      for (const Pack<float>& sum : block) add_wide(sum, sums);
     }
     return total(sums[0] + sums[1]);
   }
