@@ -21,7 +21,7 @@ from adamem_fused.backends.batch import bookkeeping_dtype
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from adamem_fused.optimizer import Work
+    from adamem_fused.seam import Work
 
 # As torch.nn.utils.clip_grad_norm_ has it.
 EPS = 1e-6

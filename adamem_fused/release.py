@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.futures import Future
     from torch.utils.hooks import RemovableHandle
 
-    from adamem_fused.optimizer import Work
+    from adamem_fused.seam import Work
 
 
 def at_end(function: Callable[[], None]) -> None:

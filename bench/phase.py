@@ -28,7 +28,7 @@ from adamem_fused import AMSGD, AMAdamW
 from adamem_fused.backends import BACKENDS, Backend
 from adamem_fused.backends.batch import AdamWBatch
 from adamem_fused.clipping import SquaredNorm
-from adamem_fused.optimizer import Work
+from adamem_fused.seam import Work
 from bench import peak
 from bench.arguments import COUNT, SEED, output_folder
 from bench.environment import environment, folder_name
