@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from adamem_fused import AMSGD, AMAdamW
+from adamem_fused import AMSGD, AMAdamW, clipping
 from adamem_fused import optimizer as step_module
 from adamem_fused.backends import batch, foreach
 
@@ -47,7 +47,7 @@ class WithoutFloat64(TorchDispatchMode):
 
 
 def no_float64(monkeypatch):
-    for module in (foreach, step_module):
+    for module in (foreach, clipping, step_module):
         monkeypatch.setattr(module, "bookkeeping_dtype", lambda device: torch.float32)
 
 
@@ -93,6 +93,26 @@ def test_a_difference_of_losses_without_float64(monkeypatch, cls):
     losses = [twin.state[parameters(twin)[0]].pop("prev_loss") for twin in (reference, ours)]
     assert losses == [loss, loss]
     assert_step_agrees(ours, reference, before)
+
+
+@both
+def test_clipping_and_skipping_without_float64(monkeypatch, cls):
+    no_float64(monkeypatch)
+    options = {"max_grad_norm": 1.0, "skip_nonfinite": True}
+    reference, ours = pair(cls, [Group([(4, 20), (3,)])], beta_scope="tensor", **options)
+    for step in range(4):
+        set_gradients(reference, ours, step=step)
+        if step == 2:
+            parameters(ours)[1].grad[0] = float("inf")
+        before = snapshot(reference)
+        restore(ours, before)
+        reference.step()
+        with WithoutFloat64():
+            ours.step()
+        assert_step_agrees(ours, reference, before)
+        assert ours.grad_norm.dtype == torch.float32
+        torch.testing.assert_close(ours.grad_norm, reference.grad_norm.float(), rtol=1e-6, atol=0)
+    assert ours.skipped_steps.item() == 1
 
 
 @both
