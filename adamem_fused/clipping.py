@@ -31,7 +31,10 @@ def check_options(max_grad_norm: Any, skip_nonfinite: Any) -> None:
     """Raises ValueError on a bad value of either option."""
     number = isinstance(max_grad_norm, Real) and not isinstance(max_grad_norm, bool)
     if max_grad_norm is not None and not (number and max_grad_norm > 0):
-        raise ValueError(f"Invalid max_grad_norm: {max_grad_norm!r} (a number > 0.0, or None)")
+        hint = ", not a tensor: pass its item()" if isinstance(max_grad_norm, Tensor) else ""
+        raise ValueError(
+            f"Invalid max_grad_norm: {max_grad_norm!r} (a number > 0.0{hint}, or None not to clip)"
+        )
     if not isinstance(skip_nonfinite, bool):
         raise ValueError(f"Invalid skip_nonfinite: {skip_nonfinite!r} (True or False)")
 

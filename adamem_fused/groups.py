@@ -15,21 +15,21 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 def param_groups(
     model: nn.Module | Iterable[tuple[str, Tensor]],
-    weight_decay: float = 1e-2,
+    weight_decay: float | None = None,
     *,
     embeddings: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """A model's trained parameters in groups for an optimizer of torch.optim or of this package.
 
-    Without weight decay are biases, by their names; whatever has fewer than two dimensions; the
-    parameters of norms, which are modules of a class whose name, or a base's, ends in "Norm"; and
-    what a model names in `no_weight_decay()`, as timm's do. All others have it. Frozen parameters
-    are left out.
+    Without weight decay are biases, which have "bias" in their own name; whatever has fewer than
+    two dimensions; the parameters of norms, which are modules of a class whose name, or a base's,
+    ends in "Norm"; and what a model, or a module of it, names in `no_weight_decay()`, as timm's do.
+    All others have it. Frozen parameters are left out.
 
     Args:
         model: a module; or (name, parameter) pairs, in which norms and embeddings are not known as
             such.
-        weight_decay: of those that decay.
+        weight_decay: of those that decay; None: the optimizer's.
         embeddings: options for the weights of nn.Embedding and nn.EmbeddingBag, in a group of their
             own: {"weight_decay": 0.0}, or {"beta_scope": "tensor"} beside rows. They decay unless
             it says otherwise. A weight that an output layer shares is one of them. None: they are
@@ -44,7 +44,8 @@ def param_groups(
         TypeError: model or embeddings is something else.
         ValueError: a bad weight_decay; nothing to train; embeddings with pairs, or with "params".
     """
-    check_number("weight_decay", weight_decay)
+    if weight_decay is not None:
+        check_number("weight_decay", weight_decay)
     named = named_parameters(model)
     _check_embeddings(embeddings, model)
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
@@ -55,7 +56,7 @@ def param_groups(
         if embeddings is not None and isinstance(module, _EMBEDDINGS)
         for param in _own(module)
     }
-    exempt = _no_weight_decay(model)
+    exempt = {id(param) for module in modules for param in _no_weight_decay(module)}
 
     decayed: list[tuple[str, Tensor]] = []
     embedded: list[tuple[str, Tensor]] = []
@@ -71,14 +72,15 @@ def param_groups(
             param.dim() < 2
             or "bias" in name.rpartition(".")[2]
             or id(param) in of_norms
-            or name in exempt
+            or id(param) in exempt
         ):
             others.append((name, param))
         else:
             decayed.append((name, param))
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": embedded, "weight_decay": weight_decay, **(embeddings or {})},
+        {"params": decayed, **decay},
+        {"params": embedded, **decay, **(embeddings or {})},
         {"params": others, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
@@ -110,6 +112,10 @@ def _is_norm(module: nn.Module) -> bool:
     return any(cls.__name__.endswith("Norm") for cls in type(module).__mro__)
 
 
-def _no_weight_decay(model: Any) -> set[str]:
-    names = getattr(model, "no_weight_decay", None)
-    return set(names()) if callable(names) else set()
+def _no_weight_decay(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters that a module exempts, by their names in it, as timm's models do."""
+    find = getattr(module, "no_weight_decay", None)
+    names = set(find()) if callable(find) else ()
+    for name, param in module.named_parameters(remove_duplicate=False) if names else ():
+        if name in names:
+            yield param

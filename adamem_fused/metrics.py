@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterable
 from itertools import chain
@@ -16,6 +17,8 @@ from adamem_fused.backends.batch import bookkeeping_dtype
 
 if TYPE_CHECKING:
     from adamem_fused.optimizer import AdaptiveMemoryOptimizer
+
+_OF_BETAS = ("beta_mean", "beta_min", "at_cap")
 
 Named: TypeAlias = "nn.Module | Iterable[tuple[str, Tensor]]"
 
@@ -81,13 +84,13 @@ class Elements:
         repeats = torch.tensor(counts, device="cpu")
         elements = torch.tensor(numels, **like) * (repeats > 0)
         self.total = float(elements.sum())
-        weights = elements / repeats.clamp(min=1) / self.total
+        weights = elements / repeats.clamp(min=1)
         cap = torch.tensor(caps, **like)
         # A float32 beta at its cap is the cap rounded to float32, a float64 one may be either.
         cap = cap.minimum(cap.to(torch.float32)).repeat_interleave(
             torch.tensor(sizes, device="cpu")
         )
-        # [betas], their shares of all the elements, and from where on they are at their cap.
+        # [betas], their elements, of which sums are exact, and from where on they are at their cap.
         self.weights, self.caps = (
             values.repeat_interleave(repeats).to(betas.values) for values in (weights, cap)
         )
@@ -95,7 +98,9 @@ class Elements:
     def summarize(self, values: Tensor) -> list[Tensor]:
         """Mean, smallest, and share at the cap."""
         at_cap = (values >= self.caps).to(values.dtype)
-        return [values.dot(self.weights), values.min(), at_cap.dot(self.weights)]
+        sums = [values.dot(self.weights), at_cap.dot(self.weights)]
+        mean, share = (total / self.total for total in sums)
+        return [mean, values.min(), share]
 
 
 def read_metrics(
@@ -105,10 +110,11 @@ def read_metrics(
 
     kept: by device, from call to call, so that nothing is copied to a GPU where all is as it was.
     """
+    skipped, grad_norm = optimizer.skipped_steps, optimizer.grad_norm
+    like: dict[str, Any] = {"dtype": bookkeeping_dtype(skipped.device), "device": skipped.device}
     found: dict[str, Tensor] = {}
-    grad_norm = optimizer.grad_norm
-    if grad_norm is not None:
-        found["grad_norm"] = grad_norm
+    if optimizer._takes_norm:
+        found["grad_norm"] = torch.full((), math.nan, **like) if grad_norm is None else grad_norm
     lists = [group["params"] for group in optimizer.param_groups]
     parts = [betas for betas in read_betas(lists, optimizer.state) if betas.values.numel() > 0]
     if parts:
@@ -119,9 +125,9 @@ def read_metrics(
             if known is None or known.key != (betas.structure, sizes, caps):
                 kept[betas.values.device] = Elements(betas, sizes, caps)
         numbers = over_devices([(kept[betas.values.device], betas.values) for betas in parts])
-        found |= zip(("beta_mean", "beta_min", "at_cap"), numbers, strict=True)
-    found["skipped_steps"] = optimizer.skipped_steps
-    return found
+    else:
+        numbers = [torch.full((), math.nan, **like) for _ in _OF_BETAS]
+    return {**found, **dict(zip(_OF_BETAS, numbers, strict=True)), "skipped_steps": skipped}
 
 
 def over_devices(parts: list[tuple[Elements, Tensor]]) -> list[Tensor]:

@@ -139,7 +139,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self._elements = {}
         self._new_state = []
         if self._released is not None:
-            self._released.forget()
+            self._released._forget()
 
     # ---- what a subclass gives ----------------------------------------------------
 
@@ -189,6 +189,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """Adds a parameter group; nothing is added where a value in it is bad."""
         if isinstance(param_group, dict):
             self._check_group({**self.defaults, **param_group})
+            for name in {"max_grad_norm", "skip_nonfinite"} & param_group.keys():
+                raise ValueError(f"{name} is for the whole optimizer, and not for a group of it")
         known = len(self.param_groups)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -208,6 +210,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
             raise
         group.update(plain({key: group[key] for key in self.defaults}))
         self._given.update(flattened.shapes(group["params"]))
+
+    def __repr__(self) -> str:
+        own = f"max_grad_norm={self.max_grad_norm}, skip_nonfinite={self.skip_nonfinite}"
+        return f"{super().__repr__()} {own}"
 
     def _check_dtype(self, param: Tensor) -> None:
         if param.dtype not in FLOATING + COMPLEX:
@@ -269,22 +275,22 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """
         released = self._released
         if released is not None:
-            released.check()
+            released._check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        find_scaling = self._scaling if released is None else released.scaling
+        find_scaling = self._scaling if released is None else released._find_scaling
         self._step_groups(self.param_groups, self._kept, self._current_loss(loss), find_scaling)
         if released is not None:
-            released.end_step()
+            released._end_step()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim's; the next backward pass may then step, where gradients are released."""
         super().zero_grad(set_to_none)
         if self._released is not None:
-            self._released.begin()
+            self._released._begin()
 
     def _step_groups(
         self,
@@ -590,7 +596,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def metrics(self) -> dict[str, Tensor]:
         """Numbers to look at, for every step: new 0-dim tensors, which nothing was waited for.
 
-        grad_norm: the property; only where a step has taken it.
+        grad_norm: the property; only where steps take it.
         beta_mean, beta_min: of the last betas of all parameters. In the mean a beta counts with the
             elements that it is for: those of its parameter, or of its row.
         at_cap: of the elements, the share whose beta was at what is now its group's cap, or above.
@@ -598,8 +604,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
         float64 where the device has it, skipped_steps int64; on the parameters' device, or, where
         they are on several, the first that is not the CPU. A parameter that has had no gradient has
-        no beta, and one without elements counts as having none. Before there is any beta, the three
-        that are made of them are left out.
+        no beta, one without elements counts as having none, and one whose first step was skipped
+        has 0. What there is nothing to make of yet is NaN.
 
         There is no collective. A beta for a whole parameter counts with all of it, sharded or not,
         and is the same on all ranks; where sharded rows have betas of their own, this rank's rows

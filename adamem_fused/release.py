@@ -51,9 +51,9 @@ def release_gradients(
     Args:
         model: the whole model, after `fully_shard` or in its DistributedDataParallel.
         optimizer: AMAdamW or AMSGD, with one beta for each tensor or row.
-        clip_by_last_norm: with `max_grad_norm`, gradients are scaled as the norm of those before
-            the last `step()` would have it, since their own is known after the last of them; the
-            first ones are not clipped. `optimizer.grad_norm` is that of the last `step()`.
+        clip_by_last_norm: where `max_grad_norm` is set, gradients are scaled as the norm of those
+            before the last `step()` would have it, since their own is known after the last of them;
+            the first ones are not clipped. `optimizer.grad_norm` is that of the last `step()`.
 
     Returns:
         A handle: its `accumulate()` holds the steps back, its `remove()` ends all this. A copy of
@@ -71,7 +71,10 @@ def release_gradients(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model has to be a torch.nn.Module, not {type(model).__name__}")
     if not isinstance(optimizer, AdaptiveMemoryOptimizer):
-        raise TypeError(f"optimizer has to be AMAdamW or AMSGD, not {type(optimizer).__name__}")
+        raise TypeError(
+            f"optimizer has to be AMAdamW or AMSGD, not {type(optimizer).__name__}: a trainer's "
+            "own has it within, most often as .optimizer"
+        )
     if optimizer._released is not None:
         raise RuntimeError("The gradients of this optimizer are released already: remove() that")
     return Released(model, optimizer, clip_by_last_norm)
@@ -93,9 +96,9 @@ class Released:
         self._lock = threading.Lock()
         self._wrapping_is_known = False
         self._last_norm: Tensor | None = None
-        self.forget()
+        self._forget()
 
-        self.check()
+        self._check()
         params = {param for group in optimizer.param_groups for param in group["params"]}
         if params.isdisjoint(model.parameters()):
             raise ValueError("The model has no parameter of the optimizer")
@@ -127,19 +130,19 @@ class Released:
 
     # ---- what the optimizer calls ---------------------------------------------------
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """Drops what is kept from step to step."""
         self._kept: dict[Tensor, Kept] = {}
-        self.begin()
+        self._begin()
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Lets every parameter be stepped by the coming backward pass."""
         self._stepped: set[Tensor] = set()
         self._groups: dict[Tensor, dict[str, Any]] | None = None
         self._squares: clipping.SquaredNorm | None = None
         self._scaling: clipping.Scaling | None = None
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raises on options with which no parameter can be stepped before all have a gradient."""
         scaler = vars(self._optimizer).keys() & {"grad_scale", "found_inf"}
         for name in scaler:  # which GradScaler does after a step, unless it raises
@@ -171,7 +174,7 @@ class Released:
                 "of the step before"
             )
 
-    def scaling(self, works: list[Work]) -> clipping.Scaling:
+    def _find_scaling(self, works: list[Work]) -> clipping.Scaling:
         """Clipping by the last norm; takes the gradients' part of the present one."""
         clipping.check_options(self._optimizer.max_grad_norm, self._optimizer.skip_nonfinite)
         limit = self._optimizer.max_grad_norm
@@ -189,12 +192,12 @@ class Released:
             self._scaling = clipping.Scaling(grad_scale, None, None)
         return self._scaling
 
-    def end_step(self) -> None:
+    def _end_step(self) -> None:
         """After a step of what still had a gradient."""
         if self._squares is not None:
             self._last_norm = self._squares.total().sqrt()
             self._optimizer._write_readings(clipping.Scaling(None, None, self._last_norm))
-        self.begin()
+        self._begin()
         self._add_hooks()
 
     # ---- a parameter's step ---------------------------------------------------------
@@ -227,30 +230,34 @@ class Released:
         if not self._wrapping_is_known and not is_dtensor(param):
             self._check_wrapping()
             self._wrapping_is_known = True
-        if self.step(param):
+        if self._step_one(param):
             param.grad = None
 
-    def step(self, param: Tensor) -> bool:
+    def _step_one(self, param: Tensor) -> bool:
         """A step of one parameter. False if the optimizer does not hold it."""
         with self._lock, torch.no_grad():
-            group = self.groups().get(param)
+            group = self._known_groups().get(param)
             if group is None:
                 return False
             self._check_options(group)
             if param in self._stepped:
                 raise RuntimeError(
-                    f"A parameter of shape {list(param.shape)} has a second gradient since "
-                    "optimizer.step(), and its step is taken. Call step() after each backward "
-                    "pass, and those before the last one of a step under the handle's "
+                    f"{self._name(param)} has a second gradient since optimizer.step(), and its "
+                    "step is taken. Call the optimizer's step(), or its zero_grad(), after each "
+                    "backward pass, and those before the last one of a step under the handle's "
                     "accumulate(). Where the model is checkpointed: with use_reentrant=False"
                 )
             self._optimizer._step_groups(
-                [{**group, "params": [param]}], self._kept[param], None, self.scaling
+                [{**group, "params": [param]}], self._kept[param], None, self._find_scaling
             )
             self._stepped.add(param)
         return True
 
-    def groups(self) -> dict[Tensor, dict[str, Any]]:
+    def _name(self, param: Tensor) -> str:
+        names = (name for name, own in self._model.named_parameters() if own is param)
+        return next(names, f"A parameter of shape {list(param.shape)}")
+
+    def _known_groups(self) -> dict[Tensor, dict[str, Any]]:
         """The optimizer's, by parameter: found once a step, as others may be loaded between."""
         if self._groups is None:
             self._groups = {p: g for g in self._optimizer.param_groups for p in g["params"]}
@@ -258,7 +265,7 @@ class Released:
         return self._groups
 
     @property
-    def is_active(self) -> bool:
+    def _is_active(self) -> bool:
         """Whether gradients that are complete are to be stepped with."""
         return self._holds == 0 and self._optimizer._released is self
 
@@ -332,7 +339,7 @@ class _Buckets:
         buffer = bucket.buffer().mul_(1 / wrapper.process_group.size())
         work = dist.all_reduce(buffer, group=wrapper.process_group, async_op=True)
         mean: Future[Tensor] = work.get_future().then(lambda future: future.value()[0])
-        if released is None or not released.is_active:
+        if released is None or not released._is_active:
             return mean
         if bucket.index() == 0:  # they come in order
             self._start()
@@ -344,7 +351,7 @@ class _Buckets:
         self._step_reduced(released)
         params = []
         for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            if param not in released.groups():
+            if param not in released._known_groups():
                 continue
             if param.grad is None:
                 self._unused.append(param)
@@ -369,7 +376,7 @@ class _Buckets:
         """An error is raised at the end: before, it would leave the reducer halfway."""
         if self._error is None:
             try:
-                released.step(param)
+                released._step_one(param)
             except Exception as error:
                 self._error = error
         (self._stepped if self._error is None else self._left).append(param)

@@ -466,6 +466,24 @@ def test_bad_options(cls, name, value):
 
 
 @both
+@pytest.mark.parametrize("name", ["max_grad_norm", "skip_nonfinite"])
+def test_a_group_of_its_own_norm_is_refused(cls, name):
+    with pytest.raises(ValueError, match=f"{name} is for the whole optimizer"):
+        cls([{"params": [torch.ones(2, requires_grad=True)], name: 1.0}])
+    optimizer = make(cls, None)
+    with pytest.raises(ValueError, match=f"{name} is for the whole optimizer"):
+        optimizer.add_param_group({"params": [torch.ones(2, requires_grad=True)], name: 1.0})
+    assert len(optimizer.param_groups) == 2
+
+
+@both
+def test_it_says_how_it_clips_and_skips(cls):
+    text = repr(make(cls, None, max_grad_norm=1.5))
+    assert "max_grad_norm=1.5, skip_nonfinite=False" in text
+    assert "Parameter Group 1" in text
+
+
+@both
 @every_backend
 def test_a_step_that_raises_leaves_no_reading(cls, backend):
     optimizer = make(cls, backend, max_grad_norm=1.0)

@@ -145,6 +145,30 @@ def test_what_the_model_exempts_does_not_decay():
     }
 
 
+def test_a_module_within_exempts_its_own():
+    """As where a model is compiled, in a wrapper, or the backbone of another."""
+
+    class Backbone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pos_embed = Parameter(torch.zeros(1, 5, 4))
+            self.other = Parameter(torch.zeros(5, 4))
+
+        def no_weight_decay(self):
+            return {"pos_embed"}
+
+    for model in (nn.Sequential(Backbone()), torch.compile(Backbone())):
+        decayed, exempt = param_groups(model, 0.1)
+        assert [name.rpartition(".")[2] for name, _ in decayed["params"]] == ["other"]
+        assert [name.rpartition(".")[2] for name, _ in exempt["params"]] == ["pos_embed"]
+
+
+def test_without_a_weight_decay_it_is_the_optimizers():
+    model = Model()
+    optimizer = AMAdamW(param_groups(model, embeddings={}), weight_decay=0.3)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3, 0.0]
+
+
 def test_pairs_are_taken_by_dimensions_and_names():
     model = Model()
     found = names(param_groups(model.named_parameters(), 0.1))

@@ -219,11 +219,14 @@ def test_betas_that_do_not_lie_one_beside_the_other_are_read_all_the_same(walk):
 
 @both
 def test_before_the_first_step_there_are_no_betas(walk, cls):
-    optimizer = cls(zeros(3, 2))
-    assert optimizer.metrics() == {"skipped_steps": torch.tensor(0)}
+    optimizer = cls(zeros(3, 2), max_grad_norm=1.0)
+    found = optimizer.metrics()
+    assert list(found) == ["grad_norm", *OF_BETAS, "skipped_steps"]
+    assert found.pop("skipped_steps").item() == 0
+    assert all(value.isnan() and value.dim() == 0 for value in found.values())
     assert optimizer.betas_by_name([("a", parameters(optimizer)[0])]) == {}
     assert len(optimizer.state) == 0
-    assert cls([{"params": []}]).metrics() == {"skipped_steps": torch.tensor(0)}
+    assert list(cls([{"params": []}]).metrics()) == [*OF_BETAS, "skipped_steps"]
 
 
 @both
@@ -469,7 +472,7 @@ def metrics_on_one_rank():
     optimizer.step()
     # Of one row, the second rank has none.
     if torch.distributed.get_rank() == 1:
-        assert list(optimizer.metrics()) == ["skipped_steps"]
+        assert all(torch.isnan(optimizer.metrics()[name]) for name in OF_BETAS)
         assert optimizer.betas_by_name() == {}
     else:
         assert values(optimizer) == pytest.approx([0.89, 0.89, 1.0])

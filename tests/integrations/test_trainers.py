@@ -75,7 +75,8 @@ class OfTakenSteps:
 
     def step(self, *args):
         norm = self.optimizer.grad_norm
-        if norm is None or norm.isfinite():
+        is_first = not hasattr(self, "_last_lr")
+        if is_first or norm is None or norm.isfinite():
             super().step(*args)
 
 
