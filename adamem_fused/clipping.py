@@ -29,8 +29,7 @@ EPS = 1e-6
 
 def check_options(max_grad_norm: Any, skip_nonfinite: Any) -> None:
     """Raises ValueError on a bad value of either option."""
-    number = isinstance(max_grad_norm, Real) and not isinstance(max_grad_norm, bool)
-    if max_grad_norm is not None and not (number and max_grad_norm > 0):
+    if max_grad_norm is not None and not _is_positive(max_grad_norm):
         hint = ", not a tensor: pass its item()" if isinstance(max_grad_norm, Tensor) else ""
         raise ValueError(
             f"Invalid max_grad_norm: {max_grad_norm!r} (a number > 0.0{hint}, or None not to clip)"
@@ -49,12 +48,20 @@ def _sum(values: Tensor) -> Tensor:
     return torch.stack([part.sum() for part in torch.split(values, _MOST)]).sum()
 
 
+def _is_positive(value: Any) -> bool:
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
+    except OverflowError:
+        return False
+
+
 class SquaredNorm:
     """The squared norm of the gradients of all that is added to it."""
 
     def __init__(self) -> None:
-        # By device, and by the process groups over which tensors are sharded.
-        self._terms: dict[tuple[torch.device, tuple[ProcessGroup, ...]], Tensor] = {}
+        # By device, and by the process groups over which tensors are sharded. They are added up
+        # by `total`: what is added on several streams is there only when it is called.
+        self._terms: dict[tuple[torch.device, tuple[ProcessGroup, ...]], list[Tensor]] = {}
 
     def add(self, work: Work) -> None:
         squares = work.backend.squared_norms(work.batch)
@@ -67,25 +74,31 @@ class SquaredNorm:
     def _add_term(
         self, device: torch.device, groups: tuple[ProcessGroup, ...], squares: Tensor
     ) -> None:
-        known = self._terms.get((device, groups))
-        self._terms[device, groups] = squares if known is None else known + squares
+        self._terms.setdefault((device, groups), []).append(squares)
 
     def total(self) -> Tensor:
         """0-dim, the same on all ranks; float64 where the device has it.
 
         One collective for each process group over which tensors are sharded. What is replicated
-        counts once. On the first device that is not the CPU, if there is one.
+        counts once; where it is not finite on one rank alone, these collectives tell the others. On
+        the first device that is not the CPU, if there is one.
         """
+        totals = {key: _add_up(terms) for key, terms in self._terms.items()}
         for device, group in dict.fromkeys(
-            (device, group) for device, groups in self._terms for group in groups
+            (device, group) for device, groups in totals for group in groups
         ):
-            places = [key for key in self._terms if key[0] == device and group in key[1]]
-            sums = torch.stack([self._terms[key] for key in places])
+            places = [key for key in totals if key[0] == device and group in key[1]]
+            # 0, and NaN where one of this rank's is not finite.
+            bad = 0 * _add_up([total for key, total in totals.items() if key[0] == device])
+            sums = torch.stack([totals[key] for key in places]) + bad
             dist.all_reduce(sums, group=group)
-            self._terms.update(zip(places, sums.unbind(), strict=True))
-        home = home_device([device for device, _ in self._terms])
-        terms = [term.to(home) for term in self._terms.values()]
-        return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+            totals.update(zip(places, sums.unbind(), strict=True))
+        home = home_device([device for device, _ in totals])
+        return _add_up([total.to(home, bookkeeping_dtype(home)) for total in totals.values()])
+
+
+def _add_up(terms: list[Tensor]) -> Tensor:
+    return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
 
 def home_device(devices: Sequence[torch.device]) -> torch.device:
@@ -118,7 +131,7 @@ def scaling(
     if max_grad_norm is not None and max_grad_norm < math.inf:
         # What the gradients are divided by, where clip_grad_norm_ multiplies with its inverse. An
         # infinite norm makes them 0, or NaN, and a norm that is NaN makes them that, as there.
-        clip = ((grad_norm + EPS) / max_grad_norm).clamp(min=1.0)
+        clip = ((grad_norm + EPS) / float(max_grad_norm)).clamp(min=1.0)
         grad_scale = clip if grad_scale is None else clip * grad_scale
     if skip_nonfinite:
         is_bad = ~grad_norm.isfinite()
@@ -138,8 +151,16 @@ class Readings:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.grad_norm = torch.zeros(1, dtype=bookkeeping_dtype(device), device=device)
+        # NaN until a norm is taken.
+        self.grad_norm = torch.full((1,), math.nan, dtype=bookkeeping_dtype(device), device=device)
         self.skipped_steps = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def moved(self, device: torch.device) -> Readings:
+        """The same on another device."""
+        readings = Readings(device)
+        readings.grad_norm.copy_(self.grad_norm)
+        readings.skipped_steps.copy_(self.skipped_steps)
+        return readings
 
     def write(self, scaling: Scaling) -> None:
         if scaling.grad_norm is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from adamem_fused.metrics import named_parameters
 from adamem_fused.options import check_number
@@ -32,8 +33,8 @@ def param_groups(
         weight_decay: of those that decay; None: the optimizer's.
         embeddings: options for the weights of nn.Embedding and nn.EmbeddingBag, in a group of their
             own: {"weight_decay": 0.0}, or {"beta_scope": "tensor"} beside rows. They decay unless
-            it says otherwise. A weight that an output layer shares is one of them. None: they are
-            as other matrices.
+            it says otherwise, or the model exempts them. A weight that an output layer shares is
+            one of them. None: they are as other matrices.
 
     Returns:
         Groups of which "params" is a list of (name, parameter) pairs, in the model's order, from
@@ -49,39 +50,35 @@ def param_groups(
     named = named_parameters(model)
     _check_embeddings(embeddings, model)
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    of_norms = {id(param) for module in modules if _is_norm(module) for param in _own(module)}
     of_embeddings = {
         id(param)
         for module in modules
         if embeddings is not None and isinstance(module, _EMBEDDINGS)
         for param in _own(module)
     }
-    exempt = {id(param) for module in modules for param in _no_weight_decay(module)}
+    exempt = {
+        id(param)
+        for module in modules
+        for param in (*(_own(module) if _is_norm(module) else ()), *_no_weight_decay(module))
+    }
 
-    decayed: list[tuple[str, Tensor]] = []
-    embedded: list[tuple[str, Tensor]] = []
-    others: list[tuple[str, Tensor]] = []
+    found: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}
     seen: set[int] = set()
     for name, param in named:
         if not param.requires_grad or id(param) in seen:
             continue
         seen.add(id(param))
-        if id(param) in of_embeddings:
-            embedded.append((name, param))
-        elif (
-            param.dim() < 2
-            or "bias" in name.rpartition(".")[2]
-            or id(param) in of_norms
-            or id(param) in exempt
-        ):
-            others.append((name, param))
-        else:
-            decayed.append((name, param))
+        is_bias = "bias" in name.rpartition(".")[2]
+        decays = param.dim() > 1 and not is_bias and id(param) not in exempt
+        found.setdefault((id(param) in of_embeddings, decays), []).append((name, param))
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
-    groups = [
-        {"params": decayed, **decay},
-        {"params": embedded, **decay, **(embeddings or {})},
-        {"params": others, "weight_decay": 0.0},
+    groups: list[dict[str, Any]] = [
+        {
+            "params": found.get((is_embedding, decays), []),
+            **(decay if decays else {"weight_decay": 0.0}),
+            **((embeddings or {}) if is_embedding else {}),
+        }
+        for is_embedding, decays in ((False, True), (True, True), (True, False), (False, False))
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:
@@ -104,7 +101,9 @@ def _check_embeddings(embeddings: Any, model: Any) -> None:
 
 
 def _own(module: nn.Module) -> Iterator[Tensor]:
-    return module.parameters(recurse=False)
+    yield from module.parameters(recurse=False)
+    if is_parametrized(module):
+        yield from cast("nn.ModuleDict", module.parametrizations).parameters()
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -113,8 +113,8 @@ def read_metrics(
     skipped, grad_norm = optimizer.skipped_steps, optimizer.grad_norm
     like: dict[str, Any] = {"dtype": bookkeeping_dtype(skipped.device), "device": skipped.device}
     found: dict[str, Tensor] = {}
-    if optimizer._takes_norm:
-        found["grad_norm"] = torch.full((), math.nan, **like) if grad_norm is None else grad_norm
+    if grad_norm is not None:
+        found["grad_norm"] = grad_norm
     lists = [group["params"] for group in optimizer.param_groups]
     parts = [betas for betas in read_betas(lists, optimizer.state) if betas.values.numel() > 0]
     if parts:
@@ -169,7 +169,6 @@ def _means(values: Tensor, counts: list[int]) -> Tensor:
         return values
     lengths = torch.tensor(counts, device="cpu")
     owners = torch.arange(len(counts), device="cpu").repeat_interleave(lengths)
-    # From pageable memory: that waits for no kernel.
     owners, sizes = (t.to(values.device, non_blocking=True) for t in (owners, lengths))
     return values.new_zeros(len(counts)).index_add_(0, owners, values) / sizes
 

@@ -24,6 +24,7 @@ from adamem_fused.backends.batch import (
     bookkeeping_dtype,
     group_slices,
 )
+from adamem_fused.backends.tables import is_capturing
 from adamem_fused.metrics import Elements, Named, read_betas_by_name, read_metrics
 from adamem_fused.options import ROUNDING, plain
 from adamem_fused.seam import (
@@ -101,8 +102,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     # The norm to which all gradients together are clipped, and whether a step whose norm is not
     # finite is left out. May be set between steps.
-    max_grad_norm: float | None
-    skip_nonfinite: bool
+    max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
 
     _kept: Kept
     _readings: clipping.Readings | None
@@ -353,7 +354,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             flattened.check_new(group, without, self.param_groups, self._given)
             for i in new:
                 states[i] = self._init_state(new_params[i], group)
-        if self._takes_norm and new_params:
+        if new_params and (self._takes_norm or getattr(self, "found_inf", None) is not None):
             self._make_readings(clipping.home_device([param.device for param in new_params]))
         params.extend(new_params)
         grads.extend(new_grads)
@@ -518,6 +519,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             for work in works:  # whatever raises does so before any batch has changed
                 work.check()
         scaling = find_scaling(works)
+        readings = self._readings_of(scaling)
         grad_scale, found_inf, _ = scaling
         # Where no segment's beta waits for what is elsewhere, a backend does both halves at once.
         waiting = find_waiting(works)
@@ -541,22 +543,28 @@ class AdaptiveMemoryOptimizer(Optimizer):
         agree_on_first_steps(works)
         if loss is not None:
             self._keep_loss(loss, found_inf)
-        self._write_readings(scaling)
+        if readings is not None:
+            readings.write(scaling)
 
     # ---- what a step leaves to be looked at -----------------------------------------
 
-    def _write_readings(self, scaling: clipping.Scaling) -> None:
+    def _readings_of(self, scaling: clipping.Scaling) -> clipping.Readings | None:
+        """Those that are to be written; None where the step leaves nothing."""
         written = scaling.found_inf if scaling.grad_norm is None else scaling.grad_norm
-        if written is None:
-            return
-        self._make_readings(written.device).write(scaling)
+        return None if written is None else self._make_readings(written.device)
 
     def _make_readings(self, device: torch.device) -> clipping.Readings:
-        """Those that are there, unless they are on the CPU and something else is not."""
+        """Those that are there; moved where they are on the CPU and something else is not."""
         known = self._readings
-        if known is None or (known.device.type == "cpu" and device.type != "cpu"):
-            self._readings = known = clipping.Readings(device)
-        return known
+        if known is not None and (known.device.type != "cpu" or device.type == "cpu"):
+            return known
+        if is_capturing(device):
+            raise RuntimeError(
+                "a step is being captured in a CUDA graph, and is the first that clips or that may "
+                "be skipped: take one such step outside of the graph first"
+            )
+        self._readings = clipping.Readings(device) if known is None else known.moved(device)
+        return self._readings
 
     @property
     def _takes_norm(self) -> bool:
@@ -566,12 +574,13 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def grad_norm(self) -> Tensor | None:
         """The norm of the last step's gradients before clipping, unscaled: a new 0-dim tensor.
 
-        On the gradients' device; float64 where that has it. None where no step has taken it, as
-        only those do that clip or look for what is not finite.
+        On the gradients' device; float64 where that has it. NaN before the first step that has
+        gradients, and None where steps neither clip nor look for what is not finite.
         """
-        if self._readings is None or not self._takes_norm:
+        if not self._takes_norm:
             return None
-        return self._readings.grad_norm.reshape(()).clone()
+        readings = self._readings or clipping.Readings(self._first_device)
+        return readings.grad_norm.reshape(()).clone()
 
     @property
     def skipped_steps(self) -> Tensor:
@@ -580,9 +589,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
         A new tensor, on the gradients' device. It starts from 0 where an optimizer is made or its
         state is loaded.
         """
-        if self._readings is None:
-            return torch.zeros((), dtype=torch.int64, device=self._first_device)
-        return self._readings.skipped_steps.reshape(()).clone()
+        readings = self._readings or clipping.Readings(self._first_device)
+        return readings.skipped_steps.reshape(()).clone()
 
     @property
     def _first_device(self) -> torch.device:

@@ -26,6 +26,7 @@ from adamem_fused.sharding import is_dtensor
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
+    from torch.distributed.tensor import DTensor
     from torch.futures import Future
     from torch.utils.hooks import RemovableHandle
 
@@ -86,7 +87,8 @@ class Released:
     def __init__(
         self, model: nn.Module, optimizer: AdaptiveMemoryOptimizer, clip_by_last_norm: bool
     ) -> None:
-        self._model, self._optimizer = model, optimizer
+        self._model = model
+        self._ref = ref(optimizer)  # which has this: what is used no more is free at once
         self._clips = clip_by_last_norm
         self._hooks: dict[Tensor, RemovableHandle] = {}
         # Trained parameters of the optimizer that get no hook.
@@ -95,7 +97,6 @@ class Released:
         # Backward passes of several devices run in threads of their own.
         self._lock = threading.Lock()
         self._wrapping_is_known = False
-        self._last_norm: Tensor | None = None
         self._forget()
 
         self._check()
@@ -125,14 +126,23 @@ class Released:
         for handle in self._hooks.values():
             handle.remove()
         self._hooks.clear()
-        if self._optimizer._released is self:
-            self._optimizer._released = None
+        optimizer = self._ref()
+        if optimizer is not None and optimizer._released is self:
+            optimizer._released = None
+
+    @property
+    def _optimizer(self) -> AdaptiveMemoryOptimizer:
+        optimizer = self._ref()
+        assert optimizer is not None  # it calls, or holds what calls
+        return optimizer
 
     # ---- what the optimizer calls ---------------------------------------------------
 
     def _forget(self) -> None:
         """Drops what is kept from step to step."""
         self._kept: dict[Tensor, Kept] = {}
+        # By the norm of the last step's gradients, for the next ones.
+        self._grad_scale: Tensor | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -140,7 +150,6 @@ class Released:
         self._stepped: set[Tensor] = set()
         self._groups: dict[Tensor, dict[str, Any]] | None = None
         self._squares: clipping.SquaredNorm | None = None
-        self._scaling: clipping.Scaling | None = None
 
     def _check(self) -> None:
         """Raises on options with which no parameter can be stepped before all have a gradient."""
@@ -176,27 +185,29 @@ class Released:
 
     def _find_scaling(self, works: list[Work]) -> clipping.Scaling:
         """Clipping by the last norm; takes the gradients' part of the present one."""
-        clipping.check_options(self._optimizer.max_grad_norm, self._optimizer.skip_nonfinite)
-        limit = self._optimizer.max_grad_norm
-        if limit is None:
-            self._last_norm = None
+        optimizer = self._optimizer
+        clipping.check_options(optimizer.max_grad_norm, optimizer.skip_nonfinite)
+        if optimizer.max_grad_norm is None:
             return clipping.Scaling(None, None, None)
         if self._squares is None:
             self._squares = clipping.SquaredNorm()
         for work in works:
             self._squares.add(work)
-        if self._scaling is None:
-            grad_scale = None
-            if self._last_norm is not None:
-                grad_scale = clipping.scaling(self._last_norm, limit, False, None, None).grad_scale
-            self._scaling = clipping.Scaling(grad_scale, None, None)
-        return self._scaling
+        return clipping.Scaling(self._grad_scale, None, None)
 
     def _end_step(self) -> None:
         """After a step of what still had a gradient."""
-        if self._squares is not None:
-            self._last_norm = self._squares.total().sqrt()
-            self._optimizer._write_readings(clipping.Scaling(None, None, self._last_norm))
+        limit = self._optimizer.max_grad_norm
+        if limit is None:
+            self._grad_scale = None
+        elif self._squares is not None:
+            norm = self._squares.total().sqrt()
+            scaling = clipping.scaling(norm, limit, False, None, None)
+            if self._grad_scale is None or scaling.grad_scale is None:
+                self._grad_scale = scaling.grad_scale
+            else:  # in place, as a CUDA graph that has captured a backward pass reads it there
+                self._grad_scale.copy_(scaling.grad_scale)
+            self._optimizer._make_readings(norm.device).write(scaling)
         self._begin()
         self._add_hooks()
 
@@ -230,6 +241,8 @@ class Released:
         if not self._wrapping_is_known and not is_dtensor(param):
             self._check_wrapping()
             self._wrapping_is_known = True
+        if is_dtensor(param):
+            _wait_for_offload(param)
         if self._step_one(param):
             param.grad = None
 
@@ -241,6 +254,7 @@ class Released:
                 return False
             self._check_options(group)
             if param in self._stepped:
+                param.grad = None  # step() would take it
                 raise RuntimeError(
                     f"{self._name(param)} has a second gradient since optimizer.step(), and its "
                     "step is taken. Call the optimizer's step(), or its zero_grad(), after each "
@@ -284,6 +298,16 @@ class Released:
                     "The model is in a DistributedDataParallel, which reduces gradients after "
                     "they are complete: pass that to release_gradients, once it is made"
                 )
+
+
+def _wait_for_offload(param: DTensor) -> None:
+    """FSDP2 with CPUOffloadPolicy() calls the hook beside a copy to pinned memory.
+
+    torch waits for it only from 2.13 on.
+    """
+    local, mesh = param.to_local(), param.device_mesh
+    if local.device.type == "cpu" and mesh.device_type != "cpu":
+        torch.get_device_module(mesh.device_type).current_stream().synchronize()
 
 
 def _is_wrapped(params: set[nn.Parameter]) -> bool:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +26,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from tqdm import tqdm
 
 from adamem_fused import AMSGD, AMAdamW
-from adamem_fused.backends import BACKENDS, Backend
-from adamem_fused.backends.batch import AdamWBatch
+from adamem_fused.backends import BACKENDS
 from adamem_fused.clipping import SquaredNorm
 from adamem_fused.seam import Work
 from bench import peak
@@ -268,6 +268,15 @@ def measure_phase(
     return found
 
 
+def works_of(backend: str, grads: Sequence[Tensor]) -> list[Work]:
+    """Those of a step with such gradients, of parameters that are these tensors too."""
+    params = [torch.nn.Parameter(grad) for grad in grads]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    with torch.no_grad():
+        return AMSGD(params, beta_scope="tensor", backend=backend)._collect()
+
+
 def measure_norm(
     device: Device,
     shapes: Sequence[Shape],
@@ -281,14 +290,16 @@ def measure_norm(
     flat = torch.ones(sum(grad.nbytes for grad in grads) // 4, device=device.device)
     half = flat.numel() // 2
 
-    def norm(backend: Backend) -> Tensor:
+    def norm(works: list[Work]) -> Tensor:
         squares = SquaredNorm()
-        squares.add(Work(backend, AdamWBatch(grads=grads)))
+        for work in works:
+            work.batch.opened = None  # as each step has a batch of its own
+            squares.add(work)
         return squares.total().sqrt()
 
     sides: dict[str, Callable[[], object]] = {
         **{
-            f"{NORM} {name}": partial(norm, BACKENDS[name])
+            f"{NORM} {name}": partial(norm, works_of(name, grads))
             for name in FUSED
             if BACKENDS[name].unavailable(device.device) is None
         },
@@ -323,22 +334,24 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     device = find_device(args.device)
     folder = args.out or output_folder(f"bench/results/{folder_name(device.name)}")
+    path = folder / "phase.json"
+    unfinished = folder / "phase.json.part"
     try:
-        result = measure(args, device)
+        result = measure(args, device, unfinished)
     except (WrongResult, WrongShare) as error:
+        unfinished.unlink(missing_ok=True)
         print(f"Stopped: a wrong result. {error}", file=sys.stderr)
         return 1
+    unfinished.replace(path)
     for text, headers, cells in tables(result):
         print(f"\n{text}:")
         print(tabulate(cells, headers=headers, disable_numparse=True))
-    path = folder / "phase.json"
-    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(f"Wrote {path}")
     return 0
 
 
-def measure(args: argparse.Namespace, device: Device) -> dict[str, Any]:
-    """Everything, as phase.json has it.
+def measure(args: argparse.Namespace, device: Device, path: Path) -> dict[str, Any]:
+    """Everything, as phase.json has it; what there is is written after each part.
 
     Raises:
         WrongResult, WrongShare: see `check` and `measure_phase`.
@@ -351,7 +364,7 @@ def measure(args: argparse.Namespace, device: Device) -> dict[str, Any]:
     # One side more, for the gradients that are written to.
     a_parameter = cell_bytes(1, torch.float32, len(phases) + 1)
     limit = min(args.max_parameters, int(MEMORY_SHARE * device.free_bytes() / a_parameter))
-    return {
+    result = {
         "environment": {
             **environment(),
             "device": device.name,
@@ -367,17 +380,27 @@ def measure(args: argparse.Namespace, device: Device) -> dict[str, Any]:
             "quick": args.quick,
             "last_level_cache_bytes": device.last_level,
         },
-        **measure_lists(args, device, limit),
-        "peak": peak.measure(device.device),
+        **{kind: [] for kind in KINDS},
     }
+
+    def save() -> None:
+        path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+    measure_lists(args, device, limit, result, save)
+    result["peak"] = peak.measure(device.device)
+    save()
+    return result
 
 
 def measure_lists(
-    args: argparse.Namespace, device: Device, limit: int
-) -> dict[str, list[dict[str, Any]]]:
-    """All passes of each kind, on its lists of at most so many parameters."""
+    args: argparse.Namespace,
+    device: Device,
+    limit: int,
+    cells: dict[str, Any],
+    save: Callable[[], None],
+) -> None:
+    """All passes of each kind, on its lists of at most so many parameters, added to its cells."""
     lists = parameter_lists(device.l2, device.last_level)
-    cells: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     work = []
     for kind, (measure_pass, chosen) in KINDS.items():
         for name, dtype in chosen:
@@ -396,9 +419,9 @@ def measure_lists(
                 found = measure_pass(device, shapes, dtype, args.rounds, args.seconds, order)
                 for name, seconds in found.items():
                     cell["seconds"].setdefault(name, []).append(seconds)
+                save()
                 gc.collect()
                 bar.update()
-    return cells
 
 
 def new_cell(parameters: ParameterList, dtype: torch.dtype) -> dict[str, Any]:

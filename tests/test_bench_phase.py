@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from adamem_fused.backends import ops
+from adamem_fused.backends import cpu, ops
 from bench import __main__ as commands
 from bench import phase
 from bench.kernels.correctness import WrongResult
@@ -319,3 +319,19 @@ def test_without_a_gpu_it_says_so(capsys, tmp_path):
     with pytest.raises(SystemExit):
         commands.main(["phase", "--device", "cuda", "--out", str(tmp_path)])
     assert "--device cuda: torch" in capsys.readouterr().err
+
+
+def test_the_norm_is_of_a_steps_own_batch(monkeypatch):
+    """A GPU's backend finds gradients through the tables of parameters and state."""
+    seen = []
+
+    def squared_norms(batch):
+        assert len(batch.params) == len(batch.momentum_buffers) == 2
+        assert batch.opened is None
+        batch.opened = "found"
+        seen.append(len(batch.params))
+        return torch.ones(len(batch.grads), dtype=torch.float64)
+
+    monkeypatch.setattr(cpu, "squared_norms", squared_norms)
+    phase.measure_norm(Cpu(), [(3, 4), (5,)], torch.float32, 1, 0.0, random.Random(0))
+    assert set(seen) == {2}

@@ -3,7 +3,9 @@
 import copy
 import math
 import pickle
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from cases import (
@@ -22,7 +24,8 @@ from snapshot import snapshot
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from adamem_fused import AMSGD
+from adamem_fused import AMSGD, clipping
+from adamem_fused import optimizer as step_module
 from adamem_fused.backends import ops
 
 both = pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -205,7 +208,7 @@ def test_only_what_has_a_gradient_counts(cls, backend):
 def test_a_step_without_a_gradient_takes_no_norm(cls):
     optimizer = make(cls, None, max_grad_norm=1.0)
     optimizer.step()
-    assert optimizer.grad_norm is None
+    assert optimizer.grad_norm.isnan()
     set_gradients(optimizer, step=0)
     optimizer.step()
     norm = optimizer.grad_norm
@@ -426,6 +429,38 @@ def test_copies_clip_and_skip_as_well(cls):
 
 
 @both
+def test_one_that_was_pickled_before_there_were_these_options(cls):
+    optimizer = make(cls, None)
+    old = optimizer.__getstate__()
+    del old["max_grad_norm"], old["skip_nonfinite"]
+    other = cls.__new__(cls)
+    other.__setstate__(copy.deepcopy(old))
+    set_gradients(other, step=0)
+    other.step()
+    assert (other.max_grad_norm, other.skip_nonfinite) == (None, False)
+
+
+@both
+def test_steps_are_counted_from_where_state_is_loaded(cls):
+    optimizer = make(cls, None, skip_nonfinite=True)
+    set_gradients(optimizer, step=0)
+    parameters(optimizer)[0].grad[0] = math.nan
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.skipped_steps.item() == 0
+    assert optimizer.grad_norm.isnan()
+
+
+@both
+def test_any_number_is_taken(cls):
+    for value in (1, Fraction(1, 2), np.float32(0.5)):
+        optimizer = make(cls, None, max_grad_norm=value)
+        set_gradients(optimizer, step=0)
+        optimizer.step()
+        assert optimizer.grad_norm > 0
+
+
+@both
 def test_checkpoints_do_not_have_them(cls):
     """They stay as an optimizer was made, and the keys are those of one without."""
     optimizer, plain = make(cls, None, max_grad_norm=1.5, skip_nonfinite=True), make(cls, None)
@@ -445,6 +480,7 @@ BAD = [
     ("max_grad_norm", math.nan),
     ("max_grad_norm", True),
     ("max_grad_norm", "1"),
+    ("max_grad_norm", 10**400),
     ("max_grad_norm", torch.tensor(1.0)),
     ("skip_nonfinite", 1),
     ("skip_nonfinite", None),
@@ -497,6 +533,27 @@ def test_a_step_that_raises_leaves_no_reading(cls, backend):
         optimizer.step()
     assert torch.equal(optimizer.grad_norm, norm)
     assert all(map(torch.equal, parameters(optimizer), before))
+
+
+def test_counts_go_along_to_another_device():
+    readings = clipping.Readings(torch.device("cpu"))
+    readings.write(clipping.Scaling(None, torch.ones(()), torch.tensor(3.0)))
+    moved = readings.moved(torch.device("cpu"))
+    assert (moved.grad_norm.item(), moved.skipped_steps.item()) == (3.0, 1)
+
+
+@both
+def test_the_first_step_that_clips_is_not_captured(monkeypatch, cls):
+    """What a graph makes itself it makes anew at every replay."""
+    optimizer = make(cls, None)
+    set_gradients(optimizer, step=0)
+    optimizer.step()
+    before = snapshot(optimizer)
+    monkeypatch.setattr(step_module, "is_capturing", lambda device: True)
+    optimizer.max_grad_norm = 1.0
+    with pytest.raises(RuntimeError, match="take one such step outside of the graph first"):
+        optimizer.step()
+    assert snapshot(optimizer) == before
 
 
 # ---- compiled and recorded ------------------------------------------------------------

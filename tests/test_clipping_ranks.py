@@ -557,3 +557,30 @@ def scaled_each_way(fused, skip_nonfinite):
 @pytest.mark.parametrize("skip_nonfinite", [False, True])
 def test_scaled_gradients_are_clipped_as_unscaled_ones(two_ranks, fused, skip_nonfinite):
     two_ranks.run(scaled_each_way, fused, skip_nonfinite)
+
+
+# ---- what is whole on each rank ------------------------------------------------------
+
+
+def a_bad_whole_gradient():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "columns"))
+    tensors = [random_tensor((8, 6), seed=i) for i in range(4)]
+    placements = [[Shard(0), Shard(1)], [Replicate(), Shard(0)], [Replicate(), Replicate()]]
+    params = [
+        *(Parameter(shard(mesh, p, t)) for p, t in zip(placements, tensors[:3], strict=True)),
+        Parameter(tensors[3]),
+    ]
+    for bad in (2, 3):  # the replicated, and the plain one
+        optimizer = AMAdamW(params, skip_nonfinite=True)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        if dist.get_rank() == 1:
+            local(params[bad].grad)[0, 0] = math.nan
+        before = [local(param).clone() for param in params]
+        optimizer.step()
+        assert optimizer.skipped_steps.item() == 1
+        assert all(map(torch.equal, before, map(local, params)))
+
+
+def test_a_bad_whole_gradient_of_one_rank_is_told_with_the_norm_of_shards(four_ranks):
+    four_ranks.run(a_bad_whole_gradient)

@@ -163,6 +163,49 @@ def test_a_module_within_exempts_its_own():
         assert [name.rpartition(".")[2] for name, _ in exempt["params"]] == ["pos_embed"]
 
 
+def test_an_embedding_that_the_model_exempts_stays_so():
+    class Exempting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(7, 4)
+            self.places = nn.Embedding(5, 4)
+
+        def no_weight_decay(self):
+            return {"places.weight"}
+
+    decayed, exempt = param_groups(Exempting(), 0.1, embeddings={"beta_scope": "tensor"})
+    assert [name for name, _ in decayed["params"]] == ["words.weight"]
+    assert [name for name, _ in exempt["params"]] == ["places.weight"]
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.1, 0.0)
+    assert exempt["beta_scope"] == "tensor"
+    (group,) = param_groups(Exempting(), 0.1, embeddings={"weight_decay": 0.2})[:1]
+    assert group["weight_decay"] == 0.2
+
+
+def test_parametrized_norms_and_embeddings_are_known():
+    class TableNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = Parameter(torch.ones(3, 3))
+
+    model = nn.Sequential(nn.Embedding(5, 4), TableNorm())
+    for module in model:
+        nn.utils.parametrize.register_parametrization(module, "weight", nn.Identity())
+    embedded, others = param_groups(model, 0.1, embeddings={})
+    assert [name for name, _ in embedded["params"]] == ["0.parametrizations.weight.original"]
+    assert [name for name, _ in others["params"]] == ["1.parametrizations.weight.original"]
+
+
+def test_a_bias_is_one_by_its_own_name_and_not_by_its_modules():
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias_net = nn.Linear(3, 3, bias=False)
+            self.bias_k = Parameter(torch.zeros(1, 3))
+
+    assert names(param_groups(Biased(), 0.1)) == {0.1: ["bias_net.weight"], 0.0: ["bias_k"]}
+
+
 def test_without_a_weight_decay_it_is_the_optimizers():
     model = Model()
     optimizer = AMAdamW(param_groups(model, embeddings={}), weight_decay=0.3)

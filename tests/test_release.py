@@ -5,6 +5,7 @@ import gc
 import io
 import pickle
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.checkpoint import checkpoint
 
-from adamem_fused import AMSGD, AMAdamW, release_gradients
+from adamem_fused import AMSGD, AMAdamW, release, release_gradients
 from bench import peak
 
 both = pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -391,7 +392,7 @@ def test_a_limit_that_is_set_later_or_taken_away():
     release_gradients(model, optimizer, clip_by_last_norm=True)
     expected_model, expected = new(AMAdamW)
     train(model, optimizer, [0])
-    assert optimizer.grad_norm is None
+    assert optimizer.grad_norm is None  # no limit, no norm
     train(expected_model, expected, [0])
     assert_same_bits(optimizer, expected)
     optimizer.max_grad_norm = 1.0
@@ -402,7 +403,68 @@ def test_a_limit_that_is_set_later_or_taken_away():
     assert optimizer.grad_norm is None
 
 
+def test_the_last_norm_does_not_outlive_the_state_that_it_belongs_to():
+    model, optimizer = new(AMAdamW, max_grad_norm=1e-3)
+    release_gradients(model, optimizer, clip_by_last_norm=True)
+    train(model, optimizer, [0])
+    good = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    optimizer.load_state_dict(good[1])
+    train(model, optimizer, [1])
+    expected_model, expected = new(AMAdamW)
+    expected_model.load_state_dict(good[0])
+    expected.load_state_dict(good[1])
+    train(expected_model, expected, [1])  # not clipped
+    assert_same_bits(optimizer, expected)
+
+
 # ---- the handle, copies and lifetimes ---------------------------------------------------
+
+
+def test_what_fsdp_offloads_is_waited_for(monkeypatch):
+    """Its copy to the CPU is on its way when the hook is called, up to torch 2.12."""
+    waited = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append("here"))
+    module = SimpleNamespace(current_stream=lambda: stream)
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: module)
+    for mesh, expected in (("cpu", []), ("cuda", ["here"])):
+        param = SimpleNamespace(
+            to_local=lambda: torch.ones(2), device_mesh=SimpleNamespace(device_type=mesh)
+        )
+        release._wait_for_offload(param)
+        assert waited == expected
+
+
+def test_an_old_handle_does_not_end_a_newer_release():
+    model, optimizer = new(AMAdamW)
+    old = release_gradients(model, optimizer)
+    old.remove()
+    release_gradients(model, optimizer)
+    old.remove()
+    model(batch(0)).backward()
+    assert all(param.grad is None for param in model.parameters())
+
+
+def test_what_is_used_no_more_is_free_at_once():
+    model, optimizer = new(AMAdamW)
+    release_gradients(model, optimizer)
+    train(model, optimizer, [0])
+    alive = [weakref.ref(optimizer), weakref.ref(model)]
+    gc.disable()
+    try:
+        del model, optimizer
+        assert [thing() for thing in alive] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_the_second_gradient_is_not_left_for_the_step():
+    model, optimizer = new(AMAdamW)
+    release_gradients(model, optimizer)
+    model(batch(0)).backward()
+    with pytest.raises(RuntimeError, match="has a second gradient since"):
+        model(batch(0)).backward()
+    optimizer.step()
+    assert max(state["step"] for state in optimizer.state.values()) == 1
 
 
 def test_remove_goes_back_to_ordinary_steps():
