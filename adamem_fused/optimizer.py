@@ -190,8 +190,12 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """Adds a parameter group; nothing is added where a value in it is bad."""
         if isinstance(param_group, dict):
             self._check_group({**self.defaults, **param_group})
+            # Wrappers that give an optimizer's options to its groups too mean the same.
             for name in {"max_grad_norm", "skip_nonfinite"} & param_group.keys():
-                raise ValueError(f"{name} is for the whole optimizer, and not for a group of it")
+                if param_group[name] != getattr(self, name):
+                    raise ValueError(
+                        f"{name} is for the whole optimizer, and not for a group of it"
+                    )
         known = len(self.param_groups)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
