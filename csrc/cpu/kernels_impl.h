@@ -370,65 +370,53 @@ struct SGD {
 template <class S, class T>
 struct Norm {
   static constexpr int kLanes = Pack<T>::kLanes;
-  using Wide = Pack<double>;
 
-  AM_INLINE void add_wide(Pack<float> a, Wide* sums) {
-    for (int half = 0; half < 2; ++half) sums[half] = sums[half] + widen(a, half);
+  AM_INLINE Pack<T> load_first(const S* g, int64_t numel) {
+    return load(First<const S>{g, std::min<int64_t>(kLanes, numel)});
   }
 
-  static constexpr int kApart = 4;
+  AM_INLINE void add_square(Pack<T> g, Pack<T>& sum) { sum = fma(g, g, sum); }
 
-  // Calls f(pack, 0 to kApart - 1) for all of them, in turns: so that no addition waits for the
-  // last one.
-  template <class F>
-  AM_INLINE void for_each_pack(const S* g, int64_t numel, F f) {
-    int64_t i = 0;
-    for (; i + kApart * kLanes <= numel; i += kApart * kLanes) {
-      for (int k = 0; k < kApart; ++k) {
-        prefetch(g + i + k * kLanes);
-        f(load(g + i + k * kLanes), k);
+  // By blocks, in sums of their own so that no addition waits for the last one: memory is all that
+  // is waited for.
+  static double by_blocks(const S* g, int64_t numel) {
+    double lanes[kLanes] = {};
+    for (const S* const end = g + numel; g < end;) {
+      Pack<T> a(T(0)), b(T(0)), c(T(0)), d(T(0));
+      const S* const last = g + std::min<int64_t>(kBlock, end - g);
+      for (; last - g >= 4 * kLanes; g += 4 * kLanes) {
+        prefetch(g, g + kLanes, g + 2 * kLanes, g + 3 * kLanes);
+        add_square(load(g), a);
+        add_square(load(g + kLanes), b);
+        add_square(load(g + 2 * kLanes), c);
+        add_square(load(g + 3 * kLanes), d);
       }
+      for (; g < last; g += std::min<int64_t>(kLanes, last - g))
+        add_square(load_first(g, last - g), a);
+      add(lanes, (a + b) + (c + d), [](double lane) { return lane; });
     }
-    for (; i < numel; i += kLanes)
-      f(load(First<const S>{g + i, std::min<int64_t>(kLanes, numel - i)}), 0);
-  }
-
-  static double total(Wide sums) {
-    double lanes[Wide::kLanes], result = 0.0;
-    store(lanes, sums);
-    for (const double lane : lanes) result += lane;
-    return result;
+    return total(lanes);
   }
 
   // A float's square has neither rounding, overflow nor underflow.
   static double in_double(const S* g, int64_t numel) {
-    Wide sums[2 * kApart];
-    for (Wide& sum : sums) sum = Wide(0.0);
-    for_each_pack(g, numel, [&](Pack<T> a, int k) AM_INLINE_LAMBDA {
-      if constexpr (std::is_same_v<T, double>) {
-        sums[2 * k] = fma(a, a, sums[2 * k]);
-      } else {
-        for (int half = 0; half < 2; ++half) {
-          const Wide wide = widen(a, half);
-          sums[2 * k + half] = fma(wide, wide, sums[2 * k + half]);
-        }
-      }
-    });
-    for (int k = 1; k < 2 * kApart; ++k) sums[0] = sums[0] + sums[k];
-    return total(sums[0]);
+    double lanes[kLanes] = {};
+    for (int64_t i = 0; i < numel; i += kLanes)
+      add(lanes, load_first(g + i, numel - i), [](double lane) { return lane * lane; });
+    return total(lanes);
   }
 
-  // By blocks, and so that memory is all that is waited for: up to twice the rate of the above.
-  static double in_float(const S* g, int64_t numel) {
-    Wide sums[2] = {Wide(0.0), Wide(0.0)};
-    for (int64_t begin = 0; begin < numel; begin += kBlock) {
-      Pack<float> block[kApart];
-      for (Pack<float>& sum : block) sum = Pack<float>(0.0f);
-      for_each_pack(g + begin, std::min(kBlock, numel - begin),
-                    [&](Pack<float> a, int k) AM_INLINE_LAMBDA { block[k] = fma(a, a, block[k]); });
-      for (const Pack<float>& sum : block) add_wide(sum, sums);
-    }
-    return total(sums[0] + sums[1]);
+  template <class F>
+  AM_INLINE void add(double (&lanes)[kLanes], Pack<T> pack, F f) {
+    T values[kLanes];
+    store(values, pack);
+    for (int l = 0; l < kLanes; ++l) lanes[l] += f(static_cast<double>(values[l]));
+  }
+
+  static double total(const double (&lanes)[kLanes]) {
+    double sum = 0.0;
+    for (const double lane : lanes) sum += lane;
+    return sum;
   }
 
   static double squares(const void* data, int64_t numel) {
@@ -437,10 +425,11 @@ struct Norm {
       // A square may be beyond float's range, on either side. One below it is lost in a sum that is
       // larger than this.
       constexpr double kSmallest = 1e-24;
-      const double sum = in_float(g, numel);
-      if (sum > kSmallest && !std::isinf(sum)) return sum;
+      const double sum = by_blocks(g, numel);
+      return sum > kSmallest && !std::isinf(sum) ? sum : in_double(g, numel);
+    } else {
+      return by_blocks(g, numel);
     }
-    return in_double(g, numel);
   }
 };
 
