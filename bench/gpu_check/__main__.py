@@ -124,7 +124,7 @@ class Stage(NamedTuple):
 
 BUILD_SECONDS, FIND_SECONDS = 120, 60
 STAGES = {
-    "smoke": Stage(40, partial(in_processes, "smoke"), record.table),
+    "smoke": Stage(100, partial(in_processes, "smoke"), record.table),
     "times": Stage(75, run_times, times.table),
     "sweep": Stage(40, partial(in_processes, "sweep"), sweep.table),
     "ncu": Stage(40, run_ncu, counters.table),
