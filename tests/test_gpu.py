@@ -1,4 +1,4 @@
-"""The GPU backends where only a GPU shows it: graphs, syncs, sizes. Not yet run on one."""
+"""The GPU backends where only a GPU shows it: graphs, syncs, sizes."""
 
 from __future__ import annotations
 

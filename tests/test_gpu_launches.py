@@ -1,7 +1,4 @@
-"""A step where only a GPU shows it: the bits of both halves apart, streams, a busy GPU, devices.
-
-Not yet run on one.
-"""
+"""A step where only a GPU shows it: the bits of both halves apart, streams, a busy GPU, devices."""
 
 from __future__ import annotations
 
