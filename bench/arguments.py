@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 N = TypeVar("N", int, float)
 
 
@@ -46,3 +48,13 @@ def output_folder(text: str) -> Path:
     if not os.access(path, os.W_OK):
         raise argparse.ArgumentTypeError(f"{path} is not writable")
     return path
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds --device: the GPU where torch sees one."""
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where (%(default)s)",
+    )

@@ -30,7 +30,7 @@ from adamem_fused.backends import BACKENDS
 from adamem_fused.clipping import SquaredNorm
 from adamem_fused.seam import Work
 from bench import peak
-from bench.arguments import COUNT, SEED, output_folder
+from bench.arguments import COUNT, SEED, add_device, output_folder
 from bench.environment import environment, folder_name
 from bench.kernels.contestants import (
     ADAMW_BASELINE,
@@ -101,13 +101,7 @@ def add_parser(commands: Any) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    has_gpu = torch.cuda.is_available()
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cuda" if has_gpu else "cpu",
-        help="where (%(default)s)",
-    )
+    add_device(parser)
     threads = torch.get_num_threads()
     parser.add_argument(
         "--threads", type=COUNT, default=threads, help="threads of torch (%(default)s)"

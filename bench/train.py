@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from adamem_fused import AMAdamW, param_groups
 from bench import demo
-from bench.arguments import COUNT, SEED, output_folder
+from bench.arguments import COUNT, SEED, add_device, output_folder
 from bench.demo_text import TRAINING_FILES, read_text, standard_library
 from bench.environment import environment, folder_name
 from bench.kernels.devices import find_device
@@ -64,13 +64,7 @@ def add_parser(commands: Any) -> None:
         "optimizer's share of a training step, its time over the whole training to AdamW's, and "
         "the share of the parameters whose beta was at its cap.",
     )
-    has_gpu = torch.cuda.is_available()
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cuda" if has_gpu else "cpu",
-        help="where (%(default)s)",
-    )
+    add_device(parser)
     for name, default, text in (
         ("--steps", 600, "training steps"),
         ("--threads", torch.get_num_threads(), "threads of torch"),

@@ -1,6 +1,7 @@
 """Settings of the whole test run."""
 
 import os
+from collections.abc import Iterator
 
 # Threads that spin while they wait take a shared machine's cores from those that work. To be
 # said before torch loads OpenMP.
@@ -9,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import hypothesis
 import pytest
 import torch
+from ranks import Ranks
 
 from adamem_fused.backends import BACKENDS
 
@@ -31,3 +33,25 @@ def threads_as_before():
     yield
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+def of_ranks(size: int) -> Iterator[Ranks]:
+    """Processes that start with a file's first test that needs them, and end with its last."""
+    ranks = Ranks(size)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    yield from of_ranks(2)
+
+
+@pytest.fixture(scope="module")
+def three_ranks():
+    yield from of_ranks(3)
+
+
+@pytest.fixture(scope="module")
+def four_ranks():
+    yield from of_ranks(4)

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import MEMORIES, OPTIMIZERS, backends, bits, parameters, random_tensor, relative_error
-from ranks import Ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -21,20 +20,6 @@ STEPS = 100
 SCOPES = ("tensor", "row", "global")
 
 both = pytest.mark.parametrize("cls", OPTIMIZERS)
-
-
-@pytest.fixture(scope="module")
-def two_ranks():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="module")
-def four_ranks():
-    ranks = Ranks(4)
-    yield ranks
-    ranks.stop()
 
 
 # ---- parameters -------------------------------------------------------------------

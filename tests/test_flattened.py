@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import OPTIMIZERS, bits, parameters, relative_error
-from ranks import Ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer, _apply_optimizer_in_backward
@@ -27,13 +26,6 @@ SCOPES = ("tensor", "row", "global")
 OPTIONS = {
     cls: {"memory_plane": "anchored", "lr": lr} for cls, lr in ((AMAdamW, 0.3), (AMSGD, 1.0))
 }
-
-
-@pytest.fixture(scope="module")
-def two_ranks():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.stop()
 
 
 def model_of():

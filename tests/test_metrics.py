@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import OPTIMIZERS, Group, backends, make_optimizer, parameters, set_gradients
-from ranks import Ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -417,13 +416,6 @@ def test_what_is_no_name_and_parameter_is_refused(named, kind):
 
 
 # ---- over ranks -----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def two_ranks():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.stop()
 
 
 def wide_model():

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import OPTIMIZERS, assert_same_bits, backends, parameters
-from ranks import Ranks
 from snapshot import snapshot
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,20 +30,6 @@ from bench import peak
 both = pytest.mark.parametrize("cls", OPTIMIZERS)
 scopes = pytest.mark.parametrize("scope", ["tensor", "row"])
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def two_ranks():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="module")
-def three_ranks():
-    ranks = Ranks(3)
-    yield ranks
-    ranks.stop()
 
 
 class Tied(nn.Module):

@@ -19,7 +19,6 @@ from cases import (
     parameters,
     relative_error,
 )
-from ranks import Ranks
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -49,27 +48,6 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.complex64: 1e-5}
 both = pytest.mark.parametrize("cls", OPTIMIZERS)
 each_backend = pytest.mark.parametrize("backend", backends("reference", "cuda", "triton"))
 scopes = pytest.mark.parametrize("scope", ["tensor", "row", "global"])
-
-
-@pytest.fixture(scope="module")
-def two_ranks():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="module")
-def three_ranks():
-    ranks = Ranks(3)
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="module")
-def four_ranks():
-    ranks = Ranks(4)
-    yield ranks
-    ranks.stop()
 
 
 # ---- on the ranks -----------------------------------------------------------------
