@@ -35,7 +35,8 @@ class Config(NamedTuple):
         return tile, {**options, "num_warps": options["num_warps"] * max(1, tile // (2 * block))}
 
 
-# Predicted from data sheets and from what the compiler reports, not measured yet: `python -m
+# Predicted from data sheets and from what the compiler reports; what an H100 has to say is in
+# bench/results/nvidia-h100-80gb-hbm3/notes.md. `python -m
 # bench.gpu_check` measures.
 #
 # A block of 8 elements a thread is one 16-byte access of bfloat16 and two of float32, to each of

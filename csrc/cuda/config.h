@@ -1,6 +1,6 @@
-// Sizes, and what is predicted of them, from data sheets and from what the compiler reports. What an
-// H100 has to say is in bench/results/nvidia-h100-80gb-hbm3/notes.md; `python -m bench.gpu_check`
-// measures.
+// Sizes, and what is predicted of them, from data sheets and from what the compiler reports. What
+// an H100 has to say is in bench/results/nvidia-h100-80gb-hbm3/notes.md; `python -m
+// bench.gpu_check` measures.
 //
 // A thread takes 16 bytes of each list at a time: with float32, 4 elements and 64 bytes of g,
 // d, v and x. With 16-bit types it takes 8 elements, in two spans of 4: 16 bytes at a time of
