@@ -24,8 +24,12 @@ from bench.gpu_check import gpu, times
 from bench.gpu_check.processes import Limited, find_tool, module
 from bench.gpu_check.record import Case, Results
 
-LISTS = ("2^28", "gpt2-small")
-REGIMES = ("cap", "row")
+# The list, the parameters' dtype, and the regimes of each backend's steps.
+CASES = (
+    ("2^28", torch.float32, ("cap", "row")),
+    ("gpt2-small", torch.float32, ("cap", "row")),
+    ("gpt2-small", torch.bfloat16, ("cap", "row")),
+)
 MARKER = "neg_kernel"  # in the name of the kernel between the steps
 
 READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
@@ -53,12 +57,12 @@ STALLS = (
 def take_steps(backends: Sequence[str]) -> None:
     lists = gpu_cases.cases(gpu.free_bytes())
     marker = torch.ones(1, device=gpu.device)
-    for name in LISTS:
-        params = times.make_params(lists[name].shapes, torch.float32)
+    for name, dtype, regimes in CASES:
+        params = times.make_params(lists[name].shapes, dtype)
         optimizers = [
             times.make_ours("AMAdamW", params, backend, regime)
             for backend in backends
-            for regime in REGIMES
+            for regime in regimes
         ]
         for optimizer in (*optimizers, times.make_theirs("AMAdamW", params)):
             for _ in range(3):
@@ -139,33 +143,35 @@ def run(results: Results, backends: Sequence[str], seconds: float) -> None:
     lines = log.read_text(errors="replace").splitlines()
     steps = iter(steps_of(read_csv(lines)))
     lists = gpu_cases.cases(gpu.free_bytes())
-    for case in (lists[name] for name in LISTS):
+    for name, dtype, regimes in CASES:
+        case = lists[name]
         sides = [
             (
                 f"{backend}{', row' if regime == 'row' else ''}",
                 gpu_cases.predicted_bytes(
                     "AMAdamW",
                     case.shapes,
-                    torch.float32,
+                    dtype,
                     gpu.l2_bytes(),
                     missed=0.0,
                     longest_row=gpu_cases.LONGEST_ROW[backend] if regime == "row" else None,
                 ),
             )
             for backend in backends
-            for regime in REGIMES
+            for regime in regimes
         ]
-        for side, bytes_predicted in (*sides, ("torch", 28.0)):
+        # torch's state is of the parameters' dtype.
+        for side, bytes_predicted in (*sides, ("torch", 7.0 * dtype.itemsize)):
             found = summarize(next(steps, []), case.numel)
             found["predicted_bytes"] = round(bytes_predicted, 2)
-            results.put("ncu", "all", f"{case.name}, {side}", found)
+            results.put("ncu", "all", f"{case.name}, {dtype}, {side}".replace("torch.", ""), found)
     errors = [line for line in lines if line.startswith("==ERROR==")]
     return results.end("ncu", "all", f"failed: {errors[0]}" if errors else how)
 
 
 def table(stage: dict[str, Any]) -> list[str]:
     lines = [
-        f"{'bytes a parameter':24s} {'counted':>7s} {'predicted':>9s} {'read':>6s} {'written':>7s} "
+        f"{'bytes a parameter':36s} {'counted':>7s} {'predicted':>9s} {'read':>6s} {'written':>7s} "
         f"{'of L2':>6s} {'L2 hits':>7s} {'GB/s':>6s} {'ms':>8s} {'launches':>8s}  warps wait for"
     ]
     for part in stage.values():
@@ -175,7 +181,7 @@ def table(stage: dict[str, Any]) -> list[str]:
             hits = "" if found["l2_hits"] is None else f"{found['l2_hits']:.0f}%"
             stalls = ", ".join(f"{k} {v:.1f}" for k, v in list(found["stalls"].items())[:4])
             lines.append(
-                f"{case:24s} {found['read'] + found['written']:7.2f} "
+                f"{case:36s} {found['read'] + found['written']:7.2f} "
                 f"{found['predicted_bytes']:9.2f} {found['read']:6.2f} {found['written']:7.2f} "
                 f"{found['through_l2']:6.1f} {hits:>7s} {found['bandwidth'] / 1e9:6.0f} "
                 f"{1e3 * found['seconds']:8.3f} {found['kernels']:8d}  {stalls}"
