@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from adamem_fused.backends import Backend
@@ -56,6 +57,13 @@ class AMSGD(AdaptiveMemoryOptimizer):
             are not written. The attribute of this name may be set between steps.
         skip_nonfinite: leave parameters and state as they are where that norm is infinite or NaN,
             as GradScaler does. Decided on the device, on all ranks alike; `skipped_steps` counts.
+        state_dtype: torch.bfloat16, rounded stochastically, or "int8", in blocks with a scale each:
+            of the memories of float32 and bfloat16 parameters with 4,096 elements or more
+            (docs/low_precision.md). None: as said above.
+        stochastic_rounding: round bfloat16 parameters stochastically.
+        store_param_remainders: keep 8 further bits of a bfloat16 parameter's float32 value in the
+            state, `param_remainder`, so that small updates add up: 3 bytes for parameter and copy.
+        seed: of stochastic rounding. The same seed gives the same bits.
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -89,6 +97,10 @@ class AMSGD(AdaptiveMemoryOptimizer):
         backend: str | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        stochastic_rounding: bool = False,
+        store_param_remainders: bool = False,
+        seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -103,6 +115,10 @@ class AMSGD(AdaptiveMemoryOptimizer):
             "fused": fused,
             "capturable": capturable,
             "backend": backend,
+            "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "store_param_remainders": store_param_remainders,
+            "seed": seed,
         }
         self._check_group(defaults)
         super().__init__(params, plain(defaults), max_grad_norm, skip_nonfinite)

@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from adamem_fused import flattened, sharding
+from adamem_fused import flattened, sharding, storage
 from adamem_fused.backends.batch import bookkeeping_dtype
 from adamem_fused.options import ROUNDING
-from adamem_fused.state import beta_shape, full, initial_state, memory_dtype, scalar_dtype
+from adamem_fused.state import beta_shape, full, scalar_dtype
 
 if TYPE_CHECKING:
     from adamem_fused.backends.batch import Lr
     from adamem_fused.optimizer import AdaptiveMemoryOptimizer
 
-# Options that say how to compute and not what: a checkpoint, which may come from another
-# machine, does not decide them.
-_IMPLEMENTATION = ("foreach", "fused", "backend", "capturable")
+# Options that say how to compute and how to store, and not what: a checkpoint, which may come from
+# another machine, does not decide them.
+_IMPLEMENTATION = (
+    *("foreach", "fused", "backend", "capturable"),
+    *("state_dtype", "stochastic_rounding", "store_param_remainders"),
+)
 
 # Options of torch.optim's AdamW and SGD that these optimizers do not have.
 _FOREIGN = (
@@ -90,7 +93,7 @@ def _loaded(
     native: bool,
 ) -> Any:
     """A copy of one parameter's state, checked, and converted if it is torch.optim's."""
-    names = (*optimizer.memories, *optimizer.scalars)
+    formats = storage.all_names(optimizer.memories)
     if not native and _is_foreign(optimizer, saved):
         raise ValueError(
             f"loaded state has {', '.join(saved)} and no {', '.join(optimizer.memories)}: it is "
@@ -98,15 +101,33 @@ def _loaded(
             "counterpart in torch.optim"
         )
     # The user's own, alone.
+    names = {*optimizer.scalars, *formats}
     if not isinstance(saved, dict) or not any(name in saved for name in names):
         return _copy(saved)
     state = saved if native else optimizer._convert_state(param, saved, group)
     loaded = {name: _copy(value) for name, value in state.items() if name not in names}
     if any(name in state for name in names):
-        for name in names:
+        own = storage.storage_of(param, group)
+        for memory in optimizer.memories:
+            loaded.update(_loaded_memory(param, memory, own, state))
+        for name in optimizer.scalars:
             value = _checked(optimizer, param, name, state)
             loaded[name] = _place(optimizer, param, name, value, group)
+        if own.has_remainder:
+            loaded.update(storage.remainder_state(param, state))
     return loaded
+
+
+def _loaded_memory(
+    param: Tensor, memory: str, own: storage.Storage, state: dict[str, Any]
+) -> dict[str, Tensor]:
+    """A memory in the format that it is to have: bit for bit, where that is the saved one's."""
+    if own.memory == torch.int8:
+        codes = storage.codes_state(param, memory, own, state)
+        if codes is not None:
+            return codes
+    value = _checked_memory(param, memory, storage.memory_value(param, memory, state))
+    return storage.memory_state(param, memory, own, value)
 
 
 def _is_foreign(optimizer: AdaptiveMemoryOptimizer, saved: Any) -> bool:
@@ -114,7 +135,7 @@ def _is_foreign(optimizer: AdaptiveMemoryOptimizer, saved: Any) -> bool:
     return (
         isinstance(saved, dict)
         and any(isinstance(value, Tensor) for value in saved.values())
-        and not any(name in saved for name in optimizer.memories)
+        and not any(name in saved for name in storage.all_names(optimizer.memories))
     )
 
 
@@ -141,29 +162,53 @@ def missing_state(
     Raises:
         ValueError: there is some of the state, and not enough to know the rest.
     """
+    own = storage.storage_of(param, group)
+    plain = storage.as_plain(param, optimizer.memories, state)
     names = (*optimizer.memories, *optimizer.scalars)
-    own = [name for name in names if state.get(name) is not None]
-    if not own:
-        return initial_state(
-            param,
-            optimizer.memories,
-            optimizer.scalars,
-            optimizer.row_scalars,
-            group["beta_scope"],
-        )
-    needed = [name for name in optimizer.memories if name not in own]
+    known = [name for name in names if plain.get(name) is not None]
+    missing = storage.remainder_state(param, state) if own.has_remainder else {}
+    if not known:
+        for memory in optimizer.memories:
+            missing.update(storage.memory_state(param, memory, own, None))
+        shape = beta_shape(param.shape, group["beta_scope"])
+        for name, first in optimizer.scalars.items():
+            by_row = name in optimizer.row_scalars
+            missing[name] = full(param, shape if by_row else torch.Size([]), first)
+        return missing
+    needed = [name for name in optimizer.memories if name not in known]
     if needed:
         raise ValueError(
-            f"state of a parameter of shape {list(param.shape)} has {', '.join(own)} and no "
+            f"state of a parameter of shape {list(param.shape)} has {', '.join(known)} and no "
             f"{', '.join(needed)}; it has to have these too, or none of its own"
         )
-    whole = {**optimizer._convert_state(param, state, group), **{name: state[name] for name in own}}
-    misfits = () if fits_scope(optimizer, param, state, group) else optimizer.row_scalars
-    return {
-        name: _place(optimizer, param, name, _checked(optimizer, param, name, whole), group)
-        for name in names
-        if name not in own or name in misfits
+    whole = {
+        **optimizer._convert_state(param, plain, group),
+        **{name: plain[name] for name in known},
     }
+    for memory in optimizer.memories:
+        if not storage.fits(param, memory, state, own):
+            value = _checked_memory(param, memory, whole[memory])
+            missing.update(storage.memory_state(param, memory, own, value))
+    misfits = () if fits_scope(optimizer, param, state, group) else optimizer.row_scalars
+    for name in optimizer.scalars:
+        if name not in known or name in misfits:
+            value = _checked(optimizer, param, name, whole)
+            missing[name] = _place(optimizer, param, name, value, group)
+    return missing
+
+
+def fits(
+    optimizer: AdaptiveMemoryOptimizer, param: Tensor, state: dict[str, Any], group: dict[str, Any]
+) -> bool:
+    """Whether a parameter's state is complete and of its group's options."""
+    if not (optimizer.scalars.keys() <= state.keys()):
+        return False
+    own = storage.storage_of(param, group)
+    return (
+        all(storage.fits(param, memory, state, own) for memory in optimizer.memories)
+        and own.has_remainder <= (storage.REMAINDER in state)
+        and fits_scope(optimizer, param, state, group)
+    )
 
 
 def fits_scope(
@@ -174,34 +219,54 @@ def fits_scope(
     return all(getattr(state.get(name), "shape", shape) == shape for name in optimizer.row_scalars)
 
 
+def _checked_memory(param: Tensor, name: str, value: Any) -> Tensor:
+    """A memory of its parameter's shape and kind."""
+    if value is None:
+        raise ValueError(f"loaded state has no {name}")
+    if not isinstance(value, Tensor):
+        raise TypeError(f"loaded state {name} is a {type(value).__name__}, not a tensor")
+    if value.shape != param.shape:
+        raise ValueError(
+            f"loaded state {name} has shape {list(value.shape)}; "
+            f"for a parameter of shape {list(param.shape)} it has to be {list(param.shape)}"
+        )
+    _check_complex(param, name, value, param.is_complex())
+    sharding.check_like(param, f"loaded state {name}", value)
+    return value
+
+
+def _check_complex(param: Tensor, name: str, value: Tensor, allowed: bool) -> None:
+    if value.is_complex() != allowed:
+        raise ValueError(
+            f"loaded state {name} is {value.dtype}, which does not go with {param.dtype}"
+        )
+
+
 def _checked(
     optimizer: AdaptiveMemoryOptimizer, param: Tensor, name: str, state: dict[str, Any]
 ) -> Tensor:
-    """A loaded tensor of the right shape. A scalar may be a number, or have one element."""
+    """A scalar of the right shape. It may be a number, or have one element."""
     if name not in state:
         raise ValueError(f"loaded state has no {name}")
     value = state[name]
-    is_memory = name in optimizer.memories
-    if not is_memory and isinstance(value, Real):
+    if isinstance(value, Real):
         value = torch.tensor(value, dtype=scalar_dtype(param), device=param.device)
     if not isinstance(value, Tensor):
         raise TypeError(f"loaded state {name} is a {type(value).__name__}, not a tensor")
-    shape = param.shape if is_memory else torch.Size([])
-    rows = beta_shape(param.shape, "row") if name in optimizer.row_scalars else shape
-    by_row = rows != shape and value.shape == rows
-    if not by_row and (value.numel() != shape.numel() or (shape and value.shape != shape)):
-        allowed = list(shape) if rows == shape else f"{list(shape)} or {list(rows)}"
+    one = torch.Size([])
+    rows = beta_shape(param.shape, "row") if name in optimizer.row_scalars else one
+    by_row = rows != one and value.shape == rows
+    if not by_row and value.numel() != 1:
+        allowed = "[]" if rows == one else f"[] or {list(rows)}"
         raise ValueError(
             f"loaded state {name} has shape {list(value.shape)}; "
             f"for a parameter of shape {list(param.shape)} it has to be {allowed}"
         )
-    if value.is_complex() != (is_memory and param.is_complex()):
-        raise ValueError(
-            f"loaded state {name} is {value.dtype}, which does not go with {param.dtype}"
-        )
-    if is_memory or (by_row and sharding.is_dtensor(value)):
-        sharding.check_like(param, f"loaded state {name}", value)
-    return value
+    _check_complex(param, name, value, False)
+    scalar: Tensor = value
+    if by_row and sharding.is_dtensor(scalar):
+        sharding.check_like(param, f"loaded state {name}", scalar)
+    return scalar
 
 
 def _place(
@@ -211,15 +276,12 @@ def _place(
     value: Tensor,
     group: dict[str, Any],
 ) -> Tensor:
-    """A copy of a tensor of the state on its parameter's device; a memory in its layout too.
+    """A copy of a scalar of the state on its parameter's device.
 
     A beta or beta_prod of another scope is converted: a tensor's is that of each of its rows, and
     rows' is the tensor's by their mean, so that AM-AdamW's bias correction, which is linear in
     beta_prod, is the mean of theirs too. Without rows it is as at the beginning.
     """
-    if name in optimizer.memories:
-        dtype = torch.promote_types(value.dtype, memory_dtype(param))
-        return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)
     dtype = torch.promote_types(value.dtype, scalar_dtype(param))
     value = value.detach().to(device=param.device, dtype=dtype, copy=True)
     shape = beta_shape(

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adamem_fused import backends, checkpoints, clipping, flattened, sharding
+from adamem_fused import backends, checkpoints, clipping, flattened, sharding, storage
 from adamem_fused.backends import Backend, ops
 from adamem_fused.backends.batch import (
     FLOATING,
     GRADS,
     Batch,
     Lr,
+    Packed,
     bookkeeping_dtype,
     group_slices,
 )
@@ -75,8 +76,8 @@ def as_real(tensor: Tensor) -> Tensor:
 class Kept:
     """What is kept from step to step of the same parameters."""
 
-    # A backend's own, by its name, the device, and `Work.crosses`.
-    caches: dict[tuple[str, torch.device, bool], dict[str, Any]] = field(default_factory=dict)
+    # A backend's own, by its name, the device, `Work.crosses`, and whether the batch is packed.
+    caches: dict[tuple[str, torch.device, bool, bool], dict[str, Any]] = field(default_factory=dict)
     # The specs of the last step's DTensors and of which of them the sums cross ranks, as the
     # extension's `gather` takes it.
     crossing: tuple[list[Any], bytes] = ([], b"")
@@ -206,9 +207,12 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 # A frozen one may be of any dtype and anywhere: quantized weights, say.
                 if param.requires_grad:
                     self._check_dtype(param)
+                    storage.check_dtype(param, group)
                     # Where a meta tensor will be is known at the first step.
                     if not param.is_meta:
-                        backends.choose(group, param.device)
+                        backend = backends.choose(group, param.device)
+                        if storage.is_packed(group):
+                            backends.check_packs(backend)
                 sharding.check_param(param)
         except Exception:
             del self.param_groups[known:]
@@ -344,13 +348,18 @@ class AdaptiveMemoryOptimizer(Optimizer):
             )
         names = {*self.memories, *self.scalars}
         states: list[Any] = list(map(self.state.get, new_params))
+        packed = storage.is_packed(group)
         new = [
             i
             for i, state in enumerate(states)
             if not (
                 isinstance(state, dict)
-                and names <= state.keys()
-                and checkpoints.fits_scope(self, new_params[i], state, group)
+                and (
+                    checkpoints.fits(self, new_params[i], state, group)
+                    if packed
+                    else names <= state.keys()
+                    and checkpoints.fits_scope(self, new_params[i], state, group)
+                )
             )
         ]
         if new:
@@ -362,9 +371,13 @@ class AdaptiveMemoryOptimizer(Optimizer):
             self._make_readings(clipping.home_device([param.device for param in new_params]))
         params.extend(new_params)
         grads.extend(new_grads)
-        for name, values in zip((*self.memories, *self.scalars), lists, strict=True):
-            values.extend([state[name] for state in states])
-            for kind in set(map(type, values)):
+        found = [[state.get(name) for state in states] for name in (*self.memories, *self.scalars)]
+        if packed:
+            found = storage.gather(self.memories, states, found)
+        found_names = (*self.memories, *self.scalars, *(["what is packed"] * len(found)))
+        for name, values, own in zip(found_names, lists, found, strict=False):
+            values.extend(own)
+            for kind in set(map(type, own)):
                 if not issubclass(kind, Tensor):
                     raise TypeError(f"state {name} has to be a tensor, not {kind.__name__}")
 
@@ -386,6 +399,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
             self._new_state.append((param, None if is_new else dict(state)))
         # All at once: whole or, where memory runs out, not at all.
         state.update(missing)
+        for name in storage.stale(self.memories, state, storage.storage_of(param, group)):
+            del state[name]
         self.state[param] = state
         return state
 
@@ -400,7 +415,12 @@ class AdaptiveMemoryOptimizer(Optimizer):
             self._check_group(group, ROUNDING)
             if self._maker is not None:
                 flattened.check_scope(self._maker, group)
-        return self._collect_ordinary(groups, kept) or self._collect_any(groups, kept)
+        packed = list(filter(storage.is_packed, groups))
+        if not packed:
+            return self._collect_ordinary(groups, kept) or self._collect_any(groups, kept)
+        plain = [group for group in groups if not storage.is_packed(group)]
+        works = self._collect_ordinary(plain, kept) or self._collect_any(plain, kept)
+        return works + self._collect_any(packed, kept, packed=True)
 
     def _collect_ordinary(self, groups: list[dict[str, Any]], kept: Kept) -> list[Work]:
         """All in C++: with thousands of tensors it takes Python longer than the update.
@@ -441,11 +461,16 @@ class AdaptiveMemoryOptimizer(Optimizer):
             works.append(work)
         return works
 
-    def _collect_any(self, groups: list[dict[str, Any]], kept: Kept) -> list[Work]:
+    def _collect_any(
+        self, groups: list[dict[str, Any]], kept: Kept, packed: bool = False
+    ) -> list[Work]:
+        """packed: groups that store something in few bits."""
         works: dict[tuple[str, torch.device, bool], Work] = {}
+        rounding: dict[tuple[str, torch.device, bool], list[storage.Placed]] = {}
+        extras = 1 + len(self.memories) if packed else 0
         for group in groups:
             lists: tuple[list[Tensor], ...] = tuple(
-                [] for _ in range(2 + len(self.memories) + len(self.scalars))
+                [] for _ in range(2 + len(self.memories) + len(self.scalars) + extras)
             )
             self._init_group(group, *lists)
             params, written = lists[0], (lists[0], *lists[GRADS + 1 :])
@@ -459,16 +484,23 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 by_kind.setdefault((param.device, crosses), []).append(i)
             for (device, crosses), places in by_kind.items():
                 backend = backends.choose(group, device)
-                work = works.get((backend.name, device, crosses))
+                if packed:
+                    backends.check_packs(backend)
+                key = backend.name, device, crosses
+                work = works.get(key)
                 if work is None:
-                    work = self._new_work(kept, backend, device, self._new_batch(), crosses)
-                    works[backend.name, device, crosses] = work
+                    work = self._new_work(kept, backend, device, self._new_batch(), crosses, packed)
+                    works[key] = work
                 if sharded:
                     work.dtensors += sharding.dtensors(ts[i] for ts in written for i in places)
-                targets = (*work.batch.lists(), work.params)
+                targets = (*work.batch.all_lists(), work.params)
                 for values, target in zip((*lists, params), targets, strict=True):
                     target.extend(values if len(by_kind) == 1 else [values[i] for i in places])
                 self._add_group(work, group, len(places))
+                rounding.setdefault(key, []).append((group, len(places)))
+        for key, work in works.items():
+            if packed:
+                storage.pack(work, rounding[key], self.param_groups)
         # As the extension gathers them, which another rank may have done.
         return sorted(works.values(), key=attrgetter("crosses"))
 
@@ -486,9 +518,16 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     @staticmethod
     def _new_work(
-        kept: Kept, backend: Backend, device: torch.device, batch: Batch, crosses: bool
+        kept: Kept,
+        backend: Backend,
+        device: torch.device,
+        batch: Batch,
+        crosses: bool,
+        packed: bool = False,
     ) -> Work:
-        batch.cache = kept.caches.setdefault((backend.name, device, crosses), {})
+        batch.cache = kept.caches.setdefault((backend.name, device, crosses, packed), {})
+        if packed:
+            batch.packed = Packed.empty(len(batch.memories))
         return Work(backend, batch, crosses=crosses)
 
     def _add_group(self, work: Work, group: dict[str, Any], size: int) -> None:
@@ -537,6 +576,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
         for work in works:
             own = next((r for w, r in zip(waiting, rows, strict=True) if w is work), None)
             self._finish(work.backend, work.batch, own, work.here(grad_scale), work.here(found_inf))
+            for param, copy in work.copies:
+                param.copy_(copy)
             if work.dtensors and not torch.compiler.is_compiling():
                 # The shards were told that they are written to, not what they are shards of.
                 # torch's own takes ten times as long.

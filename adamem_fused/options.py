@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adamem_fused import backends
+from adamem_fused.storage import STATE_DTYPES
 
 MEMORY_PLANES = ("level", "anchored")
 GAPS = ("gradient", "loss")
@@ -88,6 +89,16 @@ def check_options(group: dict[str, Any], slack: float) -> None:
         if not isinstance(group[key], (str, int)) or group[key] not in allowed:
             choices = " or ".join(repr(value) for value in allowed)
             raise ValueError(f"Invalid {key}: {group[key]!r} ({choices})")
+    if group["state_dtype"] not in STATE_DTYPES:
+        raise ValueError(
+            f"Invalid state_dtype: {group['state_dtype']!r} (None, torch.bfloat16 or 'int8')"
+        )
+    for key in ("stochastic_rounding", "store_param_remainders"):
+        if not isinstance(group[key], bool):
+            raise ValueError(f"Invalid {key}: {group[key]!r} (True or False)")
+    seed = group["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"Invalid seed: {seed!r} (an integer in [0, 2**63))")
     if group["gap"] == "loss" and group["beta_scope"] != "global":
         raise ValueError(
             'gap="loss" needs beta_scope="global", not '

@@ -34,6 +34,8 @@ class Work:
     params: list[Tensor] = field(default_factory=list)
     # Those, of parameters and state, of which shards are written to.
     dtensors: list[Tensor] = field(default_factory=list)
+    # Of parameters that are not contiguous and have to be: with the copy that stands in for it.
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     # Whether each of its tensors has sums that take those of other ranks.
     crosses: bool = False
     # Whether the extension has gathered it, and so that all its tensors are plain.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Size, Tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -96,6 +96,70 @@ def _row_placements(param: DTensor) -> list[Placement]:
     from torch.distributed.tensor import Replicate
 
     return [p if _is_of_rows(p) else Replicate() for p in param.placements]
+
+
+def as_blocks(param: Tensor, values: Tensor, shape: Size) -> Tensor:
+    """A value for each block of this rank's rows, sharded as these are: of shape `shape` in all."""
+    if not is_dtensor(param):
+        return values
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        values, param.device_mesh, param.placements, shape=shape, stride=stride
+    )
+
+
+def like(param: Tensor, values: Tensor) -> Tensor:
+    """This rank's values of a parameter, sharded as it is."""
+    return as_blocks(param, values, param.shape)
+
+
+def has_whole_blocks(param: Tensor, block: int) -> bool:
+    """Whether every rank has whole blocks of a row, of so many elements, as one rank would have.
+
+    Of a matrix that is sharded by rows it has; of one whose rows are split, and of a vector, where
+    all parts are equal and have whole blocks.
+    """
+    if not is_dtensor(param):
+        return True
+    first = min(1, param.dim() - 1)  # the first dimension of what blocks divide
+    parts = 1
+    for placement, size in zip(param.placements, param.device_mesh.shape, strict=True):
+        dim = getattr(placement, "dim", None)
+        if placement.is_replicate() or size == 1 or (dim is not None and dim < first):
+            continue
+        if dim != first or not placement.is_shard():
+            return False
+        parts *= size
+    inner = param.shape[first + 1 :].numel()
+    return param.shape[first] % parts == 0 and param.shape[first] // parts * inner % block == 0
+
+
+def place_of(param: Tensor) -> tuple[int, int, int]:
+    """Where this rank's elements lie in the whole parameter, row by row: `formats.places`.
+
+    Raises:
+        ValueError: it is split along two dimensions or more behind the first.
+    """
+    if not is_dtensor(param):
+        return 0, 0, 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape = param.shape
+    own, offsets = compute_local_shape_and_global_offset(shape, param.device_mesh, param.placements)
+    split = [dim for dim in range(1, len(shape)) if own[dim] != shape[dim]]
+    if len(split) > 1:
+        raise ValueError(
+            f"a parameter of shape {list(shape)} is split along dimensions {split}: its state or "
+            "itself cannot be rounded stochastically, which takes an element's place in the whole"
+        )
+    offset = sum(o * shape[dim + 1 :].numel() for dim, o in enumerate(offsets))
+    if not split or 0 in own:
+        return (0 if 0 in own else offset), 0, 0
+    inner = shape[split[0] + 1 :].numel()
+    stretch = own[split[0]] * inner
+    return offset, stretch, shape[split[0]] * inner - stretch
 
 
 def check_param(param: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,29 +46,3 @@ def full(param: Tensor, shape: Size, value: Any) -> Tensor:
     if not shape:
         return torch.full((), value, **like)
     return sharding.as_rows(param, torch.full((sharding.local_rows(param),), value, **like))
-
-
-def initial_state(
-    param: Tensor,
-    memories: Iterable[str],
-    scalars: Mapping[str, float],
-    row_scalars: Collection[str],
-    beta_scope: str,
-) -> dict[str, Tensor]:
-    """The state before the first step: memories of zeros, and scalars.
-
-    row_scalars: those that a row may have for itself; the others are 0-dim.
-    """
-    shape = beta_shape(param.shape, beta_scope)
-    return {
-        **{
-            name: torch.zeros_like(
-                param, dtype=memory_dtype(param), memory_format=torch.preserve_format
-            )
-            for name in memories
-        },
-        **{
-            name: full(param, shape if name in row_scalars else Size([]), value)
-            for name, value in scalars.items()
-        },
-    }

@@ -6,12 +6,14 @@ have betas.
 
     addresses  [lists, n] int64      data pointers of n tensors: param, grad, the memories, the
                                      scalars
-    layout     [9, units] int64      number of elements (of a row), group, first chunk, which
+    layout     [15, units] int64     number of elements (of a row), group, first chunk, which
                                      scalars are float64 (a bit each), whether parameter and
                                      memories are stored in the type of the arithmetic, tensor,
                                      which row of it an ordinary unit is (0 where it is all of
                                      it), number of rows (NO_ROWS: an ordinary unit), first line
-                                     in the seam's rows
+                                     in the seam's rows; the tensor's column of Packed.rounding
+                                     (adamem_fused/backends/batch.py), and how many elements share
+                                     a scale (zeros where nothing is packed)
     hypers     [groups, columns] float64, in the order of elements.AdamWHyper, SGDHyper;
                                  lrs [groups] int64: the address of a group's lr on the
                                  device, times 2, plus 1 for float64; 0: it is in hypers
@@ -39,6 +41,12 @@ TENSOR = tl.constexpr(5)
 ROW = tl.constexpr(6)
 ROWS = tl.constexpr(7)
 FIRST_SEGMENT = tl.constexpr(8)
+KEY = tl.constexpr(9)
+OFFSET = tl.constexpr(10)
+STRETCH = tl.constexpr(11)
+SKIP = tl.constexpr(12)
+ROUNDS = tl.constexpr(13)
+BLOCK_LENGTH = tl.constexpr(14)
 
 NO_ROWS = tl.constexpr(-1)
 

@@ -32,6 +32,8 @@ class Backend(Protocol):
     fused: bool
     # Whether *_finish without rows takes the sums over all groups that are `shared` together.
     shares_sums: bool
+    # Whether it takes batches that are packed.
+    packs: bool
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot be used for tensors on `device`, or None."""
@@ -133,6 +135,16 @@ def choose(options: dict[str, Any], device: torch.device) -> Backend:
             _warn_of_foreach(device)
         return foreach
     return reference
+
+
+def check_packs(backend: Backend) -> None:
+    """Raises RuntimeError where a backend is asked for what it cannot store in few bits."""
+    if not backend.packs:
+        able = ", ".join(name for name, other in BACKENDS.items() if other.packs)
+        raise RuntimeError(
+            f"state_dtype, stochastic_rounding and store_param_remainders are not for the "
+            f"{backend.name} backend, but for {able}"
+        )
 
 
 def _unavailable(backend: Backend, device: torch.device) -> str | None:

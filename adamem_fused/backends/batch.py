@@ -24,6 +24,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from adamem_fused.formats import BLOCKS
+
 Lr: TypeAlias = "float | Tensor"
 
 # The place of the gradients in a batch's lists.
@@ -65,6 +67,50 @@ class SGDHyper(NamedTuple):
 
 
 @dataclass
+class Packed:
+    """What a batch has beside where its group's options store something in few bits.
+
+    See adamem_fused/formats.py. Its memories are then plain (float32 or float64), bfloat16, or
+    codes, int8 or, of exp_avg_sq, uint8, as their dtypes say; all but the plain ones are rounded
+    stochastically. A tensor that has any of it (`is_low`) is contiguous, of float32 or bfloat16,
+    and so is its gradient.
+    """
+
+    # A list for each memory: float32, one a block, in the order of the blocks; without elements
+    # where the memory has none.
+    scales: tuple[list[Tensor], ...]
+    # int8, of the parameter's shape; without elements where there is none.
+    remainders: list[Tensor]
+    # [5, tensors] int64, on the CPU; rows KEY ... below.
+    rounding: Tensor
+
+    @classmethod
+    def empty(cls, memories: int) -> Packed:
+        """For a batch that is to be filled."""
+        nothing = torch.empty(5, 0, dtype=torch.int64, device="cpu")
+        return cls(tuple([] for _ in range(memories)), [], nothing)
+
+    def lists(self) -> tuple[list[Tensor], ...]:
+        return (*self.scales, self.remainders)
+
+    def is_low(self, batch: Batch, i: int) -> bool:
+        """Whether anything of tensor i is not stored as in other batches."""
+        return (
+            any(own[i].dtype in LOW for own in batch.memories.values())
+            or self.remainders[i].numel() > 0
+            or bool(self.rounding[ROUNDS, i])
+        )
+
+
+# What a memory in few bits is stored as.
+LOW = (torch.bfloat16, torch.int8, torch.uint8)
+
+# Rows of `Packed.rounding`: the tensor's key; where the shard's elements lie in the whole tensor,
+# as formats.places takes it; whether the parameter is rounded stochastically, 1 or 0.
+KEY, OFFSET, STRETCH, SKIP, ROUNDS = range(5)
+
+
+@dataclass
 class AdamWBatch:
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
@@ -79,6 +125,7 @@ class AdamWBatch:
     shared: list[bool] = field(default_factory=list)
     cache: dict[str, Any] = field(default_factory=dict)
     opened: Any = None
+    packed: Packed | None = None
 
     @property
     def memories(self) -> dict[str, list[Tensor]]:
@@ -107,6 +154,10 @@ class AdamWBatch:
             self.betas,
         )
 
+    def all_lists(self) -> tuple[list[Tensor], ...]:
+        """With those of what is packed behind them."""
+        return self.lists() if self.packed is None else (*self.lists(), *self.packed.lists())
+
 
 @dataclass
 class SGDBatch:
@@ -121,6 +172,7 @@ class SGDBatch:
     shared: list[bool] = field(default_factory=list)
     cache: dict[str, Any] = field(default_factory=dict)
     opened: Any = None
+    packed: Packed | None = None
 
     @property
     def memories(self) -> dict[str, list[Tensor]]:
@@ -146,6 +198,10 @@ class SGDBatch:
             self.prev_lrs,
             self.betas,
         )
+
+    def all_lists(self) -> tuple[list[Tensor], ...]:
+        """With those of what is packed behind them."""
+        return self.lists() if self.packed is None else (*self.lists(), *self.packed.lists())
 
 
 Batch: TypeAlias = "AdamWBatch | SGDBatch"
@@ -196,8 +252,11 @@ def check(batch: Batch) -> None:
         RuntimeError: a parameter or a memory that cannot be updated in place.
     """
     updated = {"param": batch.params, **batch.memories}
+    codes = set() if batch.packed is None else _check_packed(batch, batch.packed)
     for name, tensors in {**updated, "grad": batch.grads}.items():
         for i, tensor in enumerate(tensors):
+            if (name, i) in codes:
+                continue
             if tensor.layout != torch.strided or tensor.dtype not in FLOATING:
                 raise TypeError(
                     f"{name} of tensor {i} is {tensor.layout} {tensor.dtype}; it has to be a "
@@ -206,7 +265,7 @@ def check(batch: Batch) -> None:
     check_like(batch.params, {"grad": batch.grads, **batch.memories})
     for name, tensors in updated.items():
         for i, tensor in enumerate(tensors):
-            _check_in_place(tensor, f"{name} {i}")
+            check_in_place(tensor, f"{name} {i}")
     one = torch.Size([])
     shared = [
         own for own, size in zip(batch.shared, batch.group_sizes, strict=True) for _ in range(size)
@@ -222,7 +281,58 @@ def check(batch: Batch) -> None:
             _check_scalar(scalar, param.shape[:1] if by_row else one, param.device, i)
 
 
-def _check_in_place(tensor: Tensor, name: str) -> None:
+def _check_packed(batch: Batch, packed: Packed) -> set[tuple[str, int]]:
+    """Raises on what kernels that find it by its address would take for something else.
+
+    Returns which tensors are codes: the memory's name, and the tensor's place.
+    """
+    codes = set()
+    for i, param in enumerate(batch.params):
+        if not packed.is_low(batch, i):
+            continue
+        if param.dtype not in (torch.float32, torch.bfloat16):
+            raise TypeError(
+                f"param of tensor {i} is {param.dtype}; what is stored in few bits has to be "
+                "float32 or bfloat16"
+            )
+        if batch.grads[i].dtype != param.dtype:
+            raise TypeError(
+                f"grad of tensor {i} is {batch.grads[i].dtype}; where its parameter or state is "
+                f"stored in few bits it has to be {param.dtype}, as its parameter is"
+            )
+        own = {"param": param, "grad": batch.grads[i], "param_remainder": packed.remainders[i]}
+        for (name, memories), scales in zip(batch.memories.items(), packed.scales, strict=True):
+            own |= {name: memories[i], f"{name}_scales": scales[i]}
+            if memories[i].dtype not in (torch.int8, torch.uint8):
+                continue
+            codes.add((name, i))
+            dtype = torch.uint8 if name == "exp_avg_sq" else torch.int8
+            blocks = [param.numel() // n for n in BLOCKS if param.numel() % n == 0]
+            if memories[i].dtype != dtype or scales[i].numel() not in blocks:
+                raise ValueError(
+                    f"{name}_codes of tensor {i} is {memories[i].dtype}, and {name}_scales has "
+                    f"{scales[i].numel()} elements; they have to be {dtype} and one for each block"
+                )
+            if scales[i].dtype != torch.float32:
+                raise TypeError(f"{name}_scales of tensor {i} is {scales[i].dtype}, not float32")
+        for name, tensor in own.items():
+            if not tensor.is_contiguous() or tensor.device != param.device:
+                raise ValueError(
+                    f"{name} of tensor {i} has strides {list(tensor.stride())} on {tensor.device}; "
+                    f"it has to be contiguous on {param.device}"
+                )
+        if packed.remainders[i].numel() > 0 and (
+            packed.remainders[i].dtype != torch.int8 or packed.remainders[i].shape != param.shape
+        ):
+            raise ValueError(
+                f"param_remainder of tensor {i} is {packed.remainders[i].dtype} of shape "
+                f"{list(packed.remainders[i].shape)}; it has to be int8 of shape "
+                f"{list(param.shape)}"
+            )
+    return codes
+
+
+def check_in_place(tensor: Tensor, name: str) -> None:
     sizes = zip(tensor.stride(), tensor.shape, strict=True)
     if any(stride == 0 and size > 1 for stride, size in sizes):
         raise RuntimeError(

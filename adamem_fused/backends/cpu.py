@@ -21,6 +21,7 @@ from adamem_fused.backends.batch import check as check
 name = "cpu"
 fused = True
 shares_sums = True
+packs = False
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -38,6 +38,7 @@ from adamem_fused.backends.tables import Bucket, Opened, Tables, open_tables, ta
 name = "cuda"
 fused = True
 shares_sums = True
+packs = False
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -38,6 +38,7 @@ from adamem_fused.backends.batch import check as check
 name = "foreach"
 fused = False
 shares_sums = False
+packs = False
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -19,10 +19,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adamem_fused import formats
 from adamem_fused.backends.batch import (
+    KEY,
+    LOW,
+    ROUNDS,
     AdamWBatch,
     AdamWHyper,
     Batch,
+    Packed,
     SGDBatch,
     SGDHyper,
     group_slices,
@@ -33,6 +38,7 @@ from adamem_fused.backends.batch import check as check
 name = "reference"
 fused = False
 shares_sums = False
+packs = True
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -129,11 +135,77 @@ def _is_none(idle: Tensor, t: float, eta: float) -> bool:
     return t == 1 and eta == 0 and bool(idle.all())
 
 
+def _places(batch: Batch, packed: Packed, i: int) -> Tensor:
+    _, offset, stretch, skip, _ = packed.rounding[:, i].tolist()
+    numel, device = batch.params[i].numel(), batch.params[i].device
+    return formats.places(numel, offset, stretch, skip, device)
+
+
+def _param(batch: Batch, i: int) -> Tensor:
+    """A parameter with what its remainder adds."""
+    if batch.packed is None or batch.packed.remainders[i].numel() == 0:
+        return batch.params[i]
+    return formats.join(batch.params[i], batch.packed.remainders[i])
+
+
+def _memory(batch: Batch, name: str, i: int) -> Tensor:
+    """The values of a memory, which may be codes."""
+    memory = batch.memories[name][i]
+    if batch.packed is None or memory.dtype not in (torch.int8, torch.uint8):
+        return memory
+    return formats.decode(memory, _scales(batch.packed, batch, name)[i])
+
+
+def _scales(packed: Packed, batch: Batch, name: str) -> list[Tensor]:
+    return packed.scales[list(batch.memories).index(name)]
+
+
+def _store_param(batch: Batch, i: int, value: Tensor, idle: Tensor) -> None:
+    param = batch.params[i]
+    if batch.packed is None or not batch.packed.is_low(batch, i):
+        return _store(param, value, idle)
+    remainder, rounds = batch.packed.remainders[i], batch.packed.rounding[ROUNDS, i] != 0
+    value = _but_for_idle(_param(batch, i), value, idle)
+    bits = None
+    if rounds:
+        key, step = int(batch.packed.rounding[KEY, i]), int(batch.steps[i])
+        _, own = formats.step_keys(key, step)
+        bits = formats.random_bits(own, _places(batch, batch.packed, i)).view(param.shape)
+    if remainder.numel() > 0:
+        new, rest = formats.split(value, bits)
+        remainder.copy_(rest)
+        param.copy_(new)
+    else:
+        param.copy_(value if bits is None else formats.to_bfloat16(value, bits))
+    return None
+
+
+def _store_memory(batch: Batch, name: str, i: int, value: Tensor, idle: Tensor) -> None:
+    memory = batch.memories[name][i]
+    if batch.packed is None or memory.dtype not in LOW:
+        return _store(memory, value, idle)
+    value = _but_for_idle(_memory(batch, name, i), value, idle)
+    key, step = int(batch.packed.rounding[KEY, i]), int(batch.steps[i])
+    own, _ = formats.step_keys(key, step)
+    bits = formats.random_bits(own, _places(batch, batch.packed, i)).view(memory.shape)
+    if name == "exp_avg_sq":
+        bits = bits >> 16
+    if memory.dtype == torch.bfloat16:
+        memory.copy_(formats.to_bfloat16(value, bits))
+    else:
+        formats.encode(value, memory, _scales(batch.packed, batch, name)[i], bits)
+    return None
+
+
+def _but_for_idle(old: Tensor, value: Tensor, idle: Tensor) -> Tensor:
+    """The segments' values in the tensor's shape, with the old ones of those whose step is none."""
+    own = _segments(old, idle)
+    return torch.where(idle.unsqueeze(1), own, value.reshape(own.shape)).view(old.shape)
+
+
 def _store(tensor: Tensor, value: Tensor, idle: Tensor) -> None:
     """Replaces the tensor by its segments' values, but for those whose step is none."""
-    old = _segments(tensor, idle)
-    new = torch.where(idle.unsqueeze(1), old, value.reshape(old.shape))
-    tensor.copy_(new.view(tensor.shape))
+    tensor.copy_(_but_for_idle(tensor, value, idle))
 
 
 def _gradient(g: Tensor, maximize: bool, grad_scale: Tensor | None) -> Tensor:
@@ -159,10 +231,10 @@ def adamw_begin(batch: AdamWBatch, grad_scale: Tensor | None, found_inf: Tensor 
         for i in range(group.start, group.stop):
             beta = batch.betas[i]
             num, den = _adamw_sums(
-                _segments(batch.params[i], beta),
+                _segments(_param(batch, i), beta),
                 _segments(_gradient(batch.grads[i], h.maximize, grad_scale), beta),
-                _segments(batch.exp_avgs[i], beta),
-                _segments(batch.exp_avg_sqs[i], beta),
+                _segments(_memory(batch, "exp_avg", i), beta),
+                _segments(_memory(batch, "exp_avg_sq", i), beta),
                 float(batch.steps[i]) + 1,
                 _column(batch.beta_prods[i]),
                 float(batch.prev_lrs[i]),
@@ -189,18 +261,18 @@ def adamw_finish(
             # There is no earlier iterate at t = 1.
             beta = torch.full_like(den, h.beta_max) if t == 1 else _clip_beta(num, den, h.beta_max)
             x, d, v = _adamw_update(
-                _segments(batch.params[i], last),
+                _segments(_param(batch, i), last),
                 _segments(_gradient(batch.grads[i], h.maximize, grad_scale), last),
-                _segments(batch.exp_avgs[i], last),
-                _segments(batch.exp_avg_sqs[i], last),
+                _segments(_memory(batch, "exp_avg", i), last),
+                _segments(_memory(batch, "exp_avg_sq", i), last),
                 t,
                 _column(batch.beta_prods[i]),
                 _column(beta),
                 h,
             )
-            _store(batch.params[i], x, idle)
-            _store(batch.exp_avgs[i], d, idle)
-            _store(batch.exp_avg_sqs[i], v, idle)
+            _store_param(batch, i, x, idle)
+            _store_memory(batch, "exp_avg", i, d, idle)
+            _store_memory(batch, "exp_avg_sq", i, v, idle)
             _store(batch.beta_prods[i], batch.beta_prods[i].double().reshape(-1) * beta, idle)
             _store(batch.betas[i], beta, idle)
             if not _is_none(idle, t, float(h.lr)):
@@ -222,7 +294,7 @@ def sgd_begin(batch: SGDBatch, grad_scale: Tensor | None, found_inf: Tensor | No
     for h, group in zip(batch.hypers, group_slices(batch), strict=True):
         for i in range(group.start, group.stop):
             beta, prev_lr = batch.betas[i], float(batch.prev_lrs[i])
-            d = _segments(batch.momentum_buffers[i], beta)
+            d = _segments(_memory(batch, "momentum_buffer", i), beta)
             if float(batch.steps[i]) == 0:
                 # No memory yet: d = g, and both sums are 0. Where the step may be idle, den tells
                 # whether there is a gradient, by a number that adds nothing to any other.
@@ -231,7 +303,7 @@ def sgd_begin(batch: SGDBatch, grad_scale: Tensor | None, found_inf: Tensor | No
                     _, den = _sgd_sums(g, d, prev_lr, h)
                     rows[places[i], 1] = (den != 0).to(rows) * 1e-300
                 continue
-            g = _segments(_decayed(batch.params[i], batch.grads[i], h, grad_scale), beta)
+            g = _segments(_decayed(_param(batch, i), batch.grads[i], h, grad_scale), beta)
             rows[places[i]] = torch.stack(_sgd_sums(g, d, prev_lr, h), 1).to(rows)
     return rows.to(batch.params[0].device)
 
@@ -248,9 +320,9 @@ def sgd_finish(
         eta, lam = float(h.lr), h.memory_lambda
         for i in range(group.start, group.stop):
             last = batch.betas[i]
-            x = _segments(batch.params[i], last)
-            g = _segments(_decayed(batch.params[i], batch.grads[i], h, grad_scale), last)
-            d = _segments(batch.momentum_buffers[i], last)
+            x = _segments(_param(batch, i), last)
+            g = _segments(_decayed(_param(batch, i), batch.grads[i], h, grad_scale), last)
+            d = _segments(_memory(batch, "momentum_buffer", i), last)
             num, den = own[places[i]].double().unbind(1)
             t = float(batch.steps[i]) + 1
             idle = _is_idle(t, eta, den)
@@ -259,8 +331,8 @@ def sgd_finish(
             else:
                 beta = _clip_beta(num, den, h.beta_max)
                 d = ((_column(beta) + lam) * d + (1 - _column(beta)) * g) / (1 + lam)
-            _store(batch.params[i], x - eta * d, idle)
-            _store(batch.momentum_buffers[i], d, idle)
+            _store_param(batch, i, x - eta * d, idle)
+            _store_memory(batch, "momentum_buffer", i, d, idle)
             _store(batch.betas[i], beta, idle)
             if not _is_none(idle, t, eta):
                 batch.steps[i].fill_(t)

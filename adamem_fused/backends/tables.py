@@ -37,6 +37,7 @@ class Bucket(NamedTuple):
 
     dtypes: tuple[torch.dtype, ...]  # of param, grad and memories
     row: int  # a power of 2 that the longest of their rows has at most; 0: of ordinary units
+    low: bool  # something of them is stored in few bits: `Packed.is_low`
     first_chunk: int
     chunks: int
 
@@ -100,6 +101,7 @@ class Description(NamedTuple):
     addresses: bytes  # of the tensors, list by list, in words of 64 bits
     structure: Any  # all else about them: dtypes, devices, shapes and strides
     group_sizes: list[int]
+    rounding: int | None  # of what is packed: which table of `Packed.rounding` it is
 
 
 def describe(batch: Batch, last: Description | None = None, updated: bool = False) -> Description:
@@ -111,11 +113,12 @@ def describe(batch: Batch, last: Description | None = None, updated: bool = Fals
     and state, so that a graph that needs their old values raises. It is not where a CUDA graph
     replays the step.
     """
-    lists = batch.lists()
+    lists = batch.all_lists()
+    rounding = None if batch.packed is None else id(batch.packed.rounding)
     if ops.extension is not None:
         known = (b"", b"") if last is None else last[:2]
         addresses, structure = ops.extension.describe(lists, *known, updated)
-        return Description(addresses, structure, batch.group_sizes)
+        return Description(addresses, structure, batch.group_sizes, rounding)
     if updated:
         _tell_autograd(batch)
     addresses = b"".join(array("q", map(Tensor.data_ptr, tensors)) for tensors in lists)
@@ -123,12 +126,12 @@ def describe(batch: Batch, last: Description | None = None, updated: bool = Fals
     others = [list(map(attributes, tensors)) for tensors in lists]
     strides = [list(map(Tensor.stride, tensors)) for tensors in lists]
     inference = [list(map(Tensor.is_inference, tensors)) for tensors in lists]
-    return Description(addresses, (others, strides, inference), batch.group_sizes)
+    return Description(addresses, (others, strides, inference), batch.group_sizes, rounding)
 
 
 def _tell_autograd(batch: Batch) -> None:
     """Bumps the versions of what a step updates."""
-    lists = batch.lists()
+    lists = batch.all_lists()
     updated = [*lists[0], *chain.from_iterable(lists[1 + GRADS :])]
     if ops.extension is not None:
         ops.extension.bump_versions(updated)
@@ -177,16 +180,19 @@ class Layout:
         units = _units(batch, longest_row)
         self.units = len(units)
         dtypes = [tuple(t.dtype for t in tensors) for tensors in zip(*data, strict=True)]
-        by_kind: dict[tuple[tuple[torch.dtype, ...], int], list[int]] = {}
+        packed = batch.packed
+        low = [packed is not None and packed.is_low(batch, i) for i in range(len(params))]
+        by_kind: dict[tuple[tuple[torch.dtype, ...], int, bool], list[int]] = {}
         for k, unit in enumerate(units):
             row = 0 if unit.rows == NO_ROWS else 1 << max(0, unit.numel - 1).bit_length()
-            by_kind.setdefault((dtypes[unit.tensor], row), []).append(k)
+            kind = dtypes[unit.tensor], row, low[unit.tensor]
+            by_kind.setdefault(kind, []).append(k)
         counts = [unit.count_chunks(chunk) for unit in units]
         first_chunk = [0] * len(units)
         chunk_units: list[Tensor] = []
         self.buckets: list[Bucket] = []
         self.chunks = 0
-        for (own, row), places in by_kind.items():
+        for (own, row, own_low), places in by_kind.items():
             begin = self.chunks
             for k in places:
                 first_chunk[k] = self.chunks
@@ -197,7 +203,7 @@ class Layout:
                 torch.tensor(places, dtype=torch.int32, device="cpu").repeat_interleave(repeats)
             )
             if self.chunks > begin:
-                self.buckets.append(Bucket(own, row, begin, self.chunks - begin))
+                self.buckets.append(Bucket(own, row, own_low, begin, self.chunks - begin))
         self.runs = _runs(self.buckets)
         # Those of a tensor's units lie side by side: its first one, and how many it has.
         tensor_chunks = [[0] * len(params) for _ in range(2)]
@@ -215,6 +221,9 @@ class Layout:
             own[0] in (torch.float32, torch.float64) and set(own[GRADS + 1 :]) == {own[0]}
             for own in dtypes
         ]
+        # Held, so that its `id`, by which it is known, is no other's.
+        self.rounding = None if packed is None else packed.rounding
+        rounding = _rounding_of(batch)
         columns = [
             (
                 unit.numel,
@@ -226,6 +235,7 @@ class Layout:
                 unit.row,
                 unit.rows,
                 unit.first_segment,
+                *rounding[unit.tensor],
             )
             for unit, first in zip(units, first_chunk, strict=True)
         ]
@@ -256,7 +266,20 @@ def _runs(buckets: list[Bucket]) -> list[Run]:
 
 
 # Rows of the layout: those of csrc/cuda/tables.h and triton_kernels/tables.py.
-LAYOUT_ROWS = 9
+LAYOUT_ROWS = 15
+
+
+def _rounding_of(batch: Batch) -> list[tuple[int, ...]]:
+    """Each tensor's column of `Packed.rounding`, and the length of its blocks; 0: it has none."""
+    packed = batch.packed
+    if packed is None:
+        return [(0,) * 6] * len(batch.params)
+    blocks = [
+        param.numel() // scales.numel() if scales.numel() > 0 else 0
+        for param, scales in zip(batch.params, packed.scales[0], strict=True)
+    ]
+    columns = packed.rounding.t().tolist()
+    return [(*own, block) for own, block in zip(columns, blocks, strict=True)]
 
 
 def _dense_strides(param: Tensor, beta: Tensor) -> tuple[int, ...]:
@@ -316,7 +339,7 @@ class Opened(NamedTuple):
         """Writes what was updated in copies back to the batch's tensors."""
         for k, i in self.tables.layout.strided:
             if k != GRADS:
-                batch.lists()[k][i].copy_(self.lists[k][i])
+                batch.all_lists()[k][i].copy_(self.lists[k][i])
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -362,7 +385,7 @@ def _open(batch: Batch, chunk: int, longest_row: int, coefficients: int, updated
     else:
         layout = Layout(batch, chunk, longest_row, coefficients)
     addresses = description.addresses
-    lists = batch.lists()
+    lists = batch.all_lists()
     if layout.strided:
         lists = tuple(map(list, lists))
         own = memoryview(bytearray(addresses)).cast("q")

@@ -41,6 +41,7 @@ from adamem_fused.backends.tables import Bucket, Opened, Tables, is_capturing, o
 name = "triton"
 fused = True
 shares_sums = True
+packs = False
 
 
 def _is_interpreted() -> bool:

@@ -32,7 +32,7 @@ enum Part : int64_t { kWhole, kBegin, kFinish };
 // What all launches of a step share. adamem_fused/backends/cuda.py holds the same struct.
 struct Step {
   const int64_t* addresses;    // [lists, tensors]: param, grad, the memories, the scalars
-  const int64_t* layout;       // [9, units], rows below
+  const int64_t* layout;       // [15, units], rows below
   const double* hypers;        // [groups, columns]
   const int64_t* lrs;          // [groups]: twice the address of a group's lr on the device,
                                // plus 1 for float64; 0: it is in hypers
@@ -59,6 +59,8 @@ struct Bucket {
 // the tensor is float64, and not float32. kExact: whether parameter and memories are stored in the
 // type of the arithmetic. kRow: of an ordinary unit, which of its tensor's rows it is; 0 where it
 // is all of it. kRows: how many a unit of rows has. kFirstSegment: its place in the seam's rows.
+// kKey to kRounds: the tensor's column of Packed.rounding (adamem_fused/backends/batch.py), kBlock:
+// the elements that share a scale; 0 where nothing is packed.
 enum LayoutRow {
   kNumel,
   kGroup,
@@ -68,7 +70,13 @@ enum LayoutRow {
   kTensor,
   kRow,
   kRows,
-  kFirstSegment
+  kFirstSegment,
+  kKey,
+  kOffset,
+  kStretch,
+  kSkip,
+  kRounds,
+  kBlock
 };
 
 constexpr int64_t kNoRows = -1;

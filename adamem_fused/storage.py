@@ -1,0 +1,323 @@
+"""How a parameter's state is kept: which of the formats of formats.py its group's options give it.
+
+    state_dtype              None, torch.bfloat16 or "int8": of the memories
+    stochastic_rounding      of a bfloat16 parameter
+    store_param_remainders   8 further bits of a bfloat16 parameter, `param_remainder`
+
+An int8 memory is two tensors of the state: `exp_avg_codes`, of the parameter's shape, and
+`exp_avg_scales`, [rows, blocks of a row], or [blocks] of a vector. So a shard of whole rows has
+whole blocks, and the state is sharded as its parameter is. They have names of their own, as tools
+that load a checkpoint element by element would make codes of float32 numbers without an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Size, Tensor
+
+from adamem_fused import formats, sharding
+from adamem_fused.backends.batch import check_in_place
+from adamem_fused.state import memory_dtype
+
+if TYPE_CHECKING:
+    from adamem_fused.seam import Work
+
+# A parameter group, and how many of its tensors are in a batch.
+Placed: TypeAlias = "tuple[dict[str, Any], int]"
+
+STATE_DTYPES = (None, torch.bfloat16, "int8")
+REMAINDER = "param_remainder"
+
+# Of the parameters that may have a state_dtype.
+PARAM_DTYPES = (torch.float32, torch.bfloat16)
+
+# A smaller parameter keeps float32 memories: there is next to nothing to be saved, and norms and
+# biases are among them.
+LEAST_NUMEL = 4096
+
+# A memory whose values are never negative, and may have the finer code of these.
+_UNSIGNED = ("exp_avg_sq",)
+
+
+class Storage(NamedTuple):
+    """What a parameter's group and kind come to."""
+
+    memory: torch.dtype | None = None  # bfloat16, int8, or as memory_dtype has it
+    block: int = 0  # elements that share a scale, of int8
+    rounds: bool = False  # the parameter, stochastically
+    has_remainder: bool = False
+
+
+PLAIN = Storage()
+
+
+def is_packed(group: dict[str, Any]) -> bool:
+    """Whether a group has any of these options."""
+    return bool(
+        group["state_dtype"] is not None
+        or group["stochastic_rounding"]
+        or group["store_param_remainders"]
+    )
+
+
+def storage_of(param: Tensor, group: dict[str, Any]) -> Storage:
+    if not is_packed(group):
+        return PLAIN
+    is_16bit = param.dtype == torch.bfloat16
+    memory, block = None, 0
+    # Of other dtypes only what is frozen is in a group with a state_dtype.
+    is_low = group["state_dtype"] is not None and param.dtype in PARAM_DTYPES
+    if is_low and param.numel() >= LEAST_NUMEL:
+        if group["state_dtype"] == torch.bfloat16:
+            memory = torch.bfloat16
+        else:
+            block = formats.block_length(param.shape[min(1, param.dim() - 1) :].numel())
+            if block > 0 and sharding.has_whole_blocks(param, block):
+                memory = torch.int8
+            else:
+                block = 0
+    return Storage(
+        memory,
+        block,
+        rounds=is_16bit and bool(group["stochastic_rounding"]),
+        has_remainder=is_16bit and bool(group["store_param_remainders"]),
+    )
+
+
+def names_of(memory: str, storage: Storage) -> tuple[str, ...]:
+    """The names of a memory's tensors in the state."""
+    return _codes_and_scales(memory) if storage.memory == torch.int8 else (memory,)
+
+
+def _codes_and_scales(memory: str) -> tuple[str, str]:
+    return f"{memory}_codes", f"{memory}_scales"
+
+
+def all_names(memories: Iterable[str]) -> set[str]:
+    """The names that a state may have for these memories, and for a remainder."""
+    own = (name for memory in memories for name in (memory, *_codes_and_scales(memory)))
+    return {REMAINDER, *own}
+
+
+def fits(param: Tensor, memory: str, state: dict[str, Any], own: Storage) -> bool:
+    """Whether a state has this memory as it is to be."""
+    if own.memory is None:
+        return state.get(memory) is not None  # of another dtype where a user has given it such
+    names = names_of(memory, own)
+    if not all(isinstance(state.get(name), Tensor) for name in names):
+        return False
+    if own.memory == torch.int8:
+        return bool(state[names[1]].shape == scales_shape(param.shape, own.block))
+    return bool(state[memory].dtype == own.memory)
+
+
+def stale(memories: Iterable[str], state: dict[str, Any], own: Storage) -> set[str]:
+    """What a state has of other formats, and is to lose."""
+    wanted = {name for memory in memories for name in names_of(memory, own)}
+    if own.has_remainder:
+        wanted.add(REMAINDER)
+    return all_names(memories) & state.keys() - wanted
+
+
+def scales_shape(shape: Size, block: int) -> Size:
+    """[rows, blocks of a row], or [blocks] of a vector."""
+    if block == 0:
+        return Size([])
+    if len(shape) < 2:
+        return Size([shape.numel() // block])
+    return Size([shape[0], shape[1:].numel() // block])
+
+
+def memory_state(
+    param: Tensor, memory: str, storage: Storage, value: Tensor | None
+) -> dict[str, Tensor]:
+    """The tensors of a memory with these values, rounded to nearest; of zeros, if there are none.
+
+    value: of the parameter's shape, and sharded as it is.
+    """
+    if storage.memory is None:
+        dtype = memory_dtype(param)
+        if value is None:
+            like = torch.preserve_format
+            return {memory: torch.zeros_like(param, dtype=dtype, memory_format=like)}
+        dtype = torch.promote_types(value.dtype, dtype)
+        return {memory: torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)}
+    like = torch.contiguous_format
+    if storage.memory == torch.bfloat16:
+        zeros = torch.zeros_like(param, dtype=torch.bfloat16, memory_format=like)
+        return {memory: zeros if value is None else zeros.copy_(value)}
+    dtype = torch.uint8 if memory in _UNSIGNED else torch.int8
+    codes = torch.zeros_like(param, dtype=dtype, memory_format=like)
+    local_shape = scales_shape(sharding.local(param).shape, storage.block)
+    local_scales = torch.zeros(local_shape, dtype=torch.float32, device=param.device)
+    if value is not None:
+        local_value = sharding.local(value).to(param.device)
+        formats.encode(local_value, sharding.local(codes), local_scales, None)
+    scales = sharding.as_blocks(param, local_scales, scales_shape(param.shape, storage.block))
+    return dict(zip(_codes_and_scales(memory), (codes, scales), strict=True))
+
+
+def remainder_state(param: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
+    """A remainder, the state's if it has one; zeros are that of what bfloat16 holds.
+
+    Raises:
+        TypeError, ValueError: the state's is of another kind or shape.
+    """
+    own = torch.zeros_like(param, dtype=torch.int8, memory_format=torch.contiguous_format)
+    if REMAINDER in state:
+        _check_like(param, REMAINDER, state[REMAINDER], torch.int8)
+        own.copy_(state[REMAINDER])
+    return {REMAINDER: own}
+
+
+def codes_state(
+    param: Tensor, memory: str, own: Storage, state: dict[str, Any]
+) -> dict[str, Tensor] | None:
+    """A copy of a state's codes and scales; None where it has none with blocks of this length."""
+    shape = scales_shape(param.shape, own.block)
+    names = _codes_and_scales(memory)
+    if any(name not in state for name in names):
+        return None
+    _check_codes(param, memory, state)
+    if state[names[1]].shape != shape:
+        return None
+    copies = memory_state(param, memory, own, None)
+    return {name: copies[name].copy_(state[name]) for name in names}
+
+
+def memory_value(param: Tensor, memory: str, state: dict[str, Any]) -> Any:
+    """The values of a memory, in whatever format the state has it; None where it has none.
+
+    Raises:
+        TypeError, ValueError: codes without scales that go with them.
+    """
+    if memory in state or all(name not in state for name in _codes_and_scales(memory)):
+        return state.get(memory)
+    codes, scales = _check_codes(param, memory, state)
+    value = formats.decode(sharding.local(codes).contiguous(), sharding.local(scales)).float()
+    return sharding.like(param, value)
+
+
+def as_plain(param: Tensor, memories: Iterable[str], state: dict[str, Any]) -> dict[str, Any]:
+    """A state with the values of its memories under their own names, in whatever format it is."""
+    plain = {name: value for name, value in state.items() if name not in all_names(memories)}
+    values = {memory: memory_value(param, memory, state) for memory in memories}
+    return {**plain, **{name: value for name, value in values.items() if value is not None}}
+
+
+def _check_codes(param: Tensor, memory: str, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """A memory's codes and scales, which go together.
+
+    Raises:
+        TypeError, ValueError: they do not.
+    """
+    codes_name, scales_name = _codes_and_scales(memory)
+    codes, scales = state.get(codes_name), state.get(scales_name)
+    _check_like(param, codes_name, codes, torch.uint8 if memory in _UNSIGNED else torch.int8)
+    if not isinstance(scales, Tensor):
+        raise TypeError(f"state {scales_name} is a {type(scales).__name__}, not a tensor")
+    sharding.check_like(param, f"state {scales_name}", scales)
+    shapes = [scales_shape(param.shape, block) for block in formats.BLOCKS]
+    if scales.dtype != torch.float32 or scales.shape not in shapes:
+        raise ValueError(
+            f"state {scales_name} is {scales.dtype} of shape {list(scales.shape)}; for a parameter "
+            f"of shape {list(param.shape)} it has to be float32, with one for each block of a row"
+        )
+    assert isinstance(codes, Tensor)
+    return codes, scales
+
+
+def _check_like(param: Tensor, name: str, tensor: Any, dtype: torch.dtype) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"state {name} is a {type(tensor).__name__}, not a tensor")
+    if tensor.dtype != dtype or tensor.shape != param.shape:
+        raise ValueError(
+            f"state {name} is {tensor.dtype} of shape {list(tensor.shape)}; for a parameter of "
+            f"shape {list(param.shape)} it has to be {dtype} of that shape"
+        )
+    sharding.check_like(param, f"state {name}", tensor)
+
+
+# ---- a batch --------------------------------------------------------------------------
+
+
+def check_dtype(param: Tensor, group: dict[str, Any]) -> None:
+    """Raises TypeError on a parameter that its group's state_dtype is not for."""
+    if group["state_dtype"] is not None and param.dtype not in PARAM_DTYPES:
+        raise TypeError(
+            f"state_dtype={group['state_dtype']!r} is for float32 and bfloat16 parameters, and one "
+            f"of shape {list(param.shape)} is {param.dtype}: give it a group with state_dtype=None"
+        )
+
+
+def gather(
+    memories: Sequence[str], states: list[dict[str, Any]], found: list[list[Any]]
+) -> list[list[Any]]:
+    """Lists of states that may be packed: the memories' tensors or codes, the scalars, the scales,
+    and the remainders. What a state does not have is a tensor without elements.
+
+    found: the memories and scalars, with None for the memories that are codes.
+    """
+    found = [list(own) for own in found]
+    scales: list[list[Any]] = []
+    for memory, own in zip(memories, found, strict=False):
+        codes_name, scales_name = _codes_and_scales(memory)
+        scales.append([])
+        for i, state in enumerate(states):
+            if own[i] is None:
+                own[i] = state[codes_name]
+                scales[-1].append(state[scales_name])
+            else:
+                scales[-1].append(_nothing(own[i]))
+    remainders = [
+        state[REMAINDER] if REMAINDER in state else _nothing(own)
+        for state, own in zip(states, found[0], strict=True)
+    ]
+    return [*found, *scales, remainders]
+
+
+def _nothing(like: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.float32, device=like.device)
+
+
+def pack(work: Work, groups: list[Placed], all_groups: list[dict[str, Any]]) -> None:
+    """Completes a packed batch: where its random bits come from, and contiguous tensors.
+
+    groups: those of the batch, each with how many of its tensors are in it.
+    """
+    batch = work.batch
+    known = batch.cache.get("rounding")
+    options = [(g["seed"], bool(g["stochastic_rounding"]), size) for g, size in groups]
+    key = list(map(id, work.params)), options
+    if known is None or known[0] != key:
+        known = batch.cache["rounding"] = key, _rounding(work.params, groups, all_groups)
+    batch.packed.rounding = known[1]
+    for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
+        if param.is_contiguous() and grad.is_contiguous():
+            continue
+        if not batch.packed.is_low(batch, i):
+            continue
+        check_in_place(param, f"param {i}")
+        batch.grads[i] = grad.contiguous()
+        if not param.is_contiguous():
+            batch.params[i] = param.contiguous()
+            work.copies.append((param, batch.params[i]))
+
+
+def _rounding(
+    params: list[Tensor], groups: list[Placed], all_groups: list[dict[str, Any]]
+) -> Tensor:
+    """`Packed.rounding`."""
+    places = {param: i for i, param in enumerate(chain(*(g["params"] for g in all_groups)))}
+    owners = [group for group, size in groups for _ in range(size)]
+    columns = []
+    for param, group in zip(params, owners, strict=True):
+        own = storage_of(param, group)
+        key = formats.tensor_key(group["seed"], places[param])
+        place = (0, 0, 0) if own == PLAIN else sharding.place_of(param)
+        columns.append((formats.as_signed(key), *place, int(own.rounds)))
+    return torch.tensor(columns, dtype=torch.int64, device="cpu").reshape(-1, 5).t().contiguous()
