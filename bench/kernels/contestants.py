@@ -101,9 +101,9 @@ class Peer:
     quantized: bool = False
     tolerance: float = 1e-3
 
-    def make(self, params: Sequence[Tensor]) -> Optimizer:
+    def make(self, params: Sequence[Any], **options: Any) -> Optimizer:
         cls = getattr(importlib.import_module(self.module), self.attribute)
-        optimizer: Optimizer = cls(params, **ADAMW_OPTIONS, **self.options)
+        optimizer: Optimizer = cls(params, **{**ADAMW_OPTIONS, **self.options, **options})
         return optimizer
 
     def missing(self, device: torch.device) -> str | None:
