@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -68,8 +67,8 @@ def new_optimizer(
         made: Optimizer = AdamW(params, lr, seed=seed, **how.options)
     else:
         scope = "row" if optimizer.endswith("row") else "tensor"
-        make = partial(AMAdamW, lr=lr, beta_scope=scope, seed=seed, **BACKEND)
-        made = make(params, **how.options)
+        options = {**BACKEND, **how.options}
+        made = AMAdamW(params, lr=lr, beta_scope=scope, seed=seed, **options)
     return nearest_bfloat16(made) if how.nearest else made
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -102,7 +103,7 @@ def beta_cells(found: Trainings, task: str, same: bool) -> Iterator[list[str]]:
 
 def _betas(
     found: Trainings, task: str, optimizer: str, stored: str, same: bool
-) -> list[dict[str, list[float]]]:
+) -> list[dict[str, Any]]:
     """What is known of a format's betas, for each seed."""
     if same:
         runs = found.runs(task, optimizer, SAME_GRADIENTS)

@@ -70,7 +70,7 @@ TASKS = {
         Task(
             "gpt-python",
             "gpt-large-python",
-            steps=800,
+            steps=600,
             lr=3e-3,
             weight_decay=0.1,
             make=partial(text, data.python_source, partial(new_gpt, 64, 4, 3)),
@@ -78,7 +78,7 @@ TASKS = {
         Task(
             "vit-digits",
             "vit-digits",
-            steps=600,
+            steps=500,
             lr=1e-2,
             weight_decay=0.05,
             make=partial(digit_images, partial(ViT, 64, 4, 2)),
@@ -143,7 +143,9 @@ class Betas:
         return {
             "quantiles": everything.quantile(levels).tolist(),
             "at_cap": (everything >= torch.tensor(CAP)).float().mean().item(),
-            "course": [torch.cat(part).quantile(levels).tolist() for part in parts(self.steps)],
+            "course": [
+                torch.cat(list(part)).quantile(levels).tolist() for part in parts(self.steps)
+            ],
         }
 
     def distance(self, other: Betas) -> float:
@@ -193,7 +195,7 @@ def train(task: Task, cell: Cell) -> dict[str, Any]:
     model = _with_dtype(problem.model, dtype)
     optimizer = _make(cell, task, stored, model)
     shadows = {
-        name: Shadow(model, lambda own, name=name: _make(cell, task, name, own))
+        name: Shadow(model, partial(_make, cell, task, name))
         for name in (STATES[1:] if is_shadowed else ())
     }
     betas = Betas(optimizer) if isinstance(optimizer, AMAdamW) else None
