@@ -234,7 +234,8 @@ def made_up():
         for seed, loss in enumerate(losses)
     ]
     runs.append(a_run("AMAdamW", SAME_GRADIENTS, 0, 1.0))
-    facts = {"steps": 1, "lr": 0.1, "weight_decay": 0.0, "parameters": 10, "low_share": 0.9}
+    facts = {"like": "another", "steps": 1, "lr": 0.1, "weight_decay": 0.0}
+    facts |= {"parameters": 10, "low_share": 0.9}
     return Trainings({"seeds": 2, "tasks": {"gpt-python": facts}, "runs": runs})
 
 
@@ -252,6 +253,9 @@ def test_a_verdict_is_of_means_and_float32s_spread():
     assert (verdict.difference, verdict.spread) == (pytest.approx(0.3), pytest.approx(0.2))
     assert found.verdict("gpt-python", "AMAdamW", "float32") is None
     assert found.verdict("gpt-python", "torchao AdamW8bit", "own") is None
+    found.content["runs"].append(a_run("torchao AdamW8bit", "own", 0, 1.5))
+    of_a_peer = found.verdict("gpt-python", "torchao AdamW8bit", "own")
+    assert (of_a_peer.difference, of_a_peer.outcome) == (pytest.approx(0.4), "higher")
 
 
 def test_the_report_has_verdicts_and_betas():

@@ -18,10 +18,10 @@ from bench.low_precision.results import QUANTILES, RULE, SAME_GRADIENTS, Trainin
 COLOURS = dict(zip(STATES, ("#000000", "#0072B2", "#D55E00", "#009E73"), strict=True))
 
 ABOUT = """
-The same initial weights, data and order for all; the learning rate, that of the like task's best in
-[the experiments](../experiments/report.md) for AdamW and AMAdamW alike, falls to zero as a cosine,
-without warm-up. Parameters in bfloat16 are computed with in bfloat16, and their held-out loss is
-taken in float32. "to nearest" is what a bfloat16 tensor does by itself; all other bfloat16 and int8
+The same initial weights, data and order for all; the learning rate falls to zero as a cosine,
+without warm-up. AdamW in float32 is torch's, and in other formats a plain one that stores as
+AMAdamW does. Parameters in bfloat16 are computed with in bfloat16, and their held-out loss is taken
+in float32. "to nearest" is what a bfloat16 tensor does by itself; all other bfloat16 and int8
 memories are rounded stochastically, and so are bfloat16 parameters where nothing else is said.
 Memories are in float32 where no format of theirs is named, and always those of tensors of fewer
 than 4,096 elements.
@@ -56,8 +56,10 @@ def report(found: Trainings) -> str:
         sections += [
             f"## {task}",
             f"{facts['parameters']:,} parameters, {facts['low_share']:.1%} of them in tensors that "
-            f"the formats of memories are for; {facts['steps']} steps, lr {facts['lr']:g}, weight "
-            f"decay {facts['weight_decay']:g}, {found.content['seeds']} seeds.",
+            f"the formats of memories are for; {facts['steps']} steps, weight decay "
+            f"{facts['weight_decay']:g}, {found.content['seeds']} seeds, lr {facts['lr']:g}: the "
+            f"best of {facts['like']} in [the experiments](../experiments/report.md), a narrower "
+            "model, without warm-up, for AdamW at 0.9 and AMAdamW alike.",
             _markdown(list(loss_cells(found, task)), LOSS_HEADERS),
         ]
     sections += ["## Beta", BETAS.strip(), "![Betas over the training](betas.png)"]

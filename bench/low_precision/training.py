@@ -329,6 +329,7 @@ def _facts(task: Task) -> dict[str, Any]:
     model = _problem(task.make, 1, 0).model
     shapes = [tuple(param.shape) for param in model.parameters()]
     return {
+        "like": task.like,
         "steps": task.steps,
         "lr": task.lr,
         "weight_decay": task.weight_decay,
