@@ -264,6 +264,12 @@ def test_the_report_has_verdicts_and_betas():
     assert ["AdamW", "int8 state", "1.4000", "1.4000", "1.4000", "+0.3000", "0.2000", "higher"] in (
         rows
     )
+    assert ["bfloat16 state", "2 of 2", ""] in rows
+    assert [
+        "int8 state",
+        "0 of 2",
+        "gpt-python, AdamW: higher; gpt-python, AMAdamW: higher",
+    ] in rows
     betas = ["AMAdamW", "int8 state", "0.100", "0.200", "0.300", "0.400", "0.500", "25.0%"]
     assert betas in rows
     assert [*betas, "0.1250"] in rows

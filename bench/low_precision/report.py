@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from bench.low_precision.contestants import BASELINE, STATES
-from bench.low_precision.results import QUANTILES, RULE, SAME_GRADIENTS, Trainings
+from bench.low_precision.results import QUANTILES, RULE, SAME_GRADIENTS, WITHIN, Trainings
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = dict(zip(STATES, ("#000000", "#0072B2", "#D55E00", "#009E73"), strict=True))
@@ -50,6 +50,7 @@ def report(found: Trainings) -> str:
         "Made by `python -m bench.experiments low-precision` from runs.json in this folder.",
         ABOUT.strip(),
         "The rule: " + RULE[0].lower() + RULE[1:],
+        _markdown(list(outcome_cells(found)), OUTCOME_HEADERS),
         "![Held-out losses](losses.png)",
     ]
     for task, facts in found.tasks.items():
@@ -75,7 +76,17 @@ def report(found: Trainings) -> str:
 
 LOSS_HEADERS = ["optimizer", "stored", "held-out loss", "lowest", "highest"]
 LOSS_HEADERS += ["to float32", "its spread", "verdict"]
+OUTCOME_HEADERS = ["stored", "within", "others"]
 BETA_HEADERS = ["optimizer", "state", *(f"{q:.0%}" for q in QUANTILES), "at the cap"]
+
+
+def outcome_cells(found: Trainings) -> Iterator[list[str]]:
+    """A row for each format: how many are within, and which are not."""
+    for stored in dict.fromkeys(stored for _, stored in found.kinds if stored != BASELINE):
+        outcomes = found.outcomes(stored)
+        others = [f"{task}, {opt}: {out}" for task, opt, out in outcomes if out != WITHIN]
+        within = f"{len(outcomes) - len(others)} of {len(outcomes)}"
+        yield [stored, within, "; ".join(others)]
 
 
 def loss_cells(found: Trainings, task: str) -> Iterator[list[str]]:

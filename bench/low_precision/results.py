@@ -94,6 +94,16 @@ class Trainings:
             return None
         return Verdict(statistics.fmean(losses) - statistics.fmean(base), max(base) - min(base))
 
+    def outcomes(self, stored: str) -> list[tuple[str, str, str]]:
+        """Task, optimizer and outcome of each that has this format."""
+        found = []
+        for task in self.tasks:
+            for optimizer, own in self.kinds:
+                verdict = self.verdict(task, optimizer, own) if own == stored else None
+                if verdict is not None:
+                    found.append((task, optimizer, verdict.outcome))
+        return found
+
 
 def rounded(value: Any) -> Any:
     """Numbers to so many significant digits, within lists and dicts; what is not finite is None."""
