@@ -272,7 +272,7 @@ def test_the_report_has_verdicts_and_betas():
     ] in rows
     betas = ["AMAdamW", "int8 state", "0.100", "0.200", "0.300", "0.400", "0.500", "25.0%"]
     assert betas in rows
-    assert [*betas, "0.1250"] in rows
+    assert [*betas, "1.2e-01"] in rows
 
 
 def test_results_are_read_as_they_were_written(tmp_path):

@@ -110,7 +110,7 @@ def beta_cells(found: Trainings, task: str, same: bool) -> Iterator[list[str]]:
             cells = [f"{quantile:.3f}" for quantile in quantiles]
             cells.append(f"{statistics.fmean(own['at_cap'] for own in betas):.1%}")
             if same:
-                cells.append(f"{statistics.fmean(own['distance'] for own in betas):.4f}")
+                cells.append(f"{statistics.fmean(own['distance'] for own in betas):.1e}")
             yield [optimizer, stored, *cells]
 
 
