@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 from bench import compare, host, phase, readme, train
 from bench.kernels import command as kernels
+from bench.low_precision import steps as low_precision
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (kernels, train, phase, host, compare, readme):
+    for module in (kernels, low_precision, train, phase, host, compare, readme):
         module.add_parser(commands)
     args = parser.parse_args(argv)
     if getattr(args, "quick", False):

@@ -14,6 +14,9 @@ from bench import host, phase, train
 from bench.kernels.contestants import ADAMW_BASELINE, is_ours_fused
 from bench.kernels.results import Report, Row, Spread, baseline
 from bench.kernels.tables import format_ratio, format_reasons, target_cells
+from bench.low_precision import steps
+from bench.low_precision.results import RESULTS as TRAININGS
+from bench.low_precision.results import Trainings
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("bench/results")
@@ -44,8 +47,8 @@ def add_parser(commands: Any) -> None:
         "readme",
         help="writes the README's performance section from the committed results",
         description=f"Writes what stands between {BEGIN} and {END} in README.md from every "
-        f"{RESULTS}/*/kernels.json, and the train.json, phase.json, host.json and pictures beside "
-        "it.",
+        f"{RESULTS}/*/kernels.json, and the train.json, phase.json, {steps.NAME}, host.json and "
+        "pictures beside it.",
     )
     parser.set_defaults(run=run, parser=parser)
 
@@ -132,6 +135,9 @@ def device_section(report: Report, folder: Path, root: Path) -> str:
     if whole.exists():
         for text, headers, cells in phase.tables(json.loads(whole.read_text())):
             parts += [f"{text} ([phase.json]({link}/phase.json)):\n", _table(cells, headers)]
+    low_precision = folder / steps.NAME
+    if low_precision.exists():
+        parts += _low_precision(json.loads(low_precision.read_text()), link, root)
     submitted = folder / "host.json"
     if submitted.exists():
         result = json.loads(submitted.read_text())
@@ -154,6 +160,28 @@ def device_section(report: Report, folder: Path, root: Path) -> str:
         summary = "Every parameter list, every contestant, and what was not measured"
         parts += [f"<details><summary>{summary}</summary>\n", *details, "</details>\n"]
     return "\n".join(parts)
+
+
+def _low_precision(result: dict[str, Any], link: str, root: Path) -> list[str]:
+    """State and parameters in few bits."""
+    trainings = Trainings.read(root / TRAININGS)
+    words = (
+        f"State and parameters in few bits on {result['parameters']}'s tensors: the time over that "
+        f"of torch's fused AdamW in float32, bytes a parameter (of the state; of state and "
+        "parameter; predicted to be read and written in a step), and memory at its peak, of "
+        f"parameters, gradients, state and temporaries ([{steps.NAME}]({link}/{steps.NAME})). "
+        "AMAdamW's beta is at its cap."
+    )
+    if trainings is not None:
+        words += (
+            f" Losses are of {trainings.content['seeds']} seeds of a small GPT, and in brackets "
+            "the difference to the same optimizer in float32, and whether it is within the seeds' "
+            f"spread ([report.md]({TRAININGS.as_posix()}/report.md))."
+        )
+    cells = steps.table_cells(result, trainings)
+    lines = [f"- {reason}" for reason in steps.reasons(result)]
+    missing = ["Not measured:\n", "\n".join(lines) + "\n"] if lines else []
+    return [f"{words}\n", _table(cells, steps.HEADERS), *missing]
 
 
 def _table(cells: list[list[str]], headers: list[str]) -> str:

@@ -5,6 +5,7 @@
     python -m bench.experiments run --row      # betas by row, beside what they would replace: hours
     python -m bench.experiments run --gpt2     # GPT-2 small's layers; needs a GPU
     python -m bench.experiments report         # the report again, from the results on disk
+    python -m bench.experiments low-precision  # state and parameters in few bits: minutes
 
 A run that was interrupted goes on where it stopped. Data, initial weights and order are the
 same for all contestants, and the same every time.
@@ -26,6 +27,7 @@ from bench.experiments.grid import FULL, ROW, Grid, quick_grid
 from bench.experiments.report import write_report
 from bench.experiments.results import Results
 from bench.experiments.runner import run_cells
+from bench.low_precision import training
 
 RESULTS = Path("bench/results/experiments")
 ROW_RESULTS = Path("bench/results/experiments-row")
@@ -63,8 +65,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     report = commands.add_parser("report", help="write the report of results that are there")
     report.add_argument("--out", type=output_folder, default=RESULTS, help="folder")
+    training.add_parser(commands)
     args = parser.parse_args(argv)
-    if args.out is None:
+    if args.out is None and args.command == "run":
         folder = QUICK_RESULTS if args.quick else GPT2_RESULTS if args.gpt2 else RESULTS
         folder = ROW_RESULTS if args.row else folder
         args.out = output_folder(str(folder))
@@ -114,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "report":
         write_report(Results(args.out))
         return 0
+    if args.command == "low-precision":
+        return training.run(args.quick, args.workers, args.out)
     try:
         grid, results = prepare(args)
     except (RuntimeError, ValueError) as error:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from schedulefree import AdamWScheduleFree
@@ -22,6 +23,8 @@ from bench.experiments.contestants import Contestant
 from bench.experiments.grid import Cell, Grid
 from bench.experiments.results import Run
 from bench.experiments.tasks import Problem, Task
+
+T = TypeVar("T")
 
 WARMUP_SHARE = 0.1  # of the steps
 SEGMENTS = 10  # points of a loss curve: means over as many parts of the run
@@ -109,7 +112,7 @@ def _set_training(optimizer: Optimizer, training: bool) -> None:
         (optimizer.train if training else optimizer.eval)()
 
 
-def parts(values: Sequence[float]) -> list[Sequence[float]]:
+def parts(values: Sequence[T]) -> list[Sequence[T]]:
     """The values in at most SEGMENTS parts of nearly equal length, in order, none empty."""
     count = min(SEGMENTS, len(values))
     bounds = [i * len(values) // count for i in range(count + 1)]

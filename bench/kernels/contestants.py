@@ -57,6 +57,8 @@ class Contestant:
         compiled: its step goes through torch.compile.
         compiles_itself: it compiles its step on its own, for all tensors at once.
         quantized: its state is rounded to few bits, so that only a first step can be checked.
+        low: an Adaptive Memory optimizer whose memories or parameters are in few bits: it does not
+            guess.
         tolerance: of a float32 step, relative to the largest change in the tensor.
     """
 
@@ -72,6 +74,7 @@ class Contestant:
     compiled: bool = False
     compiles_itself: bool = False
     quantized: bool = False
+    low: bool = False
     tolerance: float = 1e-3
 
 
@@ -101,9 +104,9 @@ class Peer:
     quantized: bool = False
     tolerance: float = 1e-3
 
-    def make(self, params: Sequence[Tensor]) -> Optimizer:
+    def make(self, params: Sequence[Any], **options: Any) -> Optimizer:
         cls = getattr(importlib.import_module(self.module), self.attribute)
-        optimizer: Optimizer = cls(params, **ADAMW_OPTIONS, **self.options)
+        optimizer: Optimizer = cls(params, **{**ADAMW_OPTIONS, **self.options, **options})
         return optimizer
 
     def missing(self, device: torch.device) -> str | None:
