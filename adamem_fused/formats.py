@@ -67,7 +67,7 @@ def random_bits(key: int, places: Tensor) -> Tensor:
     Args:
         places: int64, below 2^63.
     """
-    x = (places ^ key) & _HALF
+    x = (places & _HALF) ^ (key & _HALF)
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D & _HALF
     x = x ^ (((places >> 32) + (key >> 32)) & _HALF)
@@ -124,17 +124,20 @@ def split(value: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def join(param: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 values of a bfloat16 parameter and its remainder."""
+    """The float32 values of a bfloat16 parameter and its remainder.
+
+    A parameter that has been set between steps keeps its remainder, at most half an ulp. With 0 or
+    infinity that may be the bits of a NaN: it is then the parameter alone.
+    """
     words = param.float().view(torch.int32).long() + (remainder.long() << 8)
     result = words.to(torch.int32).view(torch.float32)
-    return torch.where(param.isnan(), param.float(), result)
+    return torch.where(result.isnan(), param.float(), result)
 
 
 # ---- int8 -------------------------------------------------------------------------------
 
-# A block below this is of zeros: its inverse would be infinite.
+# A block whose scale is below this is of zeros: the scale's inverse would be infinite.
 SMALLEST_SCALE = 1e-37
-
 
 # Elements that a block may have.
 BLOCKS = (256, 128, 64)
