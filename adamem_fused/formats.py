@@ -155,13 +155,19 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
         codes: int8 of a signed memory, uint8 of exp_avg_sq, contiguous.
         scales: float32, one a block, in the order of the blocks.
     """
-    c = codes.reshape(scales.numel(), -1).double()
+    c = _blocks(codes, scales).double()
     scale = scales.double().reshape(-1, 1)
     if codes.dtype == torch.int8:
         values = c * c.abs() * (scale / 127**2)
     else:
         values = ((c / 255) ** 2 * scale) ** 2
     return values.reshape(codes.shape)
+
+
+def _blocks(tensor: Tensor, scales: Tensor) -> Tensor:
+    """[blocks, elements of each]; also of a shard that has none."""
+    count = scales.numel()
+    return tensor.reshape(count, max(1, tensor.numel() // max(1, count)))
 
 
 def encode(value: Tensor, codes: Tensor, scales: Tensor, bits: Tensor | None) -> None:
@@ -176,7 +182,7 @@ def encode(value: Tensor, codes: Tensor, scales: Tensor, bits: Tensor | None) ->
     """
     signed = codes.dtype == torch.int8
     most, power = (127, 2) if signed else (255, 4)
-    value = value.double().reshape(scales.numel(), -1)
+    value = _blocks(value, scales).double()
     magnitude = value.abs() if signed else value.sqrt()
     # NaN where one is, as amax has it.
     scale = magnitude.amax(1, keepdim=True).float().double()
