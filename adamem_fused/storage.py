@@ -1,6 +1,6 @@
 """How a parameter's state is kept: which of the formats of formats.py its group's options give it.
 
-    state_dtype              None, torch.bfloat16 or "int8": of the memories
+    state_dtype              None, torch.bfloat16 ("bfloat16" in a group) or "int8": of the memories
     stochastic_rounding      of a bfloat16 parameter
     store_param_remainders   8 further bits of a bfloat16 parameter, `param_remainder`
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 # A parameter group, and how many of its tensors are in a batch.
 Placed: TypeAlias = "tuple[dict[str, Any], int]"
 
-STATE_DTYPES = (None, torch.bfloat16, "int8")
+BFLOAT16 = "bfloat16"
+STATE_DTYPES = (None, torch.bfloat16, BFLOAT16, "int8")
 REMAINDER = "param_remainder"
 
 # Of the parameters that may have a state_dtype.
@@ -76,7 +77,7 @@ def storage_of(param: Tensor, group: dict[str, Any]) -> Storage:
     # Of other dtypes only what is frozen is in a group with a state_dtype.
     is_low = group["state_dtype"] is not None and param.dtype in PARAM_DTYPES
     if is_low and param.numel() >= LEAST_NUMEL:
-        if group["state_dtype"] == torch.bfloat16:
+        if group["state_dtype"] in (torch.bfloat16, BFLOAT16):
             memory = torch.bfloat16
         else:
             block = formats.block_length(param.shape[min(1, param.dim() - 1) :].numel())
