@@ -61,8 +61,9 @@ def random_bits(key: int, places: Tensor) -> Tensor:
     """32 bits for each of these places in the tensor: int64, of [0, 2^32).
 
     Two rounds of multiplication and shifts, of which each takes a half of the key. The low 16 bits
-    are those of a signed memory, the high 16 those of exp_avg_sq; a parameter, which has a key of
-    its own, takes the low ones.
+    are those of a signed memory, the high 16 those of exp_avg_sq; a parameter, which has a
+    key of its own, takes the low ones. Places that are a multiple of 2^32 apart have bits that are
+    fair, and not independent of each other.
 
     Args:
         places: int64, below 2^63.

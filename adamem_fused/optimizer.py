@@ -434,7 +434,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         return misfits
 
     def _unpack(self, groups: list[dict[str, Any]]) -> None:
-        """Makes state ordinary again where its group has none of the options of storage any more."""
+        """Makes state ordinary again whose group has none of the options of storage any more."""
         for group in groups:
             if storage.is_packed(group):
                 continue

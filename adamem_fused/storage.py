@@ -116,8 +116,7 @@ def all_names(memories: Iterable[str]) -> set[str]:
 
 def fits(param: Tensor, memory: str, state: dict[str, Any], own: Storage) -> bool:
     """Whether a state has this memory as it is to be."""
-    names = names_of(memory, own)
-    values = [state.get(name) for name in names]
+    values: list[Any] = [state.get(name) for name in names_of(memory, own)]
     if any(value is None for value in values):
         return False
     if not all(isinstance(value, Tensor) for value in values):
@@ -127,8 +126,8 @@ def fits(param: Tensor, memory: str, state: dict[str, Any], own: Storage) -> boo
         return False
     if own.memory == torch.int8:
         return bool(values[1].shape == scales_shape(param.shape, own.block))
-    dtype = own.memory or memory_dtype(param)
-    return first.dtype == dtype or (own == PLAIN and first.dtype == torch.float64)
+    dtypes = {own.memory or memory_dtype(param), *([torch.float64] if own == PLAIN else [])}
+    return first.dtype in dtypes
 
 
 def stale(memories: Iterable[str], state: dict[str, Any], own: Storage) -> set[str]:
@@ -161,15 +160,11 @@ def memory_state(
     return {memory: torch.empty_like(param, dtype=dtype, memory_format=like).copy_(value)}
 
 
-def _codes_state(
-    param: Tensor, memory: str, block: int, value: Tensor | None
-) -> dict[str, Tensor]:
+def _codes_state(param: Tensor, memory: str, block: int, value: Tensor | None) -> dict[str, Tensor]:
     own = sharding.local(param)
     dtype = torch.uint8 if memory in _UNSIGNED else torch.int8
     codes = torch.zeros(own.shape, dtype=dtype, device=param.device)
-    scales = torch.zeros(
-        scales_shape(own.shape, block), dtype=torch.float32, device=param.device
-    )
+    scales = torch.zeros(scales_shape(own.shape, block), dtype=torch.float32, device=param.device)
     if value is not None:
         local_value = sharding.local_like(param, value).to(param.device)
         formats.encode(local_value, codes, scales, None)
@@ -321,9 +316,12 @@ def pack(work: Work, groups: list[Placed], all_groups: list[dict[str, Any]]) -> 
     groups: those of the batch, each with how many of its tensors are in it.
     """
     batch = work.batch
+    key = (
+        list(map(id, work.params)),
+        list(map(sharding.spec_of, work.params)) if work.dtensors else [],
+        [(group["seed"], options_of(group), size) for group, size in groups],
+    )
     known = batch.cache.get("rounding")
-    options = [(g["seed"], options_of(g), size) for g, size in groups]
-    key = list(map(id, work.params)), options
     if known is None or known[0] != key:
         known = batch.cache["rounding"] = key, _rounding(work.params, groups, all_groups)
     batch.packed.rounding = known[1]

@@ -242,9 +242,7 @@ def test_splitting_is_unbiased():
     bits = bits_for(count * value.numel()).view(count, -1)
     joined = formats.join(*formats.split(value.expand(count, -1), bits))
     words = value.view(torch.int32).long() & ~0xFF
-    low, high = (
-        (words + step).to(torch.int32).view(torch.float32).double() for step in (0, 0x100)
-    )
+    low, high = ((words + step).to(torch.int32).view(torch.float32).double() for step in (0, 0x100))
     assert is_unbiased(joined, value, low, high, count).all()
 
 

@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import Linear, Parameter, ParameterList, Sequential
 
-
 # Blocks of 256, 128 and 64 elements, rows without blocks, a convolution's, and a vector and a
 # matrix that are too small. Over 2 to 4 ranks: even and uneven rows, and ranks that have none.
 SHAPES = [(18, 256), (33, 128), (65, 64), (3, 2048), (50, 100), (9, 8, 64), (64,), (8, 256)]
@@ -63,7 +62,13 @@ def take_step(optimizer, step):
 
 
 def optimizer_of(cls, form, params, **options):
-    options = {"backend": "reference", "beta_scope": "row", "seed": 5, **FORMATS[form][1], **options}
+    options = {
+        "backend": "reference",
+        "beta_scope": "row",
+        "seed": 5,
+        **FORMATS[form][1],
+        **options,
+    }
     return cls(params, lr=0.03, weight_decay=0.1, **options)
 
 
@@ -127,9 +132,7 @@ def test_hybrid_shards_take_the_bits_of_one_process(four_ranks, cls):
 
 
 def a_vector_that_is_sharded(cls):
-    param, alone = (
-        list(model_of("int8", sizes, [VECTOR]).parameters())[0] for sizes in ((2,), None)
-    )
+    param, alone = (next(model_of("int8", sizes, [VECTOR]).parameters()) for sizes in ((2,), None))
     sharded, plain = optimizer_of(cls, "int8", [param]), optimizer_of(cls, "int8", [alone])
     take_step(sharded, 0)
     take_step(plain, 0)
