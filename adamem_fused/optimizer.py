@@ -382,7 +382,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         names = [*self.memories, *self.scalars]
         found = [[state.get(name) for state in states] for name in names]
         if packed:
-            found = storage.gather(self.memories, states, found)
+            found = storage.gather(new_params, self.memories, states, found)
             names += [*(f"{name}_scales" for name in self.memories), storage.REMAINDER]
         for name, values, own in zip(names, lists, found, strict=True):
             values.extend(own)

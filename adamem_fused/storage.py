@@ -271,43 +271,30 @@ def check_dtype(param: Tensor, group: dict[str, Any]) -> None:
 
 
 def gather(
-    memories: Sequence[str], states: list[dict[str, Any]], found: list[list[Any]]
+    params: list[Tensor],
+    memories: Sequence[str],
+    states: list[dict[str, Any]],
+    found: list[list[Any]],
 ) -> list[list[Any]]:
     """Lists of states that may be packed: the memories' tensors or codes, the scalars, the scales,
     and the remainders. What a state does not have is a tensor without elements.
 
-    found: the memories and scalars, with None for the memories that are codes.
+    found: the memories and scalars, with None for the memories that are codes, which take its
+        place.
     """
-    found = [list(own) for own in found]
-    nothing = _Nothing()
+    devices = [param.device for param in params]
+    empty = {d: torch.empty(0, dtype=torch.float32, device=d) for d in set(devices)}
+    nothing = [empty[device] for device in devices]
     scales: list[list[Any]] = []
     for memory, own in zip(memories, found, strict=False):
         codes_name, scales_name = _codes_and_scales(memory)
-        scales.append([nothing.on(value) for value in own])
+        own_scales: list[Any] = list(nothing)
         for i, value in enumerate(own):
             if value is None:
-                own[i], scales[-1][i] = states[i][codes_name], states[i][scales_name]
-    remainders = [
-        state[REMAINDER] if REMAINDER in state else nothing.on(value)
-        for state, value in zip(states, found[0], strict=True)
-    ]
+                own[i], own_scales[i] = states[i][codes_name], states[i][scales_name]
+        scales.append(own_scales)
+    remainders = [state.get(REMAINDER, none) for state, none in zip(states, nothing, strict=True)]
     return [*found, *scales, remainders]
-
-
-class _Nothing:
-    """Tensors without elements, one a device."""
-
-    def __init__(self) -> None:
-        self._known: dict[torch.device, Tensor] = {}
-
-    def on(self, like: Any) -> Any:
-        """On a tensor's device; something else, which a step refuses, as it is."""
-        if not isinstance(like, Tensor):
-            return like
-        device = like.device
-        if device not in self._known:
-            self._known[device] = torch.empty(0, dtype=torch.float32, device=device)
-        return self._known[device]
 
 
 def pack(work: Work, groups: list[Placed], all_groups: list[dict[str, Any]]) -> None:
