@@ -21,6 +21,8 @@ of threads, chunks and shards, and after a checkpoint.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -48,13 +50,21 @@ def as_signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-def step_keys(key: int, step: int) -> tuple[int, int]:
-    """A tensor's keys in a step: of its memories, and of its parameter.
+class StepKeys(NamedTuple):
+    """A tensor's keys in a step, and those of a repair, which rounds a second time."""
 
-    step: the number of steps before this one.
-    """
-    memories = mix(key ^ (step + 1))
-    return memories, mix(memories)
+    memories: int
+    param: int
+    repaired_memories: int
+    repaired_param: int
+
+
+def step_keys(key: int, step: int) -> StepKeys:
+    """step: the number of steps before this one."""
+    keys = [mix(key ^ (step + 1))]
+    while len(keys) < len(StepKeys._fields):
+        keys.append(mix(keys[-1]))
+    return StepKeys(*keys)
 
 
 def random_bits(key: int, places: Tensor) -> Tensor:

@@ -26,15 +26,19 @@ AM_INLINE uint64_t mix(uint64_t word) {
   return word ^ (word >> 31);
 }
 
-// A tensor's keys in a step, of its memories and of its parameter.
+// A tensor's keys in a step, and those of a repair, which rounds a second time.
 struct StepKeys {
-  uint64_t memories, param;
+  uint64_t memories, param, repaired_memories, repaired_param;
 };
 
 // step: the number of steps before this one.
 AM_INLINE StepKeys step_keys(int64_t key, double step) {
-  const uint64_t memories = mix(static_cast<uint64_t>(key) ^ (static_cast<uint64_t>(step) + 1));
-  return {memories, mix(memories)};
+  StepKeys keys;
+  keys.memories = mix(static_cast<uint64_t>(key) ^ (static_cast<uint64_t>(step) + 1));
+  keys.param = mix(keys.memories);
+  keys.repaired_memories = mix(keys.param);
+  keys.repaired_param = mix(keys.repaired_memories);
+  return keys;
 }
 
 // Of the elements at these places in the whole tensor, whose halves low and high are. The low 16

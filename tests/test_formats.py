@@ -134,7 +134,7 @@ def test_keys_of_tensors_seeds_and_steps_are_all_different():
     keys = [formats.tensor_key(seed, i) for seed in (0, 1, 2, 2**63 - 1) for i in range(1000)]
     of_steps = {key for own in keys[:50] for s in range(100) for key in formats.step_keys(own, s)}
     assert len(set(keys)) == 4000
-    assert len(of_steps) == 50 * 100 * 2
+    assert len(of_steps) == 50 * 100 * 4
     assert all(formats.as_signed(key) & (2**64 - 1) == key for key in keys)
     assert all(-(2**63) <= formats.as_signed(key) < 2**63 for key in keys)
 

@@ -108,6 +108,38 @@ def _adamw_update(
     return x, d, v
 
 
+def _guesses(batch: AdamWBatch, i: int, t: float, h: AdamWHyper) -> bool:
+    """Whether a step is taken with the cap and then repaired, which matters to what is rounded.
+
+    Elsewhere it comes to the same.
+    """
+    packed = batch.packed
+    return (
+        packed is not None
+        and packed.is_low(batch, i)
+        and packed.may_guess(batch, i)
+        and not h.anchored
+        and h.beta_max > 0
+        and not (t == 1 and float(h.lr) == 0)
+    )
+
+
+def _adamw_repair(
+    x: Tensor,
+    g: Tensor,
+    d: Tensor,
+    v: Tensor,
+    t: float,
+    beta_prod: Tensor,
+    beta: Tensor,
+    h: AdamWHyper,
+) -> tuple[Tensor, Tensor]:
+    """The x and d of a step with beta, from those of one with the cap; v is the new one."""
+    P = (1 - h.beta_max * beta_prod) * ((v / (1 - h.beta2**t)).sqrt() + h.eps)
+    r = (h.beta_max - beta) / (h.beta_max + h.memory_lambda * P)
+    return x - float(h.lr) * r * (g - d) / P, d + r * (g - d)
+
+
 def _sgd_sums(g: Tensor, d: Tensor, prev_lr: float, h: SGDHyper) -> tuple[Tensor, Tensor]:
     """num and den of each segment, [segments]; g has the weight decay in it."""
     eta, lam, kappa = float(h.lr), h.memory_lambda, float(h.anchored)
@@ -160,7 +192,7 @@ def _scales(packed: Packed, batch: Batch, name: str) -> list[Tensor]:
     return packed.scales[list(batch.memories).index(name)]
 
 
-def _store_param(batch: Batch, i: int, value: Tensor, idle: Tensor) -> None:
+def _store_param(batch: Batch, i: int, value: Tensor, idle: Tensor, repaired: bool = False) -> None:
     param = batch.params[i]
     if batch.packed is None or not batch.packed.is_low(batch, i):
         _store(param, value, idle)
@@ -170,7 +202,8 @@ def _store_param(batch: Batch, i: int, value: Tensor, idle: Tensor) -> None:
     bits = None
     if rounds:
         key, step = int(batch.packed.rounding[KEY, i]), int(batch.steps[i])
-        _, own = formats.step_keys(key, step)
+        keys = formats.step_keys(key, step)
+        own = keys.repaired_param if repaired else keys.param
         bits = formats.random_bits(own, _places(batch, batch.packed, i)).view(param.shape)
     if remainder.numel() > 0:
         new, rest = formats.split(value, bits)
@@ -180,14 +213,17 @@ def _store_param(batch: Batch, i: int, value: Tensor, idle: Tensor) -> None:
         param.copy_(value if bits is None else formats.to_bfloat16(value, bits))
 
 
-def _store_memory(batch: Batch, name: str, i: int, value: Tensor, idle: Tensor) -> None:
+def _store_memory(
+    batch: Batch, name: str, i: int, value: Tensor, idle: Tensor, repaired: bool = False
+) -> None:
     memory = batch.memories[name][i]
     if batch.packed is None or memory.dtype not in LOW:
         _store(memory, value, idle)
         return
     value = _but_for_idle(_memory(batch, name, i), value, idle)
     key, step = int(batch.packed.rounding[KEY, i]), int(batch.steps[i])
-    own, _ = formats.step_keys(key, step)
+    keys = formats.step_keys(key, step)
+    own = keys.repaired_memories if repaired else keys.memories
     bits = formats.random_bits(own, _places(batch, batch.packed, i)).view(memory.shape)
     if name == "exp_avg_sq":
         bits = bits >> 16
@@ -260,19 +296,35 @@ def adamw_finish(
             idle = _is_idle(t, float(h.lr), den)
             # There is no earlier iterate at t = 1.
             beta = torch.full_like(den, h.beta_max) if t == 1 else _clip_beta(num, den, h.beta_max)
+            g = _segments(_gradient(batch.grads[i], h.maximize, grad_scale), last)
+            beta_prod = _column(batch.beta_prods[i])
+            guesses = _guesses(batch, i, t, h)
             x, d, v = _adamw_update(
                 _segments(_param(batch, i), last),
-                _segments(_gradient(batch.grads[i], h.maximize, grad_scale), last),
+                g,
                 _segments(_memory(batch, "exp_avg", i), last),
                 _segments(_memory(batch, "exp_avg_sq", i), last),
                 t,
-                _column(batch.beta_prods[i]),
-                _column(beta),
+                beta_prod,
+                _column(torch.full_like(beta, h.beta_max) if guesses else beta),
                 h,
             )
             _store_param(batch, i, x, idle)
             _store_memory(batch, "exp_avg", i, d, idle)
             _store_memory(batch, "exp_avg_sq", i, v, idle)
+            if guesses and bool((beta != h.beta_max) & (den != 0)):
+                x, d = _adamw_repair(
+                    _segments(_param(batch, i), last),
+                    g,
+                    _segments(_memory(batch, "exp_avg", i), last),
+                    _segments(_memory(batch, "exp_avg_sq", i), last),
+                    t,
+                    beta_prod,
+                    _column(beta),
+                    h,
+                )
+                _store_param(batch, i, x, idle, repaired=True)
+                _store_memory(batch, "exp_avg", i, d, idle, repaired=True)
             _store(batch.beta_prods[i], batch.beta_prods[i].double().reshape(-1) * beta, idle)
             _store(batch.betas[i], beta, idle)
             if not _is_none(idle, t, float(h.lr)):

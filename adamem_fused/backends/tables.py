@@ -216,10 +216,13 @@ class Layout:
             sum(1 << k for k, scalar in enumerate(own) if scalar.dtype == torch.float64)
             for own in zip(*scalars, strict=True)
         ]
-        # Whether parameter and memories are stored in the type of the arithmetic.
+        # Whether parameter and memories are stored in the type of the arithmetic, or, of what is
+        # low, so that a guess may be made all the same.
         exact = [
-            own[0] in (torch.float32, torch.float64) and set(own[GRADS + 1 :]) == {own[0]}
-            for own in dtypes
+            packed.may_guess(batch, i)
+            if packed is not None and low[i]
+            else own[0] in (torch.float32, torch.float64) and set(own[GRADS + 1 :]) == {own[0]}
+            for i, own in enumerate(dtypes)
         ]
         # Held, so that its `id`, by which it is known, is no other's.
         self.rounding = None if packed is None else packed.rounding

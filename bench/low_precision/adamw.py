@@ -63,7 +63,7 @@ def _step(
             state |= storage.memory_state(param, name, own, None)
         if own.has_remainder:
             state |= storage.remainder_state(param, state)
-    memory_key, param_key = formats.step_keys(key, state["step"])
+    memory_key, param_key, *_ = formats.step_keys(key, state["step"])
     state["step"] += 1
     t, lr, (beta1, beta2) = state["step"], group["lr"], group["betas"]
 

@@ -57,10 +57,11 @@ struct Bucket {
 
 // Rows of `layout`. kNumel: elements of the segment, or of a row. Bit k of kDoubles: scalar k of
 // the tensor is float64, and not float32. kExact: whether parameter and memories are stored in the
-// type of the arithmetic. kRow: of an ordinary unit, which of its tensor's rows it is; 0 where it
-// is all of it. kRows: how many a unit of rows has. kFirstSegment: its place in the seam's rows.
-// kKey to kRounds: the tensor's column of Packed.rounding (adamem_fused/backends/batch.py), kBlock:
-// the elements that share a scale; 0 where nothing is packed.
+// type of the arithmetic, or a guess may be made all the same (Packed.may_guess). kRow: of an
+// ordinary unit, which of its tensor's rows it is; 0 where it is all of it. kRows: how many a unit
+// of rows has. kFirstSegment: its place in the seam's rows. kKey to kRounds: the tensor's column of
+// Packed.rounding (adamem_fused/backends/batch.py), kBlock: the elements that share a scale; 0
+// where nothing is packed.
 enum LayoutRow {
   kNumel,
   kGroup,
