@@ -85,6 +85,26 @@ def unwrap(optimizer: AdaptiveMemoryOptimizer) -> None:
             optimizer.state[key] = value.state
 
 
+def _of_one_format(
+    optimizer: AdaptiveMemoryOptimizer, param: Tensor, own: storage.Storage, state: dict[str, Any]
+) -> dict[str, Any]:
+    """A state without what is not the checkpoint's, where memories are in two formats.
+
+    torch's set_optimizer_state_dict with full_state_dict=True puts what has a name that the
+    optimizer's new state has in its place, and adds all else, whole, to what is left there.
+    """
+    for memory in optimizer.memories:
+        names = storage.names_of(memory, own)
+        others = {memory, *storage.codes_names(memory)}.difference(names)
+        if not state.keys() >= others.union(names):
+            continue
+        state = {name: value for name, value in state.items() if name not in names}
+        value = storage.whole_value(param, memory, state)
+        state = {name: value for name, value in state.items() if name not in others}
+        state[memory] = sharding.of_whole(param, value) if isinstance(value, Tensor) else value
+    return state
+
+
 def _loaded(
     optimizer: AdaptiveMemoryOptimizer,
     param: Tensor,
@@ -107,6 +127,7 @@ def _loaded(
     loaded = {name: _copy(value) for name, value in state.items() if name not in names}
     if any(name in state for name in names):
         own = storage.storage_of(param, group)
+        state = _of_one_format(optimizer, param, own, state)
         for memory in optimizer.memories:
             loaded.update(_loaded_memory(param, memory, own, state))
         for name in optimizer.scalars:

@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import Linear, Parameter, ParameterList, Sequential
 
+from adamem_fused import formats
+
 # Blocks of 256, 128 and 64 elements, rows without blocks, a convolution's, and a vector and a
 # matrix that are too small. Over 2 to 4 ranks: even and uneven rows, and ranks that have none.
 SHAPES = [(18, 256), (33, 128), (65, 64), (3, 2048), (50, 100), (9, 8, 64), (64,), (8, 256)]
@@ -317,3 +319,52 @@ def full_state(cls, form):
 @pytest.mark.parametrize("form", ["bfloat16", "all"])
 def test_a_full_state_dict_loads_on_every_rank(two_ranks, cls, form):
     two_ranks.run(full_state, cls, form)
+
+
+def values_of_memories(cls, state):
+    return {
+        name: state[name].double()
+        if name in state
+        else formats.decode(state[f"{name}_codes"], state[f"{name}_scales"])
+        for name in cls.memories
+    }
+
+
+def full_state_of_another_format(cls, saved, own, shapes, saved_sizes, sizes):
+    model = model_of(saved, saved_sizes, shapes)
+    optimizer = optimizer_of(cls, saved, model.parameters())
+    take_step(optimizer, 0)
+    state = get_optimizer_state_dict(
+        model, optimizer, options=StateDictOptions(full_state_dict=True)
+    )
+    other = model_of(own, sizes, shapes)
+    resumed = optimizer_of(cls, own, other.parameters())
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(other, resumed, state, options=options)
+    expected = optimizer_of(cls, own, model_of(own, None, shapes).parameters())
+    expected.load_state_dict(
+        {**expected.state_dict(), "state": dict(enumerate(content(optimizer)))}
+    )
+    pairs = zip(content(resumed), content(expected), strict=True)
+    for index, (ours, theirs) in enumerate(pairs):
+        wanted = values_of_memories(cls, theirs)
+        for name, value in values_of_memories(cls, ours).items():
+            assert value.any()
+            if dist.get_rank() == 0:
+                assert torch.equal(value, wanted[name]) or shapes[index] == VECTOR, (index, name)
+            assert (value - wanted[name]).abs().max() <= 0.02 * wanted[name].abs().max()
+    take_step(resumed, 1)
+
+
+@both
+@pytest.mark.parametrize(("saved", "own"), [("bfloat16", "int8"), ("int8", "bfloat16")])
+def test_a_full_state_dict_of_another_format_is_converted(two_ranks, cls, saved, own):
+    shapes = [(64,), (18, 256), VECTOR, (50, 100)]
+    for sizes in ((2,), None):
+        two_ranks.run(full_state_of_another_format, cls, saved, own, shapes, (2,), sizes)
+
+
+@both
+def test_a_vector_goes_from_whole_to_sharded_and_back(two_ranks, cls):
+    for sizes in ((None, (2,)), ((2,), None)):
+        two_ranks.run(full_state_of_another_format, cls, "int8", "int8", [VECTOR], *sizes)
