@@ -368,3 +368,25 @@ def test_a_full_state_dict_of_another_format_is_converted(two_ranks, cls, saved,
 def test_a_vector_goes_from_whole_to_sharded_and_back(two_ranks, cls):
     for sizes in ((None, (2,)), ((2,), None)):
         two_ranks.run(full_state_of_another_format, cls, "int8", "int8", [VECTOR], *sizes)
+
+
+def full_state_that_is_lost(cls, saved, own):
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
+    shapes = [(64,), (18, 256)]
+    model, other = model_of(saved, (2,), shapes), model_of(own, (2,), shapes)
+    optimizer, resumed = (
+        optimizer_of(cls, form, m.parameters()) for form, m in ((saved, model), (own, other))
+    )
+    take_step(optimizer, 0)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    if dist.get_rank() == 0:
+        set_optimizer_state_dict(other, resumed, state, options=options)
+    else:
+        with pytest.raises(ValueError, match="is of zeros after step 1"):
+            set_optimizer_state_dict(other, resumed, state, options=options)
+
+
+@both
+@pytest.mark.parametrize(("saved", "own"), [("bfloat16", "int8"), ("int8", "bfloat16")])
+def test_a_broadcast_of_another_format_is_refused(two_ranks, cls, saved, own):
+    two_ranks.run(full_state_that_is_lost, cls, saved, own)
