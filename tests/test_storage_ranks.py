@@ -13,11 +13,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import Linear, Parameter, ParameterList, Sequential
 
-from adamem_fused import formats
+from adamem_fused import formats, sharding
 
 # Blocks of 256, 128 and 64 elements, rows without blocks, a convolution's, and a vector and a
 # matrix that are too small. Over 2 to 4 ranks: even and uneven rows, and ranks that have none.
@@ -390,3 +390,47 @@ def full_state_that_is_lost(cls, saved, own):
 @pytest.mark.parametrize(("saved", "own"), [("bfloat16", "int8"), ("int8", "bfloat16")])
 def test_a_broadcast_of_another_format_is_refused(two_ranks, cls, saved, own):
     two_ranks.run(full_state_that_is_lost, cls, saved, own)
+
+
+# ---- places -----------------------------------------------------------------------------
+
+
+def assert_places(param, index):
+    """Of a parameter that was given its elements' places as values."""
+    local = param.to_local().detach()
+    places = formats.places(local.numel(), *sharding.place_of(param), local.device)
+    assert torch.equal(places.view(local.shape).to(local.dtype), local), index
+
+
+def places_of_shards(sizes, layouts):
+    mesh = init_device_mesh("cpu", sizes)
+    for shape, *placements in layouts:
+        value = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).view(shape)
+        param = distribute_tensor(value, mesh, placements, src_data_rank=None)
+        assert_places(param, (shape, placements))
+
+
+def places_over_two_dimensions(rows):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = Sequential(Linear(6, rows, bias=False), Linear(6, rows, bias=False)).double()
+    for layer in model:
+        values = torch.arange(layer.weight.numel(), dtype=torch.float64).view(layer.weight.shape)
+        layer.weight.data.copy_(values)
+    plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+    parallelize_module(model, mesh["tensor"], plan)
+    fully_shard(model, mesh=mesh["data"])
+    for index, param in enumerate(model.parameters()):
+        assert_places(param, (rows, index))
+
+
+def test_places_of_shards_are_those_in_the_whole(three_ranks, four_ranks):
+    whole, first, second = Replicate(), Shard(0), Shard(1)
+    lines = [(7, 5), (2, 5), (9, 4, 3), (10,), (2,)]
+    three_ranks.run(places_of_shards, (3,), [(shape, first) for shape in lines])
+    three_ranks.run(places_of_shards, (3,), [(shape, second) for shape in lines[:3]])
+    three_ranks.run(places_of_shards, (3,), [((4, 3, 7), Shard(2)), ((5, 1, 8), Shard(2))])
+    pairs = [(first, second), (second, first), (first, first), (second, second), (whole, second)]
+    grids = [((6, 8), *pair) for pair in pairs] + [((5, 7, 3), *pair) for pair in pairs]
+    four_ranks.run(places_of_shards, (2, 2), grids)
+    for rows in (4, 6, 7):
+        four_ranks.run(places_over_two_dimensions, rows)
