@@ -284,9 +284,15 @@ def load_other_format(cls, saved, own, path):
     state = get_optimizer_state_dict(model, optimizer)
     dcp.load({"optimizer": state}, checkpoint_id=path / "checkpoint")
     set_optimizer_state_dict(model, optimizer, state)
+    known = [values_of_memories(cls, state) for state in content(optimizer)]
     for name, value in FORMATS[own][1].items():
         optimizer.param_groups[0][name] = value
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
     take_step(optimizer, 2)
+    for state, memories in zip(content(optimizer), known, strict=True):
+        assert state["step"] == 3
+        assert all(value.any() for value in memories.values())
 
 
 @both
