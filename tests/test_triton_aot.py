@@ -84,18 +84,21 @@ def compile_kernel(
     row=1024,
     half="WHOLE",
     scale="*fp64",
+    low=False,
 ):
     """The kernel compiled as the backend launches it on such a device, some arguments None."""
     kernel, config = getattr(kernels, name), config_of(target)
-    param, grad, memory = dtypes
-    tile, row_options = config.tile_of(row, memory)
+    param, grad, *memories, arithmetic = dtypes
+    memories = memories or [arithmetic]
+    tile, row_options = config.tile_of(row, arithmetic)
     constants = {
         "PARAM": param,
         "GRAD": grad,
-        "MEMORY": memory,
-        "SQUARE": memory,
-        "T": memory,
+        "MEMORY": memories[0],
+        "SQUARE": memories[-1],
+        "T": arithmetic,
         "ADAMW": kind == "adamw",
+        "LOW": low,
         "SEAM": seam,
         "ROWS_SEAM": seam,
         "PASS": getattr(kernels, half),
@@ -103,7 +106,7 @@ def compile_kernel(
         "WIDTH": row,
         "DECAY": decay,
         "CHUNK": config.chunk,
-        "BLOCK": config.block_of(memory),
+        "BLOCK": config.block_of(arithmetic),
         "PARTIALS": config.partials,
         **dict.fromkeys(absent),
     }
@@ -114,7 +117,7 @@ def compile_kernel(
     }
     options = {"num_warps": 1 if name == "am_prepare" else config.num_warps}
     if name in ("am_begin", "am_finish"):
-        options = config.options(memory)
+        options = config.options(arithmetic)
     if name == "am_rows":
         options = row_options
     return triton.compile(

@@ -41,7 +41,7 @@ from adamem_fused.backends.tables import Bucket, Opened, Tables, is_capturing, o
 name = "triton"
 fused = True
 shares_sums = True
-packs = False
+packs = True
 
 
 def _is_interpreted() -> bool:
@@ -102,6 +102,8 @@ def _names() -> dict[torch.dtype, Any]:
         torch.float64: tl.float64,
         torch.bfloat16: tl.bfloat16,
         torch.float16: tl.float16,
+        torch.int8: tl.int8,
+        torch.uint8: tl.uint8,
     }
 
 
@@ -211,6 +213,7 @@ def _of_bucket(bucket: Bucket) -> dict[str, Any]:
     return {
         "first_chunk": bucket.first_chunk,
         "last_chunk": bucket.first_chunk + bucket.chunks - 1,
+        "LOW": bucket.low,
         **_dtypes(bucket.dtypes),
     }
 
