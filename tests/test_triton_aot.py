@@ -85,6 +85,7 @@ def compile_kernel(
     half="WHOLE",
     scale="*fp64",
     low=False,
+    stretched=False,
 ):
     """The kernel compiled as the backend launches it on such a device, some arguments None."""
     kernel, config = getattr(kernels, name), config_of(target)
@@ -99,6 +100,7 @@ def compile_kernel(
         "T": arithmetic,
         "ADAMW": kind == "adamw",
         "LOW": low,
+        "STRETCHED": stretched,
         "SEAM": seam,
         "ROWS_SEAM": seam,
         "PASS": getattr(kernels, half),

@@ -56,6 +56,7 @@ from adamem_fused.triton_kernels.storage import (
     masked,
     open_elements,
     rows_at,
+    square_as_stored,
     store,
     store_elements,
 )
@@ -198,13 +199,14 @@ def _store_rest(row, rest, keep, take):
 def _open_chunk(
     addresses, layout, n, units, i, chunk, step,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MEMORY: tl.constexpr, SQUARE: tl.constexpr,
-    ADAMW: tl.constexpr, LOW: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    ADAMW: tl.constexpr, LOW: tl.constexpr, STRETCHED: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A chunk's elements, where their 16-byte accesses end, and how many they are."""
     numel, start = column(layout, NUMEL, units, i), chunk * CHUNK
     e, aligned = open_elements(
         addresses, layout, n, units, i, column(layout, ROW, units, i) * numel + start, step,
-        PARAM, GRAD, MEMORY, SQUARE, ADAMW, LOW,
+        PARAM, GRAD, MEMORY, SQUARE, ADAMW, LOW, STRETCHED,
     )  # fmt: skip
     middle, end = ends(aligned, start, numel, BLOCK, CHUNK)
     return e, middle, end
@@ -232,7 +234,7 @@ def _begin_blocks(
         den = masked(new_den, den, at)
         if GUESS:
             xs, ds = adamw_update(xs, gs, ds, root, c.cap_take, c)
-            store(e, at, xs, ds, vs, root, ADAMW, VECTOR)
+            store(e, at, xs, ds, square_as_stored(e, at, vs, root), ADAMW, VECTOR)
     return num, den
 
 
@@ -272,11 +274,12 @@ def _finish_blocks(
             store_elements(e.d, at, ds, VECTOR)
         elif ADAMW:
             vs, root = adamw_root(gs, load_square(e, at, VECTOR, T), c)
+            square = square_as_stored(e, at, vs, root)
             xs, ds = adamw_update(xs, gs, ds, root, take, c)
-            store(e, at, xs, ds, vs, root, ADAMW, VECTOR)
+            store(e, at, xs, ds, square, ADAMW, VECTOR)
         else:
             xs, ds = sgd_update(xs, gs, ds, keep, take, c)
-            store(e, at, xs, ds, ds, ds, ADAMW, VECTOR)
+            store(e, at, xs, ds, None, ADAMW, VECTOR)
 
 
 @triton.jit
@@ -339,11 +342,11 @@ def _are_zero(rows, layout, units, i, BLOCK: tl.constexpr):
 
 @triton.jit
 def _store_rows(
-    e, xs, ds, vs, root, first, active, numel,
+    e, xs, ds, square, first, active, numel,
     ADAMW: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     at = rows_at(first, active, numel, HEIGHT, WIDTH, VECTOR)
-    store(e, at, xs, ds, vs, root, ADAMW, VECTOR)
+    store(e, at, xs, ds, square, ADAMW, VECTOR)
 
 
 # ---- kernels --------------------------------------------------------------------------
@@ -405,8 +408,9 @@ def am_prepare(
 def am_rows(
     addresses, layout, chunk_units, rows, coefficients, found_inf, n, units, first_chunk,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MEMORY: tl.constexpr, SQUARE: tl.constexpr,
-    T: tl.constexpr, ADAMW: tl.constexpr, LOW: tl.constexpr, DECAY: tl.constexpr,
-    PASS: tl.constexpr, CHUNK: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    T: tl.constexpr, ADAMW: tl.constexpr, LOW: tl.constexpr, STRETCHED: tl.constexpr,
+    DECAY: tl.constexpr, PASS: tl.constexpr, CHUNK: tl.constexpr, HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Rows of up to WIDTH elements, HEIGHT at a time, from first_chunk on. One program a chunk."""
     skipped = is_skipped(found_inf)
@@ -420,7 +424,7 @@ def am_rows(
     step, lr = tl.load(row + STEP), tl.load(row + LR)
     e, aligned = open_elements(
         addresses, layout, n, units, i, first * numel, step,
-        PARAM, GRAD, MEMORY, SQUARE, ADAMW, LOW,
+        PARAM, GRAD, MEMORY, SQUARE, ADAMW, LOW, STRETCHED,
     )  # fmt: skip
     aligned = aligned & (numel % 8 == 0)
     if LOW:
@@ -451,9 +455,11 @@ def am_rows(
             xs, gs, ds, vs = _load_rows(
                 e, k, active, numel, READS_PARAM, ADAMW, T, HEIGHT, WIDTH, False
             )  # fmt: skip
-        root = vs
+        square = None
         if ADAMW:
             vs, root = adamw_root(gs, vs, own)
+            at = rows_at(k, active, numel, HEIGHT, WIDTH, True)
+            square = square_as_stored(e, at, vs, root)
             gs = gs * own.grad_factor
             terms = adamw_terms(gs, ds, root, own)
         if PASS == FINISH:
@@ -490,11 +496,11 @@ def am_rows(
                 )  # fmt: skip
             if aligned:
                 _store_rows(
-                    e, xs, ds, vs, root, k, active, numel, ADAMW, HEIGHT, WIDTH, True
+                    e, xs, ds, square, k, active, numel, ADAMW, HEIGHT, WIDTH, True
                 )  # fmt: skip
             else:
                 _store_rows(
-                    e, xs, ds, vs, root, k, active, numel, ADAMW, HEIGHT, WIDTH, False
+                    e, xs, ds, square, k, active, numel, ADAMW, HEIGHT, WIDTH, False
                 )  # fmt: skip
         if PASS == WHOLE:
             # Whether a step that may be none is one, and prepare has left it: all write the same.
@@ -508,8 +514,9 @@ def am_begin(
     addresses, layout, chunk_units, arrived, partials, coefficients, found_inf, n, units, chunks,
     first_chunk,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MEMORY: tl.constexpr, SQUARE: tl.constexpr,
-    T: tl.constexpr, ADAMW: tl.constexpr, LOW: tl.constexpr, DECAY: tl.constexpr,
-    SEAM: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
+    T: tl.constexpr, ADAMW: tl.constexpr, LOW: tl.constexpr, STRETCHED: tl.constexpr,
+    DECAY: tl.constexpr, SEAM: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """The sums of every chunk from first_chunk on, and the guess. One program a chunk."""
     if is_skipped(found_inf):
@@ -520,7 +527,7 @@ def am_begin(
     c = _load_coefficients(row, T, ADAMW)
     e, middle, end = _open_chunk(
         addresses, layout, n, units, i, chunk, tl.load(row + STEP), PARAM, GRAD, MEMORY, SQUARE,
-        ADAMW, LOW, CHUNK, BLOCK,
+        ADAMW, LOW, STRETCHED, CHUNK, BLOCK,
     )  # fmt: skip
     if ADAMW and not LOW:
         if tl.load(row + GUESSES) != 0:
@@ -624,8 +631,8 @@ def am_beta(
 def am_finish(
     addresses, layout, chunk_units, coefficients, found_inf, n, units, first_chunk, last_chunk,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MEMORY: tl.constexpr, SQUARE: tl.constexpr,
-    T: tl.constexpr, ADAMW: tl.constexpr, LOW: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    T: tl.constexpr, ADAMW: tl.constexpr, LOW: tl.constexpr, STRETCHED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What is left, from last_chunk backwards to first_chunk. Any number of programs."""
     if is_skipped(found_inf):
@@ -648,7 +655,7 @@ def am_finish(
                     c = _load_coefficients(row, T, ADAMW)
                     e, middle, length = _open_chunk(
                         addresses, layout, n, units, i, chunk, tl.load(row + STEP), PARAM, GRAD,
-                        MEMORY, SQUARE, ADAMW, LOW, CHUNK, BLOCK,
+                        MEMORY, SQUARE, ADAMW, LOW, STRETCHED, CHUNK, BLOCK,
                     )  # fmt: skip
                     _finish_chunk(e, middle, length, rest, keep, take, c, ADAMW, LOW, T, BLOCK)
                 at -= stride

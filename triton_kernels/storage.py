@@ -40,6 +40,14 @@ from adamem_fused.triton_kernels.tables import (
 )
 
 
+class Stretches(NamedTuple):
+    """Where a shard's elements do not lie in one piece in the whole tensor."""
+
+    until: tl.tensor  # behind so many elements of the chunk, and then behind each `length`,
+    length: tl.tensor
+    skip: tl.tensor  # are so many that are others'
+
+
 class Low(NamedTuple):
     """What a chunk has beside its elements where something is stored in few bits."""
 
@@ -52,10 +60,7 @@ class Low(NamedTuple):
     memories_key: tl.tensor
     param_key: tl.tensor
     place: tl.tensor  # of the first element in the whole tensor
-    # Behind so many elements from the first one, and then behind each `stretch`, lie `skip` others.
-    until: tl.tensor
-    stretch: tl.tensor  # 0: there are none
-    skip: tl.tensor
+    stretches: Stretches
 
 
 class Elements(NamedTuple):
@@ -78,8 +83,21 @@ class Tile(NamedTuple):
 
 
 @triton.jit
+def _open_stretches(layout, units, i, start):
+    """And how many lie between the chunk's first element and the tensor's."""
+    length, skip = column(layout, STRETCH, units, i), column(layout, SKIP, units, i)
+    # Nothing is as long as this that is done at a time.
+    most = tl.full((), 2**30, tl.int64)
+    length = tl.where(length > 0, length, start + most)
+    count = start // length
+    until = tl.minimum((count + 1) * length - start, most)
+    length = tl.minimum(length, most)
+    return Stretches(until.to(tl.int32), length.to(tl.int32), skip), count * skip
+
+
+@triton.jit
 def _open_low(
-    addresses, layout, n, units, i, start, step, ADAMW: tl.constexpr
+    addresses, layout, n, units, i, start, step, ADAMW: tl.constexpr, STRETCHED: tl.constexpr
 ):  # fmt: skip
     SCALES: tl.constexpr = 8 if ADAMW else 6
     tensor = column(layout, TENSOR, units, i)
@@ -92,11 +110,11 @@ def _open_low(
         square_scales = data_pointer(addresses, SCALES + 1, n, tensor, tl.float32) + first_block
     remainder = data_pointer(addresses, SCALES + (2 if ADAMW else 1), n, tensor, tl.int8)
     memories_key, param_key = step_keys(column(layout, KEY, units, i), step)
-    stretch, skip = column(layout, STRETCH, units, i), column(layout, SKIP, units, i)
-    stretches = start // tl.maximum(stretch, 1)
-    until = (stretches + 1) * stretch - start
-    # A chunk is shorter than these.
-    most = tl.full((), 2**30, tl.int64)
+    place = column(layout, OFFSET, units, i) + start
+    stretches = None
+    if STRETCHED:
+        stretches, skipped = _open_stretches(layout, units, i, start)
+        place += skipped
     return Low(
         scales,
         square_scales,
@@ -106,10 +124,8 @@ def _open_low(
         column(layout, ROUNDS, units, i) != 0,
         memories_key,
         param_key,
-        column(layout, OFFSET, units, i) + start + tl.where(stretch > 0, stretches * skip, 0),
-        tl.minimum(until, most).to(tl.int32),
-        tl.minimum(stretch, most).to(tl.int32),
-        skip,
+        place,
+        stretches,
     )
 
 
@@ -117,7 +133,7 @@ def _open_low(
 def open_elements(
     addresses, layout, n, units, i, start, step,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MEMORY: tl.constexpr, SQUARE: tl.constexpr,
-    ADAMW: tl.constexpr, LOW: tl.constexpr,
+    ADAMW: tl.constexpr, LOW: tl.constexpr, STRETCHED: tl.constexpr,
 ):  # fmt: skip
     """Those of unit i's tensor from element `start` on, and whether 16-byte accesses may be."""
     tensor = column(layout, TENSOR, units, i)
@@ -130,7 +146,7 @@ def open_elements(
     low_bits = x.to(tl.int64) | g.to(tl.int64) | d.to(tl.int64) | v.to(tl.int64)
     low = None
     if LOW:
-        low = _open_low(addresses, layout, n, units, i, start, step, ADAMW)
+        low = _open_low(addresses, layout, n, units, i, start, step, ADAMW, STRETCHED)
         low_bits |= tl.where(low.has_remainder, low.remainder.to(tl.int64), 0)
     return Elements(x, g, d, v, low), (low_bits & 15) == 0
 
@@ -208,14 +224,13 @@ def masked(value, old, at):
 @triton.jit
 def _random(low, key, at):
     places = low.place + at.offsets
-    if low.stretch > 0:
-        # At most 2^30 elements: in 32 bits.
-        behind = at.offsets - low.until
-        stretches = tl.where(behind < 0, 0, 1 + behind // tl.maximum(low.stretch, 1))
-        random = random_bits(key, places + stretches * low.skip)
-    else:
-        random = random_bits(key, places)
-    return random
+    if low.stretches is not None:
+        own = low.stretches
+        behind = at.offsets - own.until
+        # Exact below 2^20.
+        count = ((behind.to(tl.float32) + 0.5) / own.length).to(tl.int32) + 1
+        places += tl.where(behind < 0, 0, count) * own.skip
+    return random_bits(key, places)
 
 
 @triton.jit
@@ -274,30 +289,38 @@ def load_param(e, at, VECTOR: tl.constexpr, T: tl.constexpr):
     return value
 
 
-@triton.jit
-def _store_scales(scales, low, at, value):
-    value = tl.where(value < SMALLEST_SCALE, 0.0, value)
-    tl.store(
-        _scale_pointers(scales, low, at), tl.reshape(value, at.heads.shape), mask=at.heads_mask
-    )
+class Stored(NamedTuple):
+    """A memory's new values as they are stored."""
+
+    value: tl.tensor
+    scale: tl.tensor  # one for each 64 elements; None: there are none
 
 
 @triton.jit
-def _store_memory(pointer, scales, low, at, value, root, random, VECTOR: tl.constexpr):
+def _memory_as_stored(value, root, low, random, DTYPE: tl.constexpr):
     """root: of exp_avg_sq, whose codes are uint8."""
-    if pointer.dtype.element_ty.is_bf16():
+    scale = None
+    if DTYPE.is_bf16():
         value = to_bfloat16(value.to(tl.float32), random)
-    elif pointer.dtype.element_ty.is_int8():
+    elif DTYPE.is_int8():
         value = value.to(tl.float32)
         scale = largest_magnitudes(value, low.shift)
-        _store_scales(scales, low, at, scale)
         value = encode_signed(value, spread_over(inverse_scale(scale), value), random)
-    elif pointer.dtype.element_ty.is_uint8():
+    elif DTYPE.is_uint8():
         scale = tl.sqrt_rn(largest_magnitudes(value.to(tl.float32), low.shift))
-        _store_scales(scales, low, at, scale)
         root = root.to(tl.float32)
         value = encode_square(root, spread_over(inverse_scale(scale), root), random)
-    store_elements(pointer, at, value, VECTOR)
+    return Stored(value, scale)
+
+
+@triton.jit
+def _store_memory(pointer, scales, low, at, stored, VECTOR: tl.constexpr):
+    if stored.scale is not None:
+        scale = tl.where(stored.scale < SMALLEST_SCALE, 0.0, stored.scale)
+        tl.store(
+            _scale_pointers(scales, low, at), tl.reshape(scale, at.heads.shape), mask=at.heads_mask
+        )
+    store_elements(pointer, at, stored.value, VECTOR)
 
 
 @triton.jit
@@ -305,33 +328,43 @@ def _store_param(e, at, value, VECTOR: tl.constexpr):
     low = e.low
     if e.x.dtype.element_ty.is_bf16():
         value = value.to(tl.float32)
-        random = tl.zeros(value.shape, tl.uint32)
-        if low.rounds:
-            random = _random(low, low.param_key, at)
         if low.has_remainder:
+            random = _random(low, low.param_key, at)
             new, remainder = split(value, tl.where(low.rounds, random & 0xFF, 0x80))
+            store_elements(e.x, at, new, VECTOR)
             store_elements(low.remainder, at, remainder, VECTOR)
         else:
+            random = _random(low, low.param_key, at)
             new = to_bfloat16(value, tl.where(low.rounds, random, to_nearest(value)))
-        store_elements(e.x, at, new, VECTOR)
+            store_elements(e.x, at, new, VECTOR)
     else:
         store_elements(e.x, at, value, VECTOR)
 
 
 @triton.jit
-def store(e, at, xs, ds, vs, root, ADAMW: tl.constexpr, VECTOR: tl.constexpr):
-    """The new x and d, and v with its square root where ADAMW."""
+def square_as_stored(e, at, value, root):
+    """The new v, with its square root, as `store` takes it. Rounded as soon as it is known, it
+    takes fewer registers."""
+    if e.low is None:
+        stored = Stored(value, None)
+    else:
+        random = _random(e.low, e.low.memories_key, at) >> 16
+        stored = _memory_as_stored(value, root, e.low, random, e.v.dtype.element_ty)
+    return stored
+
+
+@triton.jit
+def store(e, at, xs, ds, square, ADAMW: tl.constexpr, VECTOR: tl.constexpr):
+    """The new x and d, and v where ADAMW."""
     if e.low is None:
         store_elements(e.x, at, xs, VECTOR)
         store_elements(e.d, at, ds, VECTOR)
         if ADAMW:
-            store_elements(e.v, at, vs, VECTOR)
+            store_elements(e.v, at, square.value, VECTOR)
     else:
-        _store_param(e, at, xs, VECTOR)
-        # Not needed, and left out, where both memories are plain.
-        random = _random(e.low, e.low.memories_key, at)
-        _store_memory(e.d, e.low.scales, e.low, at, ds, ds, random, VECTOR)
         if ADAMW:
-            _store_memory(
-                e.v, e.low.square_scales, e.low, at, vs, root, random >> 16, VECTOR
-            )  # fmt: skip
+            _store_memory(e.v, e.low.square_scales, e.low, at, square, VECTOR)
+        random = _random(e.low, e.low.memories_key, at)
+        memory = _memory_as_stored(ds, ds, e.low, random, e.d.dtype.element_ty)
+        _store_memory(e.d, e.low.scales, e.low, at, memory, VECTOR)
+        _store_param(e, at, xs, VECTOR)

@@ -204,6 +204,7 @@ def _arguments(
         "ROWS_SEAM": rows is not None,
         # Whether the sums have to read the parameters.
         "DECAY": any(h.weight_decay != 0 for h in batch.hypers),
+        "STRETCHED": layout.stretched,
         "CHUNK": config.chunk,
         "PARTIALS": config.partials,
     }
