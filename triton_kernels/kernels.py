@@ -458,7 +458,7 @@ def am_rows(
         square = None
         if ADAMW:
             vs, root = adamw_root(gs, vs, own)
-            at = rows_at(k, active, numel, HEIGHT, WIDTH, True)
+            at = rows_at(k, active, numel, HEIGHT, WIDTH, False)
             square = square_as_stored(e, at, vs, root)
             gs = gs * own.grad_factor
             terms = adamw_terms(gs, ds, root, own)
