@@ -41,7 +41,7 @@ from adamem_fused.triton_kernels.tables import (
 
 
 class Stretches(NamedTuple):
-    """Where a shard's elements do not lie in one piece in the whole tensor."""
+    """How a shard lies in the whole tensor, where it does not do so in one piece."""
 
     until: tl.tensor  # behind so many elements of the chunk, and then behind each `length`,
     length: tl.tensor
@@ -60,7 +60,7 @@ class Low(NamedTuple):
     memories_key: tl.tensor
     param_key: tl.tensor
     place: tl.tensor  # of the first element in the whole tensor
-    stretches: Stretches
+    stretches: Stretches | None  # None: it does
 
 
 class Elements(NamedTuple):
@@ -70,7 +70,7 @@ class Elements(NamedTuple):
     g: tl.tensor
     d: tl.tensor
     v: tl.tensor
-    low: Low
+    low: Low | None  # None: nothing is
 
 
 class Tile(NamedTuple):
