@@ -331,7 +331,7 @@ def test_blocks_of_all_kinds(backend, cls, state_dtype):
         assert torch.equal(value.isnan(), expected.isnan())
         assert torch.equal(value.isinf(), expected.isinf())
         assert value[3, 7].isnan() and not value[4, 200].isfinite()
-        assert value[3:5].isfinite().any() == (state_dtype != "int8")
+        assert state_dtype != "int8" or not value[3:5].isfinite().any()
         assert value[[0, 1, 2, 5, 16]].isfinite().all() and not value[0].any()
         if memory == "exp_avg_sq":
             assert (value[2] > 0).all()

@@ -17,6 +17,10 @@ coefficients what finish is to do: nothing, a repair, or the update. A unit of o
 by its program at once. With the SEAM begin leaves the partial sums alone, and the beta kernel does
 the rest.
 
+What is stored in few bits (LOW) is decoded when it is loaded and rounded once, when it is stored:
+storage.py. It does not guess, as no repair could start from what has been rounded: begin takes the
+sums, and finish the update.
+
 No program waits for another. With found_inf not 0 nothing is written but scratch, and rows of
 zeros.
 
