@@ -15,8 +15,9 @@ take copies. Nothing is read back from the device, a step can be captured in a C
 runs give the same bits.
 
 It has run on an H100 (bench/results/nvidia-h100-80gb-hbm3/notes.md), but for what is stored in
-few bits, and on no other GPU: for those it was tested under Triton's interpreter, which TRITON_INTERPRET=1 turns on and which takes
-tensors on the CPU, and compiled ahead of time for sm_80, sm_90, sm_100 and gfx942.
+few bits, and on no other GPU: for those it was tested under Triton's interpreter, which
+TRITON_INTERPRET=1 turns on and which takes tensors on the CPU, and compiled ahead of time for
+sm_80, sm_90, sm_100 and gfx942.
 """
 
 from __future__ import annotations
