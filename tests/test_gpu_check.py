@@ -77,7 +77,10 @@ def test_the_whole_check(tmp_path):
     assert "gpt2-small, AMAdamW, float32, below " in output
     assert "gpt2-small, AMAdamW anchored, float32, row " in output
     assert "triton  2^28, chunk=128 block=64 " in output
-    assert "gpt2-small, triton " in output and "gpt2-small, triton, row " in output
+    assert "gpt2-small, float32, triton " in output
+    assert "gpt2-small, bfloat16 and state, triton, row " in output
+    assert "triton   AMAdamW row bfloat16 corrected, int8 as the reference" in output
+    assert "32x524288, AMAdamW, bfloat16 and state, row " in output
     assert "side by side: 2 passed, 0 failed, 0 error, 1 skipped" in output
     assert "triton   memcheck, planted            it is found" in output
     # The sizes of the CUDA kernels are fixed here: that is said, and fails nothing.
