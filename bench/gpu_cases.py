@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -26,9 +27,47 @@ TARGETS: dict[str, dict[str, float]] = {
     "resnet-50": {"cap": 1.05, "row": 1.05},
     "llama-2-7b": {"cap": 1.05, "mixture": 1.15, "row": 1.05},
     "5000x1000": {"cap": 0.3},
+    "32x524288": {},
 }
+# What a list's step in few bits is to take at most: a fifth of what another Triton AdamW with
+# stochastic rounding, one launch a tensor, takes on an H200.
+TARGET_SECONDS = {"32x524288": 1.3e-3 / 5}
 # The share of the elements whose beta is below its cap.
 MISSED = {"cap": 0.0, "mixture": 0.12, "below": 1.0, "row": 0.0, "clip": 0.0}
+
+
+@dataclass(frozen=True)
+class Format:
+    """What parameters, gradients and state are stored in."""
+
+    name: str
+    dtype: torch.dtype  # of parameters and gradients
+    memory: float = 4.0  # bytes of an element of a memory
+    options: Mapping[str, Any] = field(default_factory=dict)
+    target: float | None = None  # step time over torch's fused AdamW's, float32, where it is low
+
+    @property
+    def is_low(self) -> bool:
+        """Something is stored in few bits. torch's side is float32 then."""
+        return bool(self.options)
+
+
+FLOAT32 = Format("float32", torch.float32)
+BFLOAT16 = Format("bfloat16", torch.bfloat16)
+ALL_BFLOAT16 = Format(
+    "bfloat16 and state",
+    torch.bfloat16,
+    memory=2.0,
+    options={"state_dtype": torch.bfloat16, "stochastic_rounding": True},
+    target=0.80,
+)
+INT8_STATE = Format("float32, int8 state", torch.float32, 1 + 4 / 256, {"state_dtype": "int8"})
+BFLOAT16_INT8 = Format(
+    "bfloat16, int8 state",
+    torch.bfloat16,
+    memory=1 + 4 / 256,
+    options={"state_dtype": "int8", "stochastic_rounding": True},
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +105,7 @@ def cases(free_bytes: int) -> dict[str, Case]:
         "resnet-50": MODELS["resnet-50"][0],
         "llama-2-7b": llama,
         "5000x1000": ((20, 50),) * 5000,
+        "32x524288": ((512, 1024),) * 32,
     }
     return {
         name: Case(labels.get(name, name), shapes[name], targets)
@@ -84,7 +124,7 @@ LONGEST_ROW = {"cuda": 14336, "triton": 8192}
 def predicted_bytes(
     optimizer: str,
     shapes: tuple[Shape, ...],
-    dtype: torch.dtype,
+    format: Format,
     l2_bytes: int,
     missed: float,
     longest_row: int | None = None,
@@ -92,13 +132,13 @@ def predicted_bytes(
     """Bytes an element that a step moves from and to memory.
 
     Everything is read and written once. What begin has left to do is read again: in float32 what
-    AM-AdamW has guessed wrong, of which parameter and memory are written again too; elsewhere what
-    the sums have read, parameters too with AM-AdamW, which has weight decay here, as AM-SGD has
-    none. But for what L2 keeps, and for AM-AdamW's tensors of one chunk and rows that are held on
-    chip, which are finished at once (AM-SGD's share one beta).
+    AM-AdamW has guessed wrong, of which parameter and memory are written again too; elsewhere, and
+    where the state is in few bits, what the sums have read, parameters too with AM-AdamW, which has
+    weight decay here, as AM-SGD has none. But for what L2 keeps, and for AM-AdamW's tensors of one
+    chunk and rows that are held on chip, which are finished at once (AM-SGD's share one beta).
     """
     numel = sum(map(math.prod, shapes))
-    element, memory = dtype.itemsize, 4
+    element, memory = format.dtype.itemsize, format.memory
     if optimizer == "AMSGD":
         once, again, left = 3 * element + 2 * memory, float(element + memory), numel
     else:
@@ -106,7 +146,7 @@ def predicted_bytes(
         found = segments(shapes, by_row=longest_row is not None)
         held = longest_row or CHUNK
         left = sum(n * max(rows, 1) for n, rows in found if n > (held if rows else CHUNK))
-        if dtype == torch.float32:
+        if format == FLOAT32:
             again = missed * 3 * (element + memory)
     second = max(0.0, again * left - KEPT_SHARE_OF_L2 * l2_bytes)
     return once + second / numel

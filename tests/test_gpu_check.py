@@ -77,7 +77,10 @@ def test_the_whole_check(tmp_path):
     assert "gpt2-small, AMAdamW, float32, below " in output
     assert "gpt2-small, AMAdamW anchored, float32, row " in output
     assert "triton  2^28, chunk=128 block=64 " in output
-    assert "gpt2-small, triton " in output and "gpt2-small, triton, row " in output
+    assert "gpt2-small, float32, triton " in output
+    assert "gpt2-small, bfloat16 and state, triton, row " in output
+    assert "triton   AMAdamW row bfloat16 corrected, int8 as the reference" in output
+    assert "32x524288, AMAdamW, bfloat16 and state, row " in output
     assert "side by side: 2 passed, 0 failed, 0 error, 1 skipped" in output
     assert "triton   memcheck, planted            it is found" in output
     # The sizes of the CUDA kernels are fixed here: that is said, and fails nothing.
@@ -161,32 +164,43 @@ def test_llamas_layers_fit_the_memory(gib, layers):
 
 
 @pytest.mark.parametrize(
-    "optimizer, shapes, dtype, missed, expected",
+    "optimizer, shapes, format, missed, expected",
     [
-        ("AMAdamW", ((2**28,),), torch.float32, 0.0, 28),
-        ("AMAdamW", ((2**28,),), torch.float32, 1.0, 51.88),
-        ("AMAdamW", ((2**25,),) * 8, torch.float32, 0.12, 30.76),
-        ("AMAdamW", ((1000, 1000), (300,)), torch.float32, 1.0, 28),  # all of it stays in L2
-        ("AMAdamW", ((2**28,),), torch.bfloat16, 0.0, 33.88),
-        ("AMAdamW", ((2**14, 2**14),), torch.bfloat16, 0.0, 33.88),
-        ("AMSGD", ((10,),), torch.float32, 0.0, 20),
-        ("AMSGD", ((2**20,),) * 256, torch.float32, 0.0, 27.88),  # one beta, over all of them
+        ("AMAdamW", ((2**28,),), gpu_cases.FLOAT32, 0.0, 28),
+        ("AMAdamW", ((2**28,),), gpu_cases.FLOAT32, 1.0, 51.88),
+        ("AMAdamW", ((2**25,),) * 8, gpu_cases.FLOAT32, 0.12, 30.76),
+        ("AMAdamW", ((1000, 1000), (300,)), gpu_cases.FLOAT32, 1.0, 28),  # all of it stays in L2
+        ("AMAdamW", ((2**28,),), gpu_cases.BFLOAT16, 0.0, 33.88),
+        ("AMAdamW", ((2**14, 2**14),), gpu_cases.BFLOAT16, 0.0, 33.88),
+        ("AMAdamW", ((2**28,),), gpu_cases.ALL_BFLOAT16, 0.0, 21.88),
+        ("AMAdamW", ((2**28,),), gpu_cases.INT8_STATE, 0.0, 25.98),
+        ("AMSGD", ((10,),), gpu_cases.FLOAT32, 0.0, 20),
+        ("AMSGD", ((2**20,),) * 256, gpu_cases.FLOAT32, 0.0, 27.88),  # one beta, over all of them
     ],
 )
-def test_predicted_bytes(optimizer, shapes, dtype, missed, expected):
-    found = gpu_cases.predicted_bytes(optimizer, shapes, dtype, 50 * 2**20, missed)
+def test_predicted_bytes(optimizer, shapes, format, missed, expected):
+    found = gpu_cases.predicted_bytes(optimizer, shapes, format, 50 * 2**20, missed)
     assert found == pytest.approx(expected, abs=0.005)
 
 
 @pytest.mark.parametrize("name", ["gpt2-small", "llama-2-7b", "resnet-50"])
-@pytest.mark.parametrize("dtype, expected", [(torch.float32, 28), (torch.bfloat16, 22)])
-def test_predicted_bytes_of_a_model_by_row_are_those_of_one_reading(name, dtype, expected):
+@pytest.mark.parametrize(
+    "format, expected",
+    [
+        (gpu_cases.FLOAT32, 28),
+        (gpu_cases.BFLOAT16, 22),
+        (gpu_cases.ALL_BFLOAT16, 14),
+        (gpu_cases.INT8_STATE, 16.06),
+        (gpu_cases.BFLOAT16_INT8, 10.06),
+    ],
+)
+def test_predicted_bytes_of_a_model_by_row_are_those_of_one_reading(name, format, expected):
     shapes = gpu_cases.cases(80 * 2**30)[name].shapes
     held = gpu_cases.LONGEST_ROW["cuda"]
-    found = gpu_cases.predicted_bytes("AMAdamW", shapes, dtype, 0, missed=0.0, longest_row=held)
+    found = gpu_cases.predicted_bytes("AMAdamW", shapes, format, 0, missed=0.0, longest_row=held)
     assert found == pytest.approx(expected, rel=0.03)
     long = ((3, 2**20),)  # no block holds such a row
-    found = gpu_cases.predicted_bytes("AMAdamW", long, torch.bfloat16, 0, 0.0, longest_row=held)
+    found = gpu_cases.predicted_bytes("AMAdamW", long, gpu_cases.BFLOAT16, 0, 0.0, longest_row=held)
     assert found == 34
 
 
@@ -359,7 +373,7 @@ def test_tests_that_were_all_skipped_have_not_passed():
 def test_the_files_with_tests_marked_gpu_are_run():
     command = suite.command("gpu and slow", 0, ["cuda"])
     files = [Path(word).name for word in command if word.endswith(".py")]
-    names = ("", "_cases", "_launches", "_norms", "_rows")
+    names = ("", "_cases", "_launches", "_low_precision", "_norms", "_rows")
     assert files == [f"test_gpu{name}.py" for name in names]
     assert command[command.index("-k") + 1] == "not cuda"
 

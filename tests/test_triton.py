@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
     [
         ["test_gpu_cases.py"],
         ["test_gpu_rows.py"],
+        ["test_gpu_low_precision.py"],
         ["test_gpu_norms.py"],
         ["test_versions.py", "-k", "triton"],
     ],

@@ -46,6 +46,15 @@ CHUNK_KERNELS = [
     for kind in ("adamw", "sgd")
     for name, seam in (("am_begin", False), ("am_begin", True), ("am_finish", False))
 ]
+# Param, grad, memory, square and arithmetic, of what is stored in few bits; how many bytes of stack
+# begin, finish and rows of up to 1,024 elements may have, for scalars; and those of 4,096.
+LOW = {
+    "float32-bfloat16": ((tl.float32, tl.float32, tl.bfloat16, tl.bfloat16, tl.float32), 0, 32),
+    "bfloat16-float32": ((tl.bfloat16, tl.bfloat16, tl.float32, tl.float32, tl.float32), 0, 32),
+    "bfloat16": ((tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.float32), 8, 320),
+    "float32-int8": ((tl.float32, tl.float32, tl.int8, tl.uint8, tl.float32), 24, 120),
+    "bfloat16-int8": ((tl.bfloat16, tl.bfloat16, tl.int8, tl.uint8, tl.float32), 72, 320),
+}
 ARGUMENTS = {
     "addresses": "*i64",
     "layout": "*i64",
@@ -84,18 +93,23 @@ def compile_kernel(
     row=1024,
     half="WHOLE",
     scale="*fp64",
+    low=False,
+    stretched=False,
 ):
     """The kernel compiled as the backend launches it on such a device, some arguments None."""
     kernel, config = getattr(kernels, name), config_of(target)
-    param, grad, memory = dtypes
-    tile, row_options = config.tile_of(row, memory)
+    param, grad, *memories, arithmetic = dtypes
+    memories = memories or [arithmetic]
+    tile, row_options = config.tile_of(row, arithmetic)
     constants = {
         "PARAM": param,
         "GRAD": grad,
-        "MEMORY": memory,
-        "SQUARE": memory,
-        "T": memory,
+        "MEMORY": memories[0],
+        "SQUARE": memories[-1],
+        "T": arithmetic,
         "ADAMW": kind == "adamw",
+        "LOW": low,
+        "STRETCHED": stretched,
         "SEAM": seam,
         "ROWS_SEAM": seam,
         "PASS": getattr(kernels, half),
@@ -103,7 +117,7 @@ def compile_kernel(
         "WIDTH": row,
         "DECAY": decay,
         "CHUNK": config.chunk,
-        "BLOCK": config.block_of(memory),
+        "BLOCK": config.block_of(arithmetic),
         "PARTIALS": config.partials,
         **dict.fromkeys(absent),
     }
@@ -114,7 +128,7 @@ def compile_kernel(
     }
     options = {"num_warps": 1 if name == "am_prepare" else config.num_warps}
     if name in ("am_begin", "am_finish"):
-        options = config.options(memory)
+        options = config.options(arithmetic)
     if name == "am_rows":
         options = row_options
     return triton.compile(
@@ -223,6 +237,40 @@ def test_rows_in_halves_are_added_in_the_order_of_whole_ones(kind, row, dtypes):
         for half, absent in (("WHOLE", ("rows",)), ("BEGIN", ()))
     )
     assert len(begin) == 2 and whole[:2] == begin
+
+
+@pytest.mark.parametrize(
+    "kind, name", [*(("adamw", name) for name in LOW), ("sgd", "bfloat16-int8")]
+)
+def test_kernels_of_few_bits_compile_for_sm_90(kind, name, tmp_path):
+    """What lies on the stack is scalars, but in rows that are 16 elements a thread."""
+    dtypes, stack, long_stack = LOW[name]
+    begin, finish, *rows = (
+        compile_kernel(kind, name, CUDA[1], dtypes, absent=absent, row=row, low=True)
+        for name, row, absent in (
+            ("am_begin", 1024, ("found_inf",)),
+            ("am_finish", 1024, ("found_inf",)),
+            ("am_rows", 1024, ("rows", "found_inf")),
+            ("am_rows", 4096, ("rows", "found_inf")),
+        )
+    )
+    for compiled in (begin, finish, rows[0]):
+        check_spills(compiled, CUDA[1], tmp_path, stack)
+    check_spills(rows[1], CUDA[1], tmp_path, long_stack)
+
+
+@pytest.mark.parametrize("name", ["am_finish", "am_rows"])
+def test_elements_of_few_bits_are_accessed_8_at_a_time(name):
+    """16 bytes of bfloat16, 8 of codes."""
+    for dtypes, of_memory in ((LOW["bfloat16"][0], "v4"), (LOW["bfloat16-int8"][0], "v2")):
+        absent = ("rows", "found_inf") if name == "am_rows" else ("found_inf",)
+        ptx = compile_kernel("adamw", name, CUDA[1], dtypes, absent=absent, low=True).asm["ptx"]
+        for access in ("ld", "st"):
+            wide, narrow = (len(re.findall(rf"{access}\.global\.v{n}\.b32", ptx)) for n in (4, 2))
+            # Loaded: the parameter and the gradient; stored: the parameter, with a remainder and
+            # without one. Remainders are bytes.
+            assert wide == 2 + (2 if of_memory == "v4" else 0), (access, wide)
+            assert narrow == 1 + (2 if of_memory == "v2" else 0), (access, narrow)
 
 
 @pytest.mark.parametrize("target", CUDA, ids=target_name)

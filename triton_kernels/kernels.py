@@ -17,6 +17,10 @@ coefficients what finish is to do: nothing, a repair, or the update. A unit of o
 by its program at once. With the SEAM begin leaves the partial sums alone, and the beta kernel does
 the rest.
 
+What is stored in few bits (LOW) is decoded when it is loaded and rounded once, when it is stored:
+storage.py. It does not guess, as no repair could start from what has been rounded: begin takes the
+sums, and finish the update.
+
 No program waits for another. With found_inf not 0 nothing is written but scratch, and rows of
 zeros.
 
@@ -47,6 +51,19 @@ from adamem_fused.triton_kernels.elements import (
     sgd_sums,
     sgd_update,
 )
+from adamem_fused.triton_kernels.storage import (
+    block_at,
+    load_elements,
+    load_memory,
+    load_param,
+    load_square,
+    masked,
+    open_elements,
+    rows_at,
+    square_as_stored,
+    store,
+    store_elements,
+)
 from adamem_fused.triton_kernels.sums import complete, num_den, store_partials, sum_partials
 from adamem_fused.triton_kernels.tables import (
     ANY_LIST,
@@ -65,21 +82,14 @@ from adamem_fused.triton_kernels.tables import (
     elements_of,
     ends,
     find_scalar,
-    is_aligned,
     is_skipped,
-    load_elements,
     load_scalars,
-    load_tile,
-    masked,
     place,
     read_scalar,
     rows_of,
     sgd_hyper,
     shared_of,
-    store_elements,
     store_scalars,
-    store_tile,
-    tile,
     write_scalar,
 )
 
@@ -190,69 +200,51 @@ def _store_rest(row, rest, keep, take):
 
 
 @triton.jit
-def _open(
-    addresses, n, tensor, start,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, MEMORY: tl.constexpr, SQUARE: tl.constexpr,
-    ADAMW: tl.constexpr,
-):  # fmt: skip
-    """A tensor's x, g, d and v from element `start` on, and whether 16-byte accesses may be."""
-    x = data_pointer(addresses, 0, n, tensor, PARAM) + start
-    g = data_pointer(addresses, 1, n, tensor, GRAD) + start
-    d = data_pointer(addresses, 2, n, tensor, MEMORY) + start
-    v = d
-    if ADAMW:
-        v = data_pointer(addresses, 3, n, tensor, SQUARE) + start
-    return x, g, d, v, is_aligned(x, g, d, v)
-
-
-@triton.jit
 def _open_chunk(
-    addresses, layout, n, units, i, chunk,
+    addresses, layout, n, units, i, chunk, step,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MEMORY: tl.constexpr, SQUARE: tl.constexpr,
-    ADAMW: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    ADAMW: tl.constexpr, LOW: tl.constexpr, STRETCHED: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A chunk's x, g, d and v, where its 16-byte accesses end, and its length."""
+    """A chunk's elements, where their 16-byte accesses end, and how many they are."""
     numel, start = column(layout, NUMEL, units, i), chunk * CHUNK
-    tensor = column(layout, TENSOR, units, i)
-    x, g, d, v, aligned = _open(
-        addresses, n, tensor, column(layout, ROW, units, i) * numel + start,
-        PARAM, GRAD, MEMORY, SQUARE, ADAMW,
+    e, aligned = open_elements(
+        addresses, layout, n, units, i, column(layout, ROW, units, i) * numel + start, step,
+        PARAM, GRAD, MEMORY, SQUARE, ADAMW, LOW, STRETCHED,
     )  # fmt: skip
     middle, end = ends(aligned, start, numel, BLOCK, CHUNK)
-    return x, g, d, v, middle, end
+    return e, middle, end
 
 
 @triton.jit
 def _begin_blocks(
-    x, g, d, v, num, den, begin, end, numel, c,
+    e, num, den, begin, end, numel, c,
     GUESS: tl.constexpr, DECAY: tl.constexpr, ADAMW: tl.constexpr, T: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     for k in range(begin, end, BLOCK):
-        at = k + tl.arange(0, BLOCK)
-        gs = load_elements(g, at, numel, VECTOR, T)
-        ds = load_elements(d, at, numel, VECTOR, T)
+        at = block_at(k, numel, BLOCK, VECTOR)
+        gs = load_elements(e.g, at, VECTOR, T)
+        ds = load_memory(e, at, VECTOR, T)
         xs = gs
         if GUESS or DECAY:
-            xs = load_elements(x, at, numel, VECTOR, T)
+            xs = load_param(e, at, VECTOR, T)
         if ADAMW:
-            vs, root = adamw_root(gs, load_elements(v, at, numel, VECTOR, T), c)
+            vs, root = adamw_root(gs, load_square(e, at, VECTOR, T), c)
             new_num, new_den = adamw_sums(xs, gs, ds, root, num, den, c, DECAY)
         else:
             new_num, new_den = sgd_sums(xs, gs, ds, num, den, c, DECAY)
-        num = masked(new_num, num, at, numel, VECTOR)
-        den = masked(new_den, den, at, numel, VECTOR)
+        num = masked(new_num, num, at)
+        den = masked(new_den, den, at)
         if GUESS:
             xs, ds = adamw_update(xs, gs, ds, root, c.cap_take, c)
-            store_elements(x, at, xs, numel, VECTOR)
-            store_elements(d, at, ds, numel, VECTOR)
-            store_elements(v, at, vs, numel, VECTOR)
+            store(e, at, xs, ds, square_as_stored(e, at, vs, root), ADAMW, VECTOR)
     return num, den
 
 
 @triton.jit
 def _begin_chunk(
-    x, g, d, v, middle, end, c,
+    e, middle, end, c,
     GUESS: tl.constexpr, DECAY: tl.constexpr, ADAMW: tl.constexpr, T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -260,55 +252,54 @@ def _begin_chunk(
     num = tl.zeros([BLOCK], T)
     den = tl.zeros([BLOCK], T)
     num, den = _begin_blocks(
-        x, g, d, v, num, den, 0, middle, end, c, GUESS, DECAY, ADAMW, T, BLOCK, True
+        e, num, den, 0, middle, end, c, GUESS, DECAY, ADAMW, T, BLOCK, True
     )  # fmt: skip
     num, den = _begin_blocks(
-        x, g, d, v, num, den, middle, end, end, c, GUESS, DECAY, ADAMW, T, BLOCK, False
+        e, num, den, middle, end, end, c, GUESS, DECAY, ADAMW, T, BLOCK, False
     )  # fmt: skip
     return tl.sum(num).to(tl.float64), tl.sum(den).to(tl.float64)
 
 
 @triton.jit
 def _finish_blocks(
-    x, g, d, v, begin, end, numel, keep, take, c,
+    e, begin, end, numel, keep, take, c,
     MISSED: tl.constexpr, ADAMW: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
     for k in range(begin, end, BLOCK):
-        at = k + tl.arange(0, BLOCK)
-        xs = load_elements(x, at, numel, VECTOR, T)
-        gs = load_elements(g, at, numel, VECTOR, T)
-        ds = load_elements(d, at, numel, VECTOR, T)
-        if ADAMW:
-            vs = load_elements(v, at, numel, VECTOR, T)
-            if MISSED:
-                xs, ds = adamw_repair(xs, gs, ds, tl.sqrt(vs), take, c)
-            else:
-                vs, root = adamw_root(gs, vs, c)
-                xs, ds = adamw_update(xs, gs, ds, root, take, c)
-                store_elements(v, at, vs, numel, VECTOR)
+        at = block_at(k, numel, BLOCK, VECTOR)
+        xs = load_param(e, at, VECTOR, T)
+        gs = load_elements(e.g, at, VECTOR, T)
+        ds = load_memory(e, at, VECTOR, T)
+        if MISSED:
+            vs = load_square(e, at, VECTOR, T)
+            xs, ds = adamw_repair(xs, gs, ds, tl.sqrt(vs), take, c)
+            store_elements(e.x, at, xs, VECTOR)
+            store_elements(e.d, at, ds, VECTOR)
+        elif ADAMW:
+            vs, root = adamw_root(gs, load_square(e, at, VECTOR, T), c)
+            square = square_as_stored(e, at, vs, root)
+            xs, ds = adamw_update(xs, gs, ds, root, take, c)
+            store(e, at, xs, ds, square, ADAMW, VECTOR)
         else:
             xs, ds = sgd_update(xs, gs, ds, keep, take, c)
-        store_elements(x, at, xs, numel, VECTOR)
-        store_elements(d, at, ds, numel, VECTOR)
+            store(e, at, xs, ds, None, ADAMW, VECTOR)
 
 
 @triton.jit
 def _finish_chunk(
-    x, g, d, v, middle, end, rest, keep, take, c,
-    ADAMW: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    e, middle, end, rest, keep, take, c,
+    ADAMW: tl.constexpr, LOW: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Repairs or updates a chunk."""
     keep, take = keep.to(T), take.to(T)
     if rest == UPDATE:
-        _finish_blocks(x, g, d, v, 0, middle, end, keep, take, c, False, ADAMW, T, BLOCK, True)
-        _finish_blocks(x, g, d, v, middle, end, end, keep, take, c, False, ADAMW, T, BLOCK, False)
-    if ADAMW:
+        _finish_blocks(e, 0, middle, end, keep, take, c, False, ADAMW, T, BLOCK, True)
+        _finish_blocks(e, middle, end, end, keep, take, c, False, ADAMW, T, BLOCK, False)
+    if ADAMW and not LOW:
         if rest == REPAIR:
-            _finish_blocks(x, g, d, v, 0, middle, end, keep, take, c, True, ADAMW, T, BLOCK, True)
-            _finish_blocks(
-                x, g, d, v, middle, end, end, keep, take, c, True, ADAMW, T, BLOCK, False
-            )  # fmt: skip
+            _finish_blocks(e, 0, middle, end, keep, take, c, True, ADAMW, T, BLOCK, True)
+            _finish_blocks(e, middle, end, end, keep, take, c, True, ADAMW, T, BLOCK, False)
 
 
 # ---- rows -----------------------------------------------------------------------------
@@ -316,19 +307,19 @@ def _finish_chunk(
 
 @triton.jit
 def _load_rows(
-    x, g, d, v, first, count, numel,
+    e, first, active, numel,
     READS_PARAM: tl.constexpr, ADAMW: tl.constexpr, T: tl.constexpr, HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    offsets, mask = tile(first, count, numel, HEIGHT, WIDTH, VECTOR)
-    gs = load_tile(g, offsets, mask, VECTOR, T)
-    ds = load_tile(d, offsets, mask, VECTOR, T)
+    at = rows_at(first, active, numel, HEIGHT, WIDTH, VECTOR)
+    gs = load_elements(e.g, at, VECTOR, T)
+    ds = load_memory(e, at, VECTOR, T)
     xs = gs
     if READS_PARAM:
-        xs = load_tile(x, offsets, mask, VECTOR, T)
+        xs = load_param(e, at, VECTOR, T)
     vs = ds
     if ADAMW:
-        vs = load_tile(v, offsets, mask, VECTOR, T)
+        vs = load_square(e, at, VECTOR, T)
     return xs, gs, ds, vs
 
 
@@ -355,15 +346,11 @@ def _are_zero(rows, layout, units, i, BLOCK: tl.constexpr):
 
 @triton.jit
 def _store_rows(
-    x, d, v, xs, ds, vs, active, first, count, numel,
+    e, xs, ds, square, first, active, numel,
     ADAMW: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    offsets, mask = tile(first, count, numel, HEIGHT, WIDTH, VECTOR)
-    mask = mask & active[:, None]
-    store_tile(x, offsets, xs, mask, VECTOR)
-    store_tile(d, offsets, ds, mask, VECTOR)
-    if ADAMW:
-        store_tile(v, offsets, vs, mask, VECTOR)
+    at = rows_at(first, active, numel, HEIGHT, WIDTH, VECTOR)
+    store(e, at, xs, ds, square, ADAMW, VECTOR)
 
 
 # ---- kernels --------------------------------------------------------------------------
@@ -425,8 +412,9 @@ def am_prepare(
 def am_rows(
     addresses, layout, chunk_units, rows, coefficients, found_inf, n, units, first_chunk,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MEMORY: tl.constexpr, SQUARE: tl.constexpr,
-    T: tl.constexpr, ADAMW: tl.constexpr, DECAY: tl.constexpr, PASS: tl.constexpr,
-    CHUNK: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    T: tl.constexpr, ADAMW: tl.constexpr, LOW: tl.constexpr, STRETCHED: tl.constexpr,
+    DECAY: tl.constexpr, PASS: tl.constexpr, CHUNK: tl.constexpr, HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Rows of up to WIDTH elements, HEIGHT at a time, from first_chunk on. One program a chunk."""
     skipped = is_skipped(found_inf)
@@ -436,14 +424,17 @@ def am_rows(
     i, chunk = place(layout, chunk_units, first_chunk + tl.program_id(0).to(tl.int64), units)
     numel = column(layout, NUMEL, units, i)
     first, count = rows_of(layout, units, i, chunk, CHUNK)
-    x, g, d, v, aligned = _open(
-        addresses, n, column(layout, TENSOR, units, i), first * numel,
-        PARAM, GRAD, MEMORY, SQUARE, ADAMW,
-    )  # fmt: skip
-    aligned = aligned & (numel % 8 == 0)
-    numel = numel.to(tl.int32)
     row = coefficients + COEFFICIENTS * i
     step, lr = tl.load(row + STEP), tl.load(row + LR)
+    e, aligned = open_elements(
+        addresses, layout, n, units, i, first * numel, step,
+        PARAM, GRAD, MEMORY, SQUARE, ADAMW, LOW, STRETCHED,
+    )  # fmt: skip
+    aligned = aligned & (numel % 8 == 0)
+    if LOW:
+        # A remainder's 16 bytes are as many elements.
+        aligned = aligned & ((numel % 16 == 0) | (e.low.has_remainder == 0))
+    numel = numel.to(tl.int32)
     c = _load_coefficients(row, tl.float64, ADAMW)
     seam = 2 * (column(layout, FIRST_SEGMENT, units, i) + first)
     if ADAMW:
@@ -462,14 +453,17 @@ def am_rows(
         own = _rounded(own, T, ADAMW)
         if aligned:
             xs, gs, ds, vs = _load_rows(
-                x, g, d, v, k, count, numel, READS_PARAM, ADAMW, T, HEIGHT, WIDTH, True
+                e, k, active, numel, READS_PARAM, ADAMW, T, HEIGHT, WIDTH, True
             )  # fmt: skip
         else:
             xs, gs, ds, vs = _load_rows(
-                x, g, d, v, k, count, numel, READS_PARAM, ADAMW, T, HEIGHT, WIDTH, False
+                e, k, active, numel, READS_PARAM, ADAMW, T, HEIGHT, WIDTH, False
             )  # fmt: skip
+        square = None
         if ADAMW:
             vs, root = adamw_root(gs, vs, own)
+            at = rows_at(k, active, numel, HEIGHT, WIDTH, False)
+            square = square_as_stored(e, at, vs, root)
             gs = gs * own.grad_factor
             terms = adamw_terms(gs, ds, root, own)
         if PASS == FINISH:
@@ -506,11 +500,11 @@ def am_rows(
                 )  # fmt: skip
             if aligned:
                 _store_rows(
-                    x, d, v, xs, ds, vs, active, k, count, numel, ADAMW, HEIGHT, WIDTH, True
+                    e, xs, ds, square, k, active, numel, ADAMW, HEIGHT, WIDTH, True
                 )  # fmt: skip
             else:
                 _store_rows(
-                    x, d, v, xs, ds, vs, active, k, count, numel, ADAMW, HEIGHT, WIDTH, False
+                    e, xs, ds, square, k, active, numel, ADAMW, HEIGHT, WIDTH, False
                 )  # fmt: skip
         if PASS == WHOLE:
             # Whether a step that may be none is one, and prepare has left it: all write the same.
@@ -524,8 +518,9 @@ def am_begin(
     addresses, layout, chunk_units, arrived, partials, coefficients, found_inf, n, units, chunks,
     first_chunk,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MEMORY: tl.constexpr, SQUARE: tl.constexpr,
-    T: tl.constexpr, ADAMW: tl.constexpr, DECAY: tl.constexpr, SEAM: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
+    T: tl.constexpr, ADAMW: tl.constexpr, LOW: tl.constexpr, STRETCHED: tl.constexpr,
+    DECAY: tl.constexpr, SEAM: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """The sums of every chunk from first_chunk on, and the guess. One program a chunk."""
     if is_skipped(found_inf):
@@ -534,16 +529,19 @@ def am_begin(
     i, chunk = place(layout, chunk_units, at, units)
     row = coefficients + COEFFICIENTS * i
     c = _load_coefficients(row, T, ADAMW)
-    x, g, d, v, middle, end = _open_chunk(
-        addresses, layout, n, units, i, chunk, PARAM, GRAD, MEMORY, SQUARE, ADAMW, CHUNK, BLOCK
+    e, middle, end = _open_chunk(
+        addresses, layout, n, units, i, chunk, tl.load(row + STEP), PARAM, GRAD, MEMORY, SQUARE,
+        ADAMW, LOW, STRETCHED, CHUNK, BLOCK,
     )  # fmt: skip
-    if ADAMW:
+    if ADAMW and not LOW:
         if tl.load(row + GUESSES) != 0:
-            num, den = _begin_chunk(x, g, d, v, middle, end, c, True, DECAY, ADAMW, T, BLOCK)
+            num, den = _begin_chunk(e, middle, end, c, True, DECAY, ADAMW, T, BLOCK)
         else:
-            num, den = _begin_chunk(x, g, d, v, middle, end, c, False, DECAY, ADAMW, T, BLOCK)
+            num, den = _begin_chunk(e, middle, end, c, False, DECAY, ADAMW, T, BLOCK)
     else:
-        num, den = _begin_chunk(x, g, d, v, middle, end, c, False, DECAY, ADAMW, T, BLOCK)
+        # Where something is stored in few bits, a guess could not be repaired.
+        num, den = _begin_chunk(e, middle, end, c, False, DECAY, ADAMW, T, BLOCK)
+    if not ADAMW:
         # A first step has no memory: d = g, and both sums are 0, or next to it.
         first = tl.load(row + STEP) == 0
         num = tl.where(first, 0.0, num)
@@ -562,7 +560,7 @@ def am_begin(
             else:
                 # After what other threads have written.
                 tl.debug_barrier()
-                _finish_chunk(x, g, d, v, middle, end, rest, keep, take, c, ADAMW, T, BLOCK)
+                _finish_chunk(e, middle, end, rest, keep, take, c, ADAMW, LOW, T, BLOCK)
                 tl.store(row + REST, 0.0)
 
 
@@ -637,7 +635,8 @@ def am_beta(
 def am_finish(
     addresses, layout, chunk_units, coefficients, found_inf, n, units, first_chunk, last_chunk,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MEMORY: tl.constexpr, SQUARE: tl.constexpr,
-    T: tl.constexpr, ADAMW: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    T: tl.constexpr, ADAMW: tl.constexpr, LOW: tl.constexpr, STRETCHED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What is left, from last_chunk backwards to first_chunk. Any number of programs."""
     if is_skipped(found_inf):
@@ -658,11 +657,11 @@ def am_finish(
                 rest, keep, take = tl.load(row + REST), tl.load(row + KEEP), tl.load(row + TAKE)
                 if rest != DONE:
                     c = _load_coefficients(row, T, ADAMW)
-                    x, g, d, v, middle, length = _open_chunk(
-                        addresses, layout, n, units, i, chunk, PARAM, GRAD, MEMORY, SQUARE, ADAMW,
-                        CHUNK, BLOCK,
+                    e, middle, length = _open_chunk(
+                        addresses, layout, n, units, i, chunk, tl.load(row + STEP), PARAM, GRAD,
+                        MEMORY, SQUARE, ADAMW, LOW, STRETCHED, CHUNK, BLOCK,
                     )  # fmt: skip
-                    _finish_chunk(x, g, d, v, middle, length, rest, keep, take, c, ADAMW, T, BLOCK)
+                    _finish_chunk(e, middle, length, rest, keep, take, c, ADAMW, LOW, T, BLOCK)
                 at -= stride
         at = end
 
@@ -676,7 +675,7 @@ def _square_blocks(
     VECTOR: tl.constexpr,
 ):  # fmt: skip
     for k in range(begin, end, BLOCK):
-        gs = load_elements(g, k + tl.arange(0, BLOCK), numel, VECTOR, T) * factor
+        gs = load_elements(g, block_at(k, numel, BLOCK, VECTOR), VECTOR, T) * factor
         sums = tl.fma(gs, gs, sums)
         largest = tl.maximum(largest, tl.abs(gs))
     return sums, largest
@@ -705,7 +704,7 @@ def am_squares(
     i, chunk = place(layout, chunk_units, at, units)
     begin, length = elements_of(layout, units, i, chunk, CHUNK)
     g = data_pointer(addresses, 1, n, column(layout, TENSOR, units, i), GRAD) + begin
-    middle = tl.where(is_aligned(g, g, g, g), length // BLOCK * BLOCK, 0)
+    middle = tl.where((g.to(tl.int64) & 15) == 0, length // BLOCK * BLOCK, 0)
     if tl.float64 == GRAD:
         squares, _ = _square_chunk(g, middle, length, 1.0, tl.float64, BLOCK)
     else:

@@ -78,25 +78,6 @@ def data_pointer(addresses, row: tl.constexpr, n, tensor, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load_elements(pointer, offsets, numel, VECTOR: tl.constexpr, T: tl.constexpr):
-    # 16-byte accesses need both: the hint, on the pointers that are loaded from, and no mask.
-    if VECTOR:
-        value = tl.load(tl.multiple_of(pointer + offsets, 16))
-    else:
-        value = tl.load(pointer + offsets, mask=offsets < numel, other=0.0)
-    return value.to(T)
-
-
-@triton.jit
-def store_elements(pointer, offsets, value, numel, VECTOR: tl.constexpr):
-    value = value.to(pointer.dtype.element_ty)
-    if VECTOR:
-        tl.store(tl.multiple_of(pointer + offsets, 16), value)
-    else:
-        tl.store(pointer + offsets, value, mask=offsets < numel)
-
-
-@triton.jit
 def is_skipped(found_inf):
     skipped = False
     if found_inf is not None:
@@ -239,46 +220,3 @@ def ends(aligned, start, numel, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     length = tl.minimum(numel - start, CHUNK)
     length = length.to(tl.int32)
     return tl.where(aligned, length // BLOCK * BLOCK, 0), length
-
-
-@triton.jit
-def is_aligned(a, b, c, d):
-    low_bits = a.to(tl.int64) | b.to(tl.int64) | c.to(tl.int64) | d.to(tl.int64)
-    return (low_bits & 15) == 0
-
-
-@triton.jit
-def masked(value, old, offsets, numel, VECTOR: tl.constexpr):
-    """The value, and the old one beyond the end, where the formulas may have divided by 0."""
-    if not VECTOR:
-        value = tl.where(offsets < numel, value, old)
-    return value
-
-
-# ---- rows -----------------------------------------------------------------------------
-
-
-@triton.jit
-def tile(first, count, numel, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
-    """Where the elements of HEIGHT rows lie, from the first of `count` on; which are there."""
-    if VECTOR:
-        numel = numel // 8 * 8  # which it is: so the compiler sees that 16 bytes are there or not
-    rows = first + tl.arange(0, HEIGHT)[:, None]
-    places = tl.arange(0, WIDTH)[None, :]
-    return rows * numel + places, (rows < count) & (places < numel)
-
-
-@triton.jit
-def load_tile(pointer, offsets, mask, VECTOR: tl.constexpr, T: tl.constexpr):
-    pointers = pointer + offsets
-    if VECTOR:
-        pointers = tl.multiple_of(pointers, (1, 16))
-    return tl.load(pointers, mask=mask, other=0.0).to(T)
-
-
-@triton.jit
-def store_tile(pointer, offsets, value, mask, VECTOR: tl.constexpr):
-    pointers = pointer + offsets
-    if VECTOR:
-        pointers = tl.multiple_of(pointers, (1, 16))
-    tl.store(pointers, value.to(pointer.dtype.element_ty), mask=mask)

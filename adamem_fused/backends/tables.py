@@ -24,6 +24,7 @@ from torch import Tensor
 from adamem_fused.backends import ops
 from adamem_fused.backends.batch import (
     GRADS,
+    STRETCH,
     AdamWHyper,
     Batch,
     SGDHyper,
@@ -226,6 +227,8 @@ class Layout:
         ]
         # Held, so that its `id`, by which it is known, is no other's.
         self.rounding = None if packed is None else packed.rounding
+        # Whether some tensor is a shard whose elements do not lie in one piece in the whole.
+        self.stretched = packed is not None and bool(packed.rounding[STRETCH].any())
         rounding = _rounding_of(batch)
         columns = [
             (

@@ -14,9 +14,10 @@ Where no beta is shared, both ways give the same bits. No program waits for anot
 take copies. Nothing is read back from the device, a step can be captured in a CUDA graph, and two
 runs give the same bits.
 
-It has run on an H100 (bench/results/nvidia-h100-80gb-hbm3/notes.md), and on no other GPU: for
-those it was tested under Triton's interpreter, which TRITON_INTERPRET=1 turns on and which takes
-tensors on the CPU, and compiled ahead of time for sm_80, sm_90, sm_100 and gfx942.
+It has run on an H100 (bench/results/nvidia-h100-80gb-hbm3/notes.md), but for what is stored in
+few bits, and on no other GPU: for those it was tested under Triton's interpreter, which
+TRITON_INTERPRET=1 turns on and which takes tensors on the CPU, and compiled ahead of time for
+sm_80, sm_90, sm_100 and gfx942.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from adamem_fused.backends.tables import Bucket, Opened, Tables, is_capturing, o
 name = "triton"
 fused = True
 shares_sums = True
-packs = False
+packs = True
 
 
 def _is_interpreted() -> bool:
@@ -102,6 +103,8 @@ def _names() -> dict[torch.dtype, Any]:
         torch.float64: tl.float64,
         torch.bfloat16: tl.bfloat16,
         torch.float16: tl.float16,
+        torch.int8: tl.int8,
+        torch.uint8: tl.uint8,
     }
 
 
@@ -202,6 +205,7 @@ def _arguments(
         "ROWS_SEAM": rows is not None,
         # Whether the sums have to read the parameters.
         "DECAY": any(h.weight_decay != 0 for h in batch.hypers),
+        "STRETCHED": layout.stretched,
         "CHUNK": config.chunk,
         "PARTIALS": config.partials,
     }
@@ -211,6 +215,7 @@ def _of_bucket(bucket: Bucket) -> dict[str, Any]:
     return {
         "first_chunk": bucket.first_chunk,
         "last_chunk": bucket.first_chunk + bucket.chunks - 1,
+        "LOW": bucket.low,
         **_dtypes(bucket.dtypes),
     }
 

@@ -18,17 +18,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
+from adamem_fused.backends import BACKENDS
 from bench import gpu_cases
 from bench.gpu_check import gpu, times
 from bench.gpu_check.processes import Limited, find_tool, module
 from bench.gpu_check.record import Case, Results
 
-# The list, the parameters' dtype, and the regimes of each backend's steps.
+# The list, the format, and the regimes of each backend's steps.
 CASES = (
-    ("2^28", torch.float32, ("cap", "row")),
-    ("gpt2-small", torch.float32, ("cap", "row")),
-    ("gpt2-small", torch.bfloat16, ("cap", "row")),
+    ("gpt2-small", gpu_cases.FLOAT32, ("cap", "row")),
+    ("gpt2-small", gpu_cases.ALL_BFLOAT16, ("cap", "row")),
+    ("gpt2-small", gpu_cases.INT8_STATE, ("row",)),
 )
 MARKER = "neg_kernel"  # in the name of the kernel between the steps
 
@@ -54,17 +56,23 @@ STALLS = (
 )
 
 
+def able(backends: Sequence[str], format: gpu_cases.Format) -> list[str]:
+    return [name for name in backends if not format.is_low or BACKENDS[name].packs]
+
+
 def take_steps(backends: Sequence[str]) -> None:
     lists = gpu_cases.cases(gpu.free_bytes())
     marker = torch.ones(1, device=gpu.device)
-    for name, dtype, regimes in CASES:
-        params = times.make_params(lists[name].shapes, dtype)
-        optimizers = [
-            times.make_ours("AMAdamW", params, backend, regime)
-            for backend in backends
+    for name, format, regimes in CASES:
+        params = times.make_params(lists[name].shapes, format.dtype)
+        optimizers: list[Optimizer] = [
+            times.make_ours("AMAdamW", params, backend, regime, format)
+            for backend in able(backends, format)
             for regime in regimes
         ]
-        for optimizer in (*optimizers, times.make_theirs("AMAdamW", params)):
+        if not format.is_low:
+            optimizers.append(times.make_theirs("AMAdamW", params))
+        for optimizer in optimizers:
             for _ in range(3):
                 optimizer.step()
             with gpu.profiled():
@@ -143,7 +151,7 @@ def run(results: Results, backends: Sequence[str], seconds: float) -> None:
     lines = log.read_text(errors="replace").splitlines()
     steps = iter(steps_of(read_csv(lines)))
     lists = gpu_cases.cases(gpu.free_bytes())
-    for name, dtype, regimes in CASES:
+    for name, format, regimes in CASES:
         case = lists[name]
         sides = [
             (
@@ -151,20 +159,21 @@ def run(results: Results, backends: Sequence[str], seconds: float) -> None:
                 gpu_cases.predicted_bytes(
                     "AMAdamW",
                     case.shapes,
-                    dtype,
+                    format,
                     gpu.l2_bytes(),
                     missed=0.0,
                     longest_row=gpu_cases.LONGEST_ROW[backend] if regime == "row" else None,
                 ),
             )
-            for backend in backends
+            for backend in able(backends, format)
             for regime in regimes
         ]
-        # torch's state is of the parameters' dtype.
-        for side, bytes_predicted in (*sides, ("torch", 7.0 * dtype.itemsize)):
+        if not format.is_low:
+            sides.append(("torch", 7.0 * format.dtype.itemsize))  # its state is of this dtype
+        for side, bytes_predicted in sides:
             found = summarize(next(steps, []), case.numel)
             found["predicted_bytes"] = round(bytes_predicted, 2)
-            results.put("ncu", "all", f"{case.name}, {dtype}, {side}".replace("torch.", ""), found)
+            results.put("ncu", "all", f"{case.name}, {format.name}, {side}", found)
     errors = [line for line in lines if line.startswith("==ERROR==")]
     return results.end("ncu", "all", f"failed: {errors[0]}" if errors else how)
 

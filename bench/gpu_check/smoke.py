@@ -1,13 +1,13 @@
 """Whether a backend does anything right: minutes of measuring are spared where it does not.
 
-Small steps against the reference backend, clipped or not, the same steps again and again bit for
-bit, and a captured step replayed that clips and leaves out what is not finite. The first case of
-each kind takes the time of compiling too.
+Small steps against the reference backend, clipped or not, in few bits or not, the same steps again
+and again bit for bit, and a captured step replayed that clips and leaves out what is not finite.
+The first case of each kind takes the time of compiling too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,17 +15,26 @@ import torch
 from torch import Tensor
 
 from adamem_fused import AMSGD, AMAdamW
+from adamem_fused.backends import BACKENDS
+from bench import gpu_cases
 from bench.gpu_check import gpu
-from bench.gpu_check.record import Case, Part
+from bench.gpu_check.record import Case, NotDone, Part
 
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "tiny": ((3,), (), (0, 3), (5, 7)),
     "2^20": ((2**20,),),
     # Several chunks, and what is left over.
     "mixed": ((1000, 300), (77,), (), (5, 5, 5)),
+    # With blocks of 256 in rows, and of 64 in a vector; a small tensor.
+    "low": ((300, 768), (4160,), (77,)),
     # Short ones, several to a warp, and one that no block holds; and tensors without any.
     "rows": ((1000, 300), (64, 3, 3, 3), (50, 2, 768), (2, 50000), (9, 5), (77,)),
 }
+ALL_BFLOAT16 = gpu_cases.ALL_BFLOAT16.options
+INT8: dict[str, Any] = {"state_dtype": "int8"}
+CORRECTED: dict[str, Any] = {
+    **INT8, "store_param_remainders": True, "stochastic_rounding": True
+}  # fmt: skip
 REPEATS = 30
 STEPS = 3
 
@@ -57,6 +66,35 @@ def norm_of(optimizer: AMAdamW | AMSGD) -> Tensor:
     return optimizer.grad_norm
 
 
+def as_ordered(value: Tensor) -> Tensor:
+    """bfloat16 numbers counted: neighbours are 1 apart."""
+    words = value.view(torch.int16).int()
+    return torch.where(words < 0, -(words & 0x7FFF), words)
+
+
+def is_low_close(name: str, actual: Tensor, expected: Tensor) -> bool:
+    """What is stored in few bits: equal but where a rounding falls on the other side.
+
+    That of a number beside another's remainder is not looked at: together they are.
+    """
+    if actual.dtype == torch.bfloat16:
+        apart = (as_ordered(actual) - as_ordered(expected)).abs()
+        # Where much has cancelled out, float32 and float64 are further apart.
+        near = (apart <= 1) | ((actual - expected).abs() < 1e-6)
+    else:
+        apart = (actual.int() - expected.int()).abs()
+        near = (apart <= 1) | torch.full_like(apart, name == "param_remainder").bool()
+    return bool(near.all()) and bool((apart == 0).double().mean() > 0.98)
+
+
+def is_close(name: str, actual: Tensor, expected: Tensor, low: bool) -> bool:
+    if low and actual.dtype in (torch.bfloat16, torch.int8, torch.uint8):
+        return is_low_close(name, actual, expected)
+    small = actual.dtype in (torch.bfloat16, torch.float16)
+    limit = torch.finfo(actual.dtype).eps if small else 1e-5
+    return bool(torch.isclose(actual, expected, rtol=limit, atol=limit).all())
+
+
 def compare(
     backend: str,
     cls: type[AMAdamW] | type[AMSGD],
@@ -64,8 +102,11 @@ def compare(
     dtype: torch.dtype,
     scope: str,
     max_grad_norm: float | None = None,
+    options: Mapping[str, Any] = {},
 ) -> Case:
     """Steps beside the reference's; each begins where the reference's last one ended."""
+    if options and not BACKENDS[backend].packs:
+        raise NotDone("it has no state in few bits")
     ours, theirs = (make_params(SHAPES[shapes], dtype) for _ in range(2))
     optimizer, reference = (
         cls(
@@ -75,6 +116,7 @@ def compare(
             backend=name,
             beta_scope=scope,
             max_grad_norm=max_grad_norm,
+            **options,
         )
         for params, name in ((ours, backend), (theirs, "reference"))
     )
@@ -94,11 +136,8 @@ def compare(
             pairs = {"param": (param.detach(), other.detach())}
             pairs |= {k: (v, reference.state[other][k]) for k, v in optimizer.state[param].items()}
             for name, (actual, expected) in pairs.items():
-                small = actual.dtype in (torch.bfloat16, torch.float16)
-                limit = torch.finfo(actual.dtype).eps if small else 1e-5
-                close = torch.isclose(actual, expected, rtol=limit, atol=limit)
-                if not close.all():
-                    wrong = (actual - expected).abs().max().item()
+                if not is_close(name, actual, expected, bool(options)):
+                    wrong = (actual.double() - expected.double()).abs().max().item()
                     raise AssertionError(f"{name} is off by {wrong:.2g} after step {step}")
                 actual.copy_(expected)
             betas += optimizer.state[param]["beta"].reshape(-1).tolist()
@@ -177,6 +216,17 @@ def run(part: Part, backend: str) -> None:
             clipped = "" if max_norm is None else " clipped"
             name = f"{cls.__name__} {shapes} {dtype}{clipped}".replace("torch.", "")
             part.case(name, partial(compare, backend, cls, shapes, dtype, scope, max_norm))
+    low = (
+        (AMAdamW, torch.bfloat16, "tensor", ALL_BFLOAT16),
+        (AMAdamW, torch.bfloat16, "row", ALL_BFLOAT16),
+        (AMAdamW, torch.float32, "tensor", INT8),
+        (AMAdamW, torch.bfloat16, "row", CORRECTED),
+        (AMSGD, torch.bfloat16, "row", CORRECTED),
+    )
+    for cls, dtype, scope, options in low:
+        state = " corrected, int8" if options == CORRECTED else f", {options['state_dtype']}"
+        name = f"{cls.__name__} {scope} {dtype}{state}".replace("torch.", "")
+        part.case(name, partial(compare, backend, cls, "low", dtype, scope, None, options))
     for cls in (AMAdamW, AMSGD):
         part.case(f"{cls.__name__} graph replay", partial(replayed, backend, cls))
         part.case(f"{cls.__name__} repeated", partial(repeated, backend, cls))

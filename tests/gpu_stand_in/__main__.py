@@ -31,10 +31,11 @@ from bench.gpu_check import gpu, processes, record, smoke, suite, sweep, times
 HERE = Path(__file__).parent
 # One of each kind.
 CASES = (
-    ("gpt2-small", "AMAdamW", torch.float32, "below"),
-    ("5000x1000", "AMAdamW", torch.bfloat16, "mixture"),
-    ("gpt2-small", "AMAdamW anchored", torch.float32, "row"),
-    ("gpt2-small", "AMSGD", torch.float32, "cap"),
+    ("gpt2-small", "AMAdamW", gpu_cases.FLOAT32, "below"),
+    ("5000x1000", "AMAdamW", gpu_cases.BFLOAT16, "mixture"),
+    ("gpt2-small", "AMAdamW anchored", gpu_cases.FLOAT32, "row"),
+    ("gpt2-small", "AMSGD", gpu_cases.FLOAT32, "cap"),
+    ("32x524288", "AMAdamW", gpu_cases.ALL_BFLOAT16, "row"),
 )
 
 
@@ -76,6 +77,7 @@ def stand_in(patch: pytest.MonkeyPatch) -> None:
 
     # A program takes the interpreter some 50 ms: few tensors, steps and cases.
     lists = {"2^28": ((300,),), "gpt2-small": ((5, 40), (30,)), "5000x1000": ((14,), (2,))}
+    lists["32x524288"] = ((16, 256),)
     patch.setattr(
         gpu_cases,
         "cases",
@@ -87,6 +89,7 @@ def stand_in(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(smoke, "STEPS", 2)
     patch.setattr(smoke, "REPEATS", 1)
     shapes = {"tiny": ((3,), ()), "2^20": ((300,),), "mixed": ((77,),), "rows": ((4, 20), (5, 3))}
+    shapes["low"] = ((16, 256), (5,))
     patch.setattr(smoke, "SHAPES", shapes)
     patch.setattr(times, "CASES", CASES)
     patch.setattr(times, "PAIRS", 2)

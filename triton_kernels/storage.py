@@ -1,0 +1,370 @@
+"""Loading and storing elements, in whatever format they are kept: formats.py has the formats.
+
+A step's arithmetic is the same for all of them. What a tensor keeps its memories in, and its
+parameter, are the types of the pointers; whether the parameter is rounded stochastically, and has a
+remainder, is looked up at run time, as are the lengths of blocks.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from adamem_fused.triton_kernels.formats import (
+    SHORTEST,
+    SMALLEST_SCALE,
+    decode_signed,
+    decode_square,
+    encode_signed,
+    encode_square,
+    inverse_scale,
+    join,
+    largest_magnitudes,
+    random_bits,
+    split,
+    spread_over,
+    step_keys,
+    to_bfloat16,
+    to_nearest,
+)
+from adamem_fused.triton_kernels.tables import (
+    BLOCK_LENGTH,
+    KEY,
+    OFFSET,
+    ROUNDS,
+    SKIP,
+    STRETCH,
+    TENSOR,
+    column,
+    data_pointer,
+)
+
+
+class Stretches(NamedTuple):
+    """How a shard lies in the whole tensor, where it does not do so in one piece."""
+
+    until: tl.tensor  # behind so many elements of the chunk, and then behind each `length`,
+    length: tl.tensor
+    skip: tl.tensor  # are so many that are others'
+
+
+class Low(NamedTuple):
+    """What a chunk has beside its elements where something is stored in few bits."""
+
+    scales: tl.tensor  # of the memory's blocks, from the chunk's first on
+    square_scales: tl.tensor
+    shift: tl.tensor  # a block is 64 << shift elements
+    remainder: tl.tensor
+    has_remainder: tl.tensor
+    rounds: tl.tensor
+    memories_key: tl.tensor
+    param_key: tl.tensor
+    place: tl.tensor  # of the first element in the whole tensor
+    stretches: Stretches | None  # None: it does
+
+
+class Elements(NamedTuple):
+    """A chunk's x, g, d and v, from its first element on, and what else is kept of them."""
+
+    x: tl.tensor
+    g: tl.tensor
+    d: tl.tensor
+    v: tl.tensor
+    low: Low | None  # None: nothing is
+
+
+class Tile(NamedTuple):
+    """Which elements a program holds at a time: by their distance from the chunk's first."""
+
+    offsets: tl.tensor
+    mask: tl.tensor  # None: all are there
+    heads: tl.tensor  # the first of each 64
+    heads_mask: tl.tensor
+
+
+@triton.jit
+def _open_stretches(layout, units, i, start):
+    """And how many lie between the chunk's first element and the tensor's."""
+    length, skip = column(layout, STRETCH, units, i), column(layout, SKIP, units, i)
+    # Nothing is as long as this that is done at a time.
+    most = tl.full((), 2**30, tl.int64)
+    length = tl.where(length > 0, length, start + most)
+    count = start // length
+    until = tl.minimum((count + 1) * length - start, most)
+    length = tl.minimum(length, most)
+    return Stretches(until.to(tl.int32), length.to(tl.int32), skip), count * skip
+
+
+@triton.jit
+def _open_low(
+    addresses, layout, n, units, i, start, step, ADAMW: tl.constexpr, STRETCHED: tl.constexpr
+):  # fmt: skip
+    SCALES: tl.constexpr = 8 if ADAMW else 6
+    tensor = column(layout, TENSOR, units, i)
+    length = column(layout, BLOCK_LENGTH, units, i)
+    shift = (length >= 128).to(tl.int32) + (length >= 256).to(tl.int32)
+    first_block = (start // SHORTEST) >> shift
+    scales = data_pointer(addresses, SCALES, n, tensor, tl.float32) + first_block
+    square_scales = scales
+    if ADAMW:
+        square_scales = data_pointer(addresses, SCALES + 1, n, tensor, tl.float32) + first_block
+    remainder = data_pointer(addresses, SCALES + (2 if ADAMW else 1), n, tensor, tl.int8)
+    memories_key, param_key = step_keys(column(layout, KEY, units, i), step)
+    place = column(layout, OFFSET, units, i) + start
+    stretches = None
+    if STRETCHED:
+        stretches, skipped = _open_stretches(layout, units, i, start)
+        place += skipped
+    return Low(
+        scales,
+        square_scales,
+        shift,
+        remainder + start,
+        remainder.to(tl.int64) != 0,
+        column(layout, ROUNDS, units, i) != 0,
+        memories_key,
+        param_key,
+        place,
+        stretches,
+    )
+
+
+@triton.jit
+def open_elements(
+    addresses, layout, n, units, i, start, step,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, MEMORY: tl.constexpr, SQUARE: tl.constexpr,
+    ADAMW: tl.constexpr, LOW: tl.constexpr, STRETCHED: tl.constexpr,
+):  # fmt: skip
+    """Those of unit i's tensor from element `start` on, and whether 16-byte accesses may be."""
+    tensor = column(layout, TENSOR, units, i)
+    x = data_pointer(addresses, 0, n, tensor, PARAM) + start
+    g = data_pointer(addresses, 1, n, tensor, GRAD) + start
+    d = data_pointer(addresses, 2, n, tensor, MEMORY) + start
+    v = d
+    if ADAMW:
+        v = data_pointer(addresses, 3, n, tensor, SQUARE) + start
+    low_bits = x.to(tl.int64) | g.to(tl.int64) | d.to(tl.int64) | v.to(tl.int64)
+    low = None
+    if LOW:
+        low = _open_low(addresses, layout, n, units, i, start, step, ADAMW, STRETCHED)
+        low_bits |= tl.where(low.has_remainder, low.remainder.to(tl.int64), 0)
+    return Elements(x, g, d, v, low), (low_bits & 15) == 0
+
+
+# ---- tiles ----------------------------------------------------------------------------
+
+
+@triton.jit
+def block_at(first, numel, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """BLOCK elements of an ordinary unit's chunk; all are there for 16-byte accesses."""
+    offsets = first + tl.arange(0, BLOCK)
+    heads = first + SHORTEST * tl.arange(0, BLOCK // SHORTEST)
+    if VECTOR:
+        at = Tile(offsets, None, heads, None)
+    else:
+        at = Tile(offsets, offsets < numel, heads, heads < numel)
+    return at
+
+
+@triton.jit
+def rows_at(first, active, numel, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
+    """HEIGHT rows, from `first` on, of which the active ones are there."""
+    if VECTOR:
+        numel = numel // 8 * 8  # which it is: so the compiler sees that 16 bytes are there or not
+    starts = (first + tl.arange(0, HEIGHT))[:, None] * numel
+    active = active[:, None]
+    places = tl.arange(0, WIDTH)[None, :]
+    offsets, mask = starts + places, active & (places < numel)
+    heads, heads_mask = offsets, mask
+    if WIDTH >= SHORTEST:
+        blocks = SHORTEST * tl.arange(0, WIDTH // SHORTEST)[None, :]
+        heads, heads_mask = starts + blocks, active & (blocks < numel)
+    return Tile(offsets, mask, heads, heads_mask)
+
+
+@triton.jit
+def _pointers(pointer, at, VECTOR: tl.constexpr):
+    # 16-byte accesses need both: the hint, on the pointers that are loaded from, and no mask, or
+    # one that is seen to be the same for 16 bytes.
+    pointers = pointer + at.offsets
+    if VECTOR:
+        if len(pointers.shape) == 1:
+            pointers = tl.multiple_of(pointers, 16)
+        else:
+            pointers = tl.multiple_of(pointers, (1, 16))
+    return pointers
+
+
+@triton.jit
+def load_elements(pointer, at, VECTOR: tl.constexpr, T: tl.constexpr):
+    pointers = _pointers(pointer, at, VECTOR)
+    if at.mask is None:
+        value = tl.load(pointers)
+    else:
+        value = tl.load(pointers, mask=at.mask, other=0)
+    return value.to(T)
+
+
+@triton.jit
+def store_elements(pointer, at, value, VECTOR: tl.constexpr):
+    tl.store(_pointers(pointer, at, VECTOR), value.to(pointer.dtype.element_ty), mask=at.mask)
+
+
+@triton.jit
+def masked(value, old, at):
+    """The value, and the old one beyond the end, where the formulas may have divided by 0."""
+    if at.mask is not None:
+        value = tl.where(at.mask, value, old)
+    return value
+
+
+# ---- what is stored in few bits -------------------------------------------------------
+
+
+@triton.jit
+def _random(low, key, at):
+    places = low.place + at.offsets
+    if low.stretches is not None:
+        own = low.stretches
+        behind = at.offsets - own.until
+        # Exact below 2^20.
+        count = ((behind.to(tl.float32) + 0.5) / own.length).to(tl.int32) + 1
+        places += tl.where(behind < 0, 0, count) * own.skip
+    return random_bits(key, places)
+
+
+@triton.jit
+def _scale_pointers(scales, low, at):
+    # Each of a block's 64s has its scale's.
+    return scales + (at.heads // SHORTEST >> low.shift)
+
+
+@triton.jit
+def _load_scales(scales, low, at, factor):
+    """One for each 64 elements, times a factor."""
+    pointers = _scale_pointers(scales, low, at)
+    if at.heads_mask is None:
+        value = tl.load(pointers)
+    else:
+        value = tl.load(pointers, mask=at.heads_mask, other=0.0)
+    return tl.reshape(value, [value.numel]) * factor
+
+
+@triton.jit
+def _load_memory(pointer, scales, low, at, VECTOR: tl.constexpr, T: tl.constexpr):
+    value = load_elements(pointer, at, VECTOR, T)
+    if pointer.dtype.element_ty.is_int8():
+        value = decode_signed(value, spread_over(_load_scales(scales, low, at, 1 / 16129), value))
+    elif pointer.dtype.element_ty.is_uint8():
+        value = decode_square(value, spread_over(_load_scales(scales, low, at, 1 / 65025), value))
+    return value
+
+
+@triton.jit
+def load_memory(e, at, VECTOR: tl.constexpr, T: tl.constexpr):
+    if e.low is None:
+        value = load_elements(e.d, at, VECTOR, T)
+    else:
+        value = _load_memory(e.d, e.low.scales, e.low, at, VECTOR, T)
+    return value
+
+
+@triton.jit
+def load_square(e, at, VECTOR: tl.constexpr, T: tl.constexpr):
+    if e.low is None:
+        value = load_elements(e.v, at, VECTOR, T)
+    else:
+        value = _load_memory(e.v, e.low.square_scales, e.low, at, VECTOR, T)
+    return value
+
+
+@triton.jit
+def load_param(e, at, VECTOR: tl.constexpr, T: tl.constexpr):
+    value = load_elements(e.x, at, VECTOR, T)
+    if e.low is not None:
+        if e.x.dtype.element_ty.is_bf16():
+            if e.low.has_remainder:
+                remainder = load_elements(e.low.remainder, at, VECTOR, tl.int8)
+                value = join(value.to(tl.float32), remainder).to(T)
+    return value
+
+
+class Stored(NamedTuple):
+    """A memory's new values as they are stored."""
+
+    value: tl.tensor
+    scale: tl.tensor  # one for each 64 elements; None: there are none
+
+
+@triton.jit
+def _memory_as_stored(value, root, low, random, DTYPE: tl.constexpr):
+    """root: of exp_avg_sq, whose codes are uint8."""
+    scale = None
+    if DTYPE.is_bf16():
+        value = to_bfloat16(value.to(tl.float32), random)
+    elif DTYPE.is_int8():
+        value = value.to(tl.float32)
+        scale = largest_magnitudes(value, low.shift)
+        value = encode_signed(value, spread_over(inverse_scale(scale), value), random)
+    elif DTYPE.is_uint8():
+        scale = tl.sqrt_rn(largest_magnitudes(value.to(tl.float32), low.shift))
+        root = root.to(tl.float32)
+        value = encode_square(root, spread_over(inverse_scale(scale), root), random)
+    return Stored(value, scale)
+
+
+@triton.jit
+def _store_memory(pointer, scales, low, at, stored, VECTOR: tl.constexpr):
+    if stored.scale is not None:
+        scale = tl.where(stored.scale < SMALLEST_SCALE, 0.0, stored.scale)
+        tl.store(
+            _scale_pointers(scales, low, at), tl.reshape(scale, at.heads.shape), mask=at.heads_mask
+        )
+    store_elements(pointer, at, stored.value, VECTOR)
+
+
+@triton.jit
+def _store_param(e, at, value, VECTOR: tl.constexpr):
+    low = e.low
+    if e.x.dtype.element_ty.is_bf16():
+        value = value.to(tl.float32)
+        if low.has_remainder:
+            random = _random(low, low.param_key, at)
+            new, remainder = split(value, tl.where(low.rounds, random & 0xFF, 0x80))
+            store_elements(e.x, at, new, VECTOR)
+            store_elements(low.remainder, at, remainder, VECTOR)
+        else:
+            random = _random(low, low.param_key, at)
+            new = to_bfloat16(value, tl.where(low.rounds, random, to_nearest(value)))
+            store_elements(e.x, at, new, VECTOR)
+    else:
+        store_elements(e.x, at, value, VECTOR)
+
+
+@triton.jit
+def square_as_stored(e, at, value, root):
+    """The new v, with its square root, as `store` takes it. Rounded as soon as it is known, it
+    takes fewer registers."""
+    if e.low is None:
+        stored = Stored(value, None)
+    else:
+        random = _random(e.low, e.low.memories_key, at) >> 16
+        stored = _memory_as_stored(value, root, e.low, random, e.v.dtype.element_ty)
+    return stored
+
+
+@triton.jit
+def store(e, at, xs, ds, square, ADAMW: tl.constexpr, VECTOR: tl.constexpr):
+    """The new x and d, and v where ADAMW."""
+    if e.low is None:
+        store_elements(e.x, at, xs, VECTOR)
+        store_elements(e.d, at, ds, VECTOR)
+        if ADAMW:
+            store_elements(e.v, at, square.value, VECTOR)
+    else:
+        if ADAMW:
+            _store_memory(e.v, e.low.square_scales, e.low, at, square, VECTOR)
+        random = _random(e.low, e.low.memories_key, at)
+        memory = _memory_as_stored(ds, ds, e.low, random, e.d.dtype.element_ty)
+        _store_memory(e.d, e.low.scales, e.low, at, memory, VECTOR)
+        _store_param(e, at, xs, VECTOR)
