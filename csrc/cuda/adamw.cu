@@ -10,7 +10,7 @@ struct AdamWTensor {
   using TensorRow = Row<AdamWCoefficients<double>>;
   static constexpr int kLists = 4;
   static constexpr int kColumns = sizeof(TensorRow) / sizeof(double);
-  enum Scalar { kStep, kBetaProd, kPrevLr, kBeta };
+  enum Scalar { kStep, kBetaProd, kPrevLr, kBeta, kScalars };
 
   // The order of a group's hyperparameters is that of adamem_fused/backends/tables.py.
   static constexpr int kHypers = 11;
@@ -91,7 +91,7 @@ template <class T, class Param, class Grad, class Memory>
 struct AdamW : AdamWTensor {
   using Compute = T;
   static constexpr int kMemories = 2;
-  using Chunk = Elements<T, Param, Grad, Memory, kMemories>;
+  using Chunk = Elements<T, Param, Grad, Memory, kMemories, kLists + kScalars>;
 
   static __device__ Sums chunk_sums(const TensorRow&, Sums sums) { return sums; }
 
@@ -106,7 +106,7 @@ struct AdamW : AdamWTensor {
   template <bool Decay>
   static __device__ void begin(const Chunk& chunk, const TensorRow& row, T& num, T& den) {
     const AdamWCoefficients<T> c = narrow_all<T>(row.coefficients);
-    if (row.begin == kGuess) {
+    if (!Chunk::kIsPacked && row.begin == kGuess) {
       chunk.template for_each<Use::kLast, true, 2>([&](T g, T& d, T& v, T& x) {
         const T root = adamw_root<true>(g, v, c);
         adamw_guess<true, Decay>(g, d, root, x, c, num, den);
@@ -122,7 +122,7 @@ struct AdamW : AdamWTensor {
   static __device__ void finish(const Chunk& chunk, const TensorRow& row) {
     const AdamWCoefficients<T> c = narrow_all<T>(row.coefficients);
     const T amount = static_cast<T>(row.amount[0]);
-    if (row.rest == kRepair) {
+    if (!Chunk::kIsPacked && row.rest == kRepair) {
       chunk.template for_each<Use::kLast, true, 1>(
           [&](T g, T& d, T v, T& x) { adamw_repair<true>(g, d, sqrt(v), x, amount, c); });
     } else if (row.rest == kUpdate) {

@@ -122,14 +122,16 @@ __device__ __forceinline__ void row_sums(const typename O::Chunk& row, Team team
   using T = typename O::Compute;
   row.for_each_piece(team, [&](auto piece) {
     constexpr int kCount = decltype(piece)::kCount;
-    T g[kCount], m[O::kMemories][kCount], x[kCount], kept[kCount][O::kHeld];
+    T g[kCount], m[O::kMemories][kCount], x[kCount], kept[kCount][O::kHeld] = {};
     row.template load<kHolds ? Use::kLast : Use::kAgain, true>(piece, g, m, x);
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
-      O::add(line, c, g[j], m[0][j], m[O::kMemories - 1][j], x[j], num, den, kept[j]);
+      if (piece.has(j))
+        O::add(line, c, g[j], m[0][j], m[O::kMemories - 1][j], x[j], num, den, kept[j]);
     if constexpr (kHolds) {
       held.put(piece, kept);
-      if constexpr (O::kMemories > 1) row.memories[1].store(piece, m[1]);
+      if constexpr (O::kMemories > 1)
+        row.store_memory(piece, 1, m[1], row.random_of_memories(piece));
     }
   });
 }
@@ -146,8 +148,8 @@ __device__ __forceinline__ void move_row(const typename O::Chunk& row, Team team
     held.get(piece, kept);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) O::move(c, amount, kept[j], d[j], x[j]);
-    row.memories[0].store(piece, d);
-    row.param.store(piece, x);
+    row.store_memory(piece, 0, d, row.random_of_memories(piece));
+    row.store_param(piece, x);
   });
 }
 
@@ -178,7 +180,7 @@ __global__ void __launch_bounds__(most_threads(O::Chunk::kBlocks), 1)
     // A team without a row goes along: its warp's others may have one.
     const bool exists = i < place.count;
     const int64_t k = place.first + (exists ? i : 0);
-    const typename O::Chunk row(step, bucket, place.unit, k * place.numel,
+    const typename O::Chunk row(step, bucket, line.rounding, place.unit, k * place.numel,
                                 exists ? place.numel : 0);
     const auto c = narrow_all<T>(O::corrected(step, place.unit, line, k));
     T num = 0, den = 0;

@@ -9,7 +9,7 @@ struct SGDTensor {
   using TensorRow = Row<SGDCoefficients<double>>;
   static constexpr int kLists = 3;
   static constexpr int kColumns = sizeof(TensorRow) / sizeof(double);
-  enum Scalar { kStep, kPrevLr, kBeta };
+  enum Scalar { kStep, kPrevLr, kBeta, kScalars };
 
   // The order of a group's hyperparameters is that of adamem_fused/backends/tables.py.
   static constexpr int kHypers = 8;
@@ -70,7 +70,7 @@ struct SGD : SGDTensor {
   using Compute = T;
   using Coefficients = SGDCoefficients<T>;
   static constexpr int kMemories = 1;
-  using Chunk = Elements<T, Param, Grad, Memory, kMemories>;
+  using Chunk = Elements<T, Param, Grad, Memory, kMemories, kLists + kScalars>;
 
   // What the new d takes of the old one and of the gradient.
   struct Amount {

@@ -15,7 +15,7 @@
 
 namespace am::cuda {
 
-enum DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16, kCodes };
 
 constexpr int64_t bytes_of(int32_t dtype) {
   return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
@@ -31,7 +31,8 @@ enum Part : int64_t { kWhole, kBegin, kFinish };
 
 // What all launches of a step share. adamem_fused/backends/cuda.py holds the same struct.
 struct Step {
-  const int64_t* addresses;    // [lists, tensors]: param, grad, the memories, the scalars
+  const int64_t* addresses;    // [lists, tensors]: param, grad, the memories, the scalars, and where
+                               // something is packed scales of each memory and remainders
   const int64_t* layout;       // [15, units], rows below
   const double* hypers;        // [groups, columns]
   const int64_t* lrs;          // [groups]: twice the address of a group's lr on the device,
@@ -52,6 +53,7 @@ struct Step {
 struct Bucket {
   int64_t first_chunk, chunks;
   int64_t row;        // a power of 2 that the longest of their rows has at most; 0: ordinary units
+  int64_t low;        // whether something of them is stored in few bits
   int32_t dtypes[4];  // DType of param, grad and the memories
 };
 
