@@ -62,7 +62,8 @@ constexpr int kChunk = 8192;
 constexpr int kElementsEach = 8;
 
 // Blocks on a multiprocessor that registers have to allow for (65,536 of them): with float32,
-// with 16-bit types, and where arithmetic is in float64 or dtypes are known at run time only.
+// with 16-bit types, and where arithmetic is in float64, dtypes are known at run time only, or
+// there are codes.
 constexpr int kBlocksFloat = 4;
 constexpr int kBlocks16Bit = 3;
 constexpr int kBlocksWide = 2;

@@ -143,15 +143,13 @@ struct Elements {
   static constexpr int kVector = 16 / least(least(kBytes[0], kBytes[1]), kBytes[2]);
   static constexpr int kSpan = least(least(16 / kBytes[0], 16 / kBytes[1]), 16 / kBytes[2]);
 
-  // The blocks that a multiprocessor is to hold.
-  static constexpr bool kIsWide = sizeof(T) == 8 || std::is_same_v<Param, AnyType>;
-  static constexpr int kBlocks = kIsWide         ? kBlocksWide
-                                 : kVector > 4   ? kBlocks16Bit
-                                                 : kBlocksFloat;
-
   static constexpr bool kHasCodes = std::is_same_v<Memory, Codes>;
   // Whether what is stored is not what was computed: nothing is guessed then.
   static constexpr bool kIsPacked = kIsLow<Memory> || kIsLow<Param>;
+
+  // The blocks that a multiprocessor is to hold.
+  static constexpr bool kIsWide = sizeof(T) == 8 || std::is_same_v<Param, AnyType> || kHasCodes;
+  static constexpr int kBlocks = kIsWide ? kBlocksWide : kVector > 4 ? kBlocks16Bit : kBlocksFloat;
 
   Column<T, Param> param;
   Column<T, Grad> grad;
@@ -236,10 +234,10 @@ struct Elements {
         }
       }
       if constexpr (kWritten > 0) {
+        store_param(piece, x);
         const auto random = random_of_memories(piece);
 #pragma unroll
-        for (int i = 0; i < kWritten; ++i) store_memory(piece, i, m[i], random);
-        store_param(piece, x);
+        for (int i = kWritten - 1; i >= 0; --i) store_memory(piece, i, m[i], random);
       }
     });
   }

@@ -128,8 +128,7 @@ __global__ void __launch_bounds__(kThreads, O::Chunk::kBlocks)
   const Place place(step, k);
   auto& row = O::row(step, place.unit);
   if (row.begin == kNothing) return;
-  const typename O::Chunk chunk(step, bucket, row.rounding, place.unit, place.begin,
-                                place.length);
+  const typename O::Chunk chunk(step, bucket, row.rounding, place.unit, place.begin, place.length);
   typename O::Compute num = 0, den = 0;
   O::begin(chunk, row, num, den);
   Sums sums = O::chunk_sums(row, add_over_block(warps, num, den));

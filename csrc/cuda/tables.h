@@ -31,12 +31,12 @@ enum Part : int64_t { kWhole, kBegin, kFinish };
 
 // What all launches of a step share. adamem_fused/backends/cuda.py holds the same struct.
 struct Step {
-  const int64_t* addresses;    // [lists, tensors]: param, grad, the memories, the scalars, and where
-                               // something is packed scales of each memory and remainders
-  const int64_t* layout;       // [15, units], rows below
-  const double* hypers;        // [groups, columns]
-  const int64_t* lrs;          // [groups]: twice the address of a group's lr on the device,
-                               // plus 1 for float64; 0: it is in hypers
+  const int64_t* addresses;  // [lists, tensors]: param, grad, the memories, the scalars, and where
+                             // something is packed scales of each memory and remainders
+  const int64_t* layout;     // [15, units], rows below
+  const double* hypers;      // [groups, columns]
+  const int64_t* lrs;        // [groups]: twice the address of a group's lr on the device,
+                             // plus 1 for float64; 0: it is in hypers
   const int32_t* chunk_units;  // [chunks]: each chunk's unit
   Sums* partials;              // [chunks]
   int32_t* arrived;            // [units]: chunks whose partials are there; 0 between steps
