@@ -124,7 +124,7 @@ struct AdamW : AdamWTensor {
     const T amount = static_cast<T>(row.amount[0]);
     if (!Chunk::kIsPacked && row.rest == kRepair) {
       chunk.template for_each<Use::kLast, true, 1>(
-          [&](T g, T& d, T v, T& x) { adamw_repair<true>(g, d, sqrt(v), x, amount, c); });
+          [&](T g, T& d, T v, T& x) { adamw_repair<true>(g, d, root_of(v), x, amount, c); });
     } else if (row.rest == kUpdate) {
       chunk.template for_each<Use::kLast, true, 2>([&](T g, T& d, T& v, T& x) {
         const T root = adamw_root<true>(g, v, c);

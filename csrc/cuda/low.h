@@ -24,7 +24,7 @@ struct Lane {
   static __device__ Float floats(Word w) { return __uint_as_float(w); }
   static __device__ Float to_float(Word w) { return static_cast<float>(w); }
   static __device__ Word to_word(Float f) { return __float2uint_rz(f); }  // of NaN: 0
-  static __device__ Float sqrt(Float f) { return am::sqrt(f); }
+  static __device__ Float sqrt(Float f) { return root_of(f); }
 };
 
 // ---- random bits ------------------------------------------------------------------
@@ -238,7 +238,7 @@ struct Column<float, Codes> {
     uint32_t most[kSpans] = {};
 #pragma unroll
     for (int j = 0; j < Own::kCount; ++j) {
-      magnitudes[j] = is_square ? am::sqrt(in[j]) : fabsf(in[j]);
+      magnitudes[j] = is_square ? root_of(in[j]) : fabsf(in[j]);
       // In the order of positive numbers, with NaN above all of them.
       const uint32_t word = Lane::bits(magnitudes[j]) & 0x7FFFFFFFu;
       if (piece.has(j) && word > most[j / kSpan]) most[j / kSpan] = word;
