@@ -77,6 +77,11 @@ struct Column {
   }
 
   template <class Own>
+  __device__ __forceinline__ void prefetch(Own piece, int ahead) const {
+    am::cuda::prefetch(data + ahead, piece);
+  }
+
+  template <class Own>
   __device__ __forceinline__ void store(Own piece, const T (&in)[Own::kCount]) const {
     Raw<S, Own> raw;
 #pragma unroll
@@ -101,6 +106,9 @@ struct Column<T, AnyType> {
   }
 
   __device__ bool is_aligned() const { return false; }
+
+  template <class Own>
+  __device__ void prefetch(Own, int) const {}
 
   template <Use kUse, class Own>
   __device__ void load(Own piece, T (&out)[Own::kCount]) const {
@@ -255,6 +263,15 @@ struct Elements {
       }
     }
     if (kReadsParam) param.template load<kUse>(piece, x);
+  }
+
+  // Asks for the elements that lie so many ahead of a piece's.
+  template <class Own>
+  __device__ __forceinline__ void prefetch(Own piece, int ahead) const {
+    grad.prefetch(piece, ahead);
+#pragma unroll
+    for (const auto& memory : memories) memory.prefetch(piece, ahead);
+    param.prefetch(piece, ahead);
   }
 
   // What store_memory takes.

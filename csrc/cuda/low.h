@@ -118,6 +118,11 @@ struct Column<float, Rounded> {
       out[j] = Lane::floats(static_cast<uint32_t>(raw.elements[j]) << 16);
   }
 
+  template <class Own>
+  __device__ __forceinline__ void prefetch(Own piece, int ahead) const {
+    am::cuda::prefetch(data + ahead, piece);
+  }
+
   // random: of which the low 16 bits count.
   template <class Own>
   __device__ __forceinline__ void store(Own piece, const float (&in)[Own::kCount],
@@ -157,6 +162,12 @@ struct Column<float, Param16> {
 #pragma unroll
       for (int j = 0; j < Own::kCount; ++j) out[j] = join<Lane>(raw.elements[j], rest.elements[j]);
     }
+  }
+
+  template <class Own>
+  __device__ __forceinline__ void prefetch(Own piece, int ahead) const {
+    am::cuda::prefetch(data + ahead, piece);
+    if (remainder != nullptr) am::cuda::prefetch(remainder + ahead, piece);
   }
 
   // random: the parameter's bits; none, and it is rounded to nearest.
@@ -227,6 +238,11 @@ struct Column<float, Codes> {
         }
       }
     }
+  }
+
+  template <class Own>
+  __device__ __forceinline__ void prefetch(Own piece, int ahead) const {
+    am::cuda::prefetch(data + ahead, piece);
   }
 
   // All lanes of the piece come here. random: of which the low 16 bits count.

@@ -112,6 +112,19 @@ union Raw {
   }
 };
 
+// Asks L2 for a piece's elements, if it has several.
+template <class S, class Own>
+__device__ __forceinline__ void prefetch([[maybe_unused]] const S* data,
+                                         [[maybe_unused]] Own piece) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (Own::kCount > 1) {
+#pragma unroll
+    for (int first = 0; first < Own::kCount; first += Own::kSpan)
+      if (piece.has(first)) asm volatile("prefetch.global.L2 [%0];" ::"l"(data + piece.at(first)));
+  }
+#endif
+}
+
 __device__ inline bool is_multiple(const void* address, int bytes) {
   return reinterpret_cast<uintptr_t>(address) % bytes == 0;
 }

@@ -113,17 +113,20 @@ __device__ inline Sums add_over_team(Sums (&warps)[kWarp], Team team, double num
 }
 
 // A row's sums. Where kHolds, what its update takes goes to `held`, and the last memory, which
-// depends on no beta, is written.
+// depends on no beta, is written; the row that lies so many elements ahead, if any, is on its way
+// to L2 meanwhile.
 template <class O, bool kHolds>
 __device__ __forceinline__ void row_sums(const typename O::Chunk& row, Team team,
                                          const typename O::TensorRow& line,
                                          const typename O::Coefficients& c, const HeldBy<O>& held,
-                                         typename O::Compute& num, typename O::Compute& den) {
+                                         int ahead, typename O::Compute& num,
+                                         typename O::Compute& den) {
   using T = typename O::Compute;
   row.for_each_piece(team, [&](auto piece) {
     constexpr int kCount = decltype(piece)::kCount;
     T g[kCount], m[O::kMemories][kCount], x[kCount], kept[kCount][O::kHeld] = {};
     row.template load<kHolds ? Use::kLast : Use::kAgain, true>(piece, g, m, x);
+    if (kHolds && ahead > 0) row.prefetch(piece, ahead);
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
       if (piece.has(j))
@@ -154,7 +157,7 @@ __device__ __forceinline__ void move_row(const typename O::Chunk& row, Team team
 }
 
 template <class O>
-__global__ void __launch_bounds__(most_threads(O::Chunk::kBlocks), 1)
+__global__ void __launch_bounds__(O::Chunk::kBlocks* kThreads)
     rows_kernel(const __grid_constant__ Step step, const __grid_constant__ Bucket bucket,
                 const __grid_constant__ RowsLaunch launch) {
   using T = typename O::Compute;
@@ -189,9 +192,11 @@ __global__ void __launch_bounds__(most_threads(O::Chunk::kBlocks), 1)
       if (exists && team.rank == 0) sums = seam(k);
     } else if (!is_done) {
       if (holds) {
-        row_sums<O, true>(row, team, line, c, held, num, den);
+        const bool goes_on = i + launch.teams < place.count;
+        row_sums<O, true>(row, team, line, c, held, goes_on ? launch.teams * place.numel : 0, num,
+                          den);
       } else {
-        row_sums<O, false>(row, team, line, c, held, num, den);
+        row_sums<O, false>(row, team, line, c, held, 0, num, den);
       }
       sums = {static_cast<double>(num), static_cast<double>(den)};
     }
