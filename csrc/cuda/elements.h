@@ -166,22 +166,39 @@ struct Elements {
   int64_t begin;
   const Rounding& rounding;
 
-  __device__ Elements(const Step& s, const Bucket& b, const Rounding& own, int64_t unit,
-                      int64_t first, int count)
+  // What the runs of a tensor share.
+  struct Tensor {
+    int64_t data[2 + kMemories], scales[kMemories], remainder, block;
+
+    static __device__ Tensor of(const Step& s, int64_t unit) {
+      const int64_t tensor = layout_at(s, kTensor, unit);
+      const auto address = [&](int list) { return s.addresses[list * s.tensors + tensor]; };
+      Tensor own = {};
+#pragma unroll
+      for (int list = 0; list < 2 + kMemories; ++list) own.data[list] = address(list);
+      if constexpr (kHasCodes) {
+#pragma unroll
+        for (int m = 0; m < kMemories; ++m) own.scales[m] = address(kScales + m);
+        own.block = layout_at(s, kBlock, unit);
+      }
+      if constexpr (std::is_same_v<Param, Param16>) own.remainder = address(kScales + kMemories);
+      return own;
+    }
+  };
+
+  __device__ Elements(const Tensor& tensor, const Bucket& b, const Rounding& own, int64_t first,
+                      int count)
       : length(count), begin(first), rounding(own) {
-    const int64_t tensor = layout_at(s, kTensor, unit);
-    const auto address = [&](int list) { return s.addresses[list * s.tensors + tensor]; };
-    param = param.at(address(0), begin, b.dtypes[0]);
-    grad = grad.at(address(1), begin, b.dtypes[1]);
+    param = param.at(tensor.data[0], begin, b.dtypes[0]);
+    grad = grad.at(tensor.data[1], begin, b.dtypes[1]);
 #pragma unroll
     for (int m = 0; m < kMemories; ++m) {
-      memories[m] = memories[m].at(address(2 + m), begin, b.dtypes[2 + m]);
-      if constexpr (kHasCodes)
-        memories[m].set_scales(address(kScales + m), begin, layout_at(s, kBlock, unit));
+      memories[m] = memories[m].at(tensor.data[2 + m], begin, b.dtypes[2 + m]);
+      if constexpr (kHasCodes) memories[m].set_scales(tensor.scales[m], begin, tensor.block);
     }
     if constexpr (std::is_same_v<Param, Param16>) {
-      const int64_t remainder = address(kScales + kMemories);
-      if (remainder != 0) param.remainder = reinterpret_cast<int8_t*>(remainder) + begin;
+      if (tensor.remainder != 0)
+        param.remainder = reinterpret_cast<int8_t*>(tensor.remainder) + begin;
     }
   }
 

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
   if (has_rows(step, unit)) {
     // No other unit reads this tensor's step. Where it may be none, its rows know.
     if (step.part != kBegin && row.begin != kNothing && !may_be_none(row))
-      Tensor::write_step(step, unit, row);
+      Tensor::write_step(Tensor::scalars(step, unit), row);
   } else if (step.part == kFinish) {
     return;
   } else if (step.rows != nullptr) {
@@ -128,7 +128,8 @@ __global__ void __launch_bounds__(kThreads, O::Chunk::kBlocks)
   const Place place(step, k);
   auto& row = O::row(step, place.unit);
   if (row.begin == kNothing) return;
-  const typename O::Chunk chunk(step, bucket, row.rounding, place.unit, place.begin, place.length);
+  const typename O::Chunk chunk(O::Chunk::Tensor::of(step, place.unit), bucket, row.rounding,
+                                place.begin, place.length);
   typename O::Compute num = 0, den = 0;
   O::begin(chunk, row, num, den);
   Sums sums = O::chunk_sums(row, add_over_block(warps, num, den));
@@ -180,8 +181,8 @@ __global__ void __launch_bounds__(kThreads, O::Chunk::kBlocks)
       if (is_done[j]) continue;
       const Place place(step, bucket.first_chunk + first - apart * j);
       const auto& row = O::row(step, place.unit);
-      const typename O::Chunk chunk(step, bucket, row.rounding, place.unit, place.begin,
-                                    place.length);
+      const typename O::Chunk chunk(O::Chunk::Tensor::of(step, place.unit), bucket, row.rounding,
+                                    place.begin, place.length);
       O::finish(chunk, row);
     }
   }

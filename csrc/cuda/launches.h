@@ -36,7 +36,7 @@ inline cudaError_t launch_units(void (*kernel)(Step), const Step& step, void* st
 inline cudaError_t shared_bytes(int device, int* bytes) {
   const cudaError_t error =
       cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  *bytes -= 2 * kWarp * sizeof(Sums);  // rows_kernel's own
+  *bytes -= 2 * kWarp * sizeof(Sums) + kMostShared;  // rows_kernel's own
   return error;
 }
 

@@ -19,8 +19,9 @@ constexpr int kLeastTeam = 4;
 constexpr int kPiece = 8 * kWarp;
 constexpr int kMostHeld = 4;
 
-// The largest block: as many threads as its registers let a multiprocessor have, or the power of 2
-// below.
+// How many threads a multiprocessor is to have, by its registers: with 16-bit types not as many as
+// begin has, for what they hold. And the largest block: the power of 2 below.
+constexpr int rows_threads(int blocks) { return blocks == kBlocks16Bit ? 640 : blocks * kThreads; }
 constexpr int most_threads(int blocks) { return blocks < 4 ? 2 * kThreads : 4 * kThreads; }
 
 // How a launch's blocks are divided.
@@ -86,6 +87,32 @@ struct Held {
   }
 };
 
+// What a unit's rows share, in shared memory: read from the tables once. It takes so many bytes at
+// most.
+constexpr int kMostShared = 512;
+
+template <class O>
+struct Shared {
+  typename O::TensorRow line;
+  typename O::Coefficients coefficients;
+  typename O::Chunk::Tensor tensor;
+  Scalars<O::kScalars> scalars;
+
+  // By all threads of the block.
+  __device__ void read(const Step& s, int64_t unit) {
+    const auto* words = reinterpret_cast<const double*>(&O::row(s, unit));
+    for (int k = static_cast<int>(threadIdx.x); k < O::kColumns; k += static_cast<int>(blockDim.x))
+      reinterpret_cast<double*>(&line)[k] = words[k];
+    if (threadIdx.x == 0) {
+      tensor = O::Chunk::Tensor::of(s, unit);
+      scalars = O::scalars(s, unit);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) coefficients = narrow_all<typename O::Compute>(line.coefficients);
+    __syncthreads();
+  }
+};
+
 template <class O>
 using HeldBy = Held<typename O::Compute, O::kHeld, O::Chunk::kVector>;
 
@@ -125,8 +152,8 @@ __device__ __forceinline__ void row_sums(const typename O::Chunk& row, Team team
   row.for_each_piece(team, [&](auto piece) {
     constexpr int kCount = decltype(piece)::kCount;
     T g[kCount], m[O::kMemories][kCount], x[kCount], kept[kCount][O::kHeld] = {};
-    row.template load<kHolds ? Use::kLast : Use::kAgain, true>(piece, g, m, x);
     if (kHolds && ahead > 0) row.prefetch(piece, ahead);
+    row.template load<kHolds ? Use::kLast : Use::kAgain, true>(piece, g, m, x);
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
       if (piece.has(j))
@@ -157,15 +184,17 @@ __device__ __forceinline__ void move_row(const typename O::Chunk& row, Team team
 }
 
 template <class O>
-__global__ void __launch_bounds__(O::Chunk::kBlocks* kThreads)
+__global__ void __launch_bounds__(rows_threads(O::Chunk::kBlocks), 1)
     rows_kernel(const __grid_constant__ Step step, const __grid_constant__ Bucket bucket,
                 const __grid_constant__ RowsLaunch launch) {
   using T = typename O::Compute;
   constexpr int kVector = O::Chunk::kVector;
   __shared__ Sums warps[2][kWarp];
+  __shared__ Shared<O> unit;
+  static_assert(sizeof(unit) <= kMostShared);
   const RowsPlace place(step, bucket.first_chunk + blockIdx.x);
-  // Read anew for every row, as the addresses are: there are no registers to keep them in.
-  const typename O::TensorRow& line = O::row(step, place.unit);
+  unit.read(step, place.unit);
+  const typename O::TensorRow& line = unit.line;
   if (line.begin == kNothing && step.part != kBegin) return;
   const int own = static_cast<int>(threadIdx.x) / launch.team;
   const Team team = {static_cast<int>(threadIdx.x) & (launch.team - 1), launch.team};
@@ -183,9 +212,10 @@ __global__ void __launch_bounds__(O::Chunk::kBlocks* kThreads)
     // A team without a row goes along: its warp's others may have one.
     const bool exists = i < place.count;
     const int64_t k = place.first + (exists ? i : 0);
-    const typename O::Chunk row(step, bucket, line.rounding, place.unit, k * place.numel,
+    const typename O::Chunk row(unit.tensor, bucket, line.rounding, k * place.numel,
                                 exists ? place.numel : 0);
-    const auto c = narrow_all<T>(O::corrected(step, place.unit, line, k));
+    typename O::Coefficients c = unit.coefficients;
+    O::correct(c, unit.scalars, line, k);
     T num = 0, den = 0;
     Sums sums = {0.0, 0.0};
     if (step.part == kFinish) {
@@ -212,14 +242,14 @@ __global__ void __launch_bounds__(O::Chunk::kBlocks* kThreads)
     const typename O::Amount amount = O::amount_of(line, beta);
     if (holds) {
       // Its coefficients are the tensor's.
-      move_row<O>(row, team, narrow_all<T>(line.coefficients), amount, held);
+      move_row<O>(row, team, unit.coefficients, amount, held);
     } else {
       O::update(row, team, c, amount);
     }
     if (team.rank == 0) {
-      O::write_segment(step, place.unit, beta, k);
+      O::write_segment(unit.scalars, beta, k);
       // The same values from all of the tensor's rows that have a gradient.
-      if (may_be_none(line)) O::write_step(step, place.unit, line);
+      if (may_be_none(line)) O::write_step(unit.scalars, line);
     }
   }
 }
