@@ -100,7 +100,7 @@ __device__ inline bool is_last_of_unit(int32_t& arrived, int64_t chunks) {
 // ---- kernels ----------------------------------------------------------------------
 
 template <class Tensor>
-__global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ Step step) {
+__global__ void __launch_bounds__(kThreads, 1) prepare_kernel(const __grid_constant__ Step step) {
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (unit >= step.units) return;
   Tensor::prepare(step, unit);

@@ -4,7 +4,8 @@
 // A row has a team of threads, a block's or some of a warp's, and a chunk's rows are taken by
 // turns. What a thread holds it reads back itself. A half of a step takes the sums alone, or the
 // update alone; so does, one after the other, all of a step where it may be none, or where a row is
-// too long to be held (of float64).
+// too long to be held (of float64). A memory in few bits is rounded once: the last one when the
+// sums are taken, the first one with the parameter.
 #pragma once
 
 #include "kernels.h"
