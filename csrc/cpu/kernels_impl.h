@@ -1,6 +1,8 @@
 // The chunk walk around am_math.h, compiled once for each instruction set by the
 // kernels_*.cpp beside it, which define AM_KERNELS, the name of the table.
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <type_traits>
 
 #include "kernels.h"
@@ -158,9 +160,9 @@ struct AdamW {
   }
 
   template <bool Scaled, bool Decay, bool Guess>
-  static Sums begin_chunk(const AdamWChunk& chunk, const Coefficients c) {
+  static void begin_chunk(const AdamWChunk& chunk, const Coefficients c,
+                          Accumulator<T>& accumulator) {
     LaneSums<T> sums;
-    Accumulator<T> accumulator;
     walk(
         place(chunk), chunk.numel, kBlock,
         [&](const auto& p) AM_INLINE_LAMBDA {
@@ -180,19 +182,22 @@ struct AdamW {
           }
         },
         [&](int64_t lanes) { accumulator.take(sums, lanes); });
-    return accumulator.total();
   }
 
   static Sums sums(const AdamWChunk& chunk, const AdamWCoefficients<double>& c) {
-    return specialize(cast(c), [&](auto scaled, auto decay) {
-      return begin_chunk<scaled, decay, false>(chunk, cast(c));
+    Accumulator<T> accumulator;
+    specialize(cast(c), [&](auto scaled, auto decay) {
+      begin_chunk<scaled, decay, false>(chunk, cast(c), accumulator);
     });
+    return accumulator.total();
   }
 
   static Sums guess(const AdamWChunk& chunk, const AdamWCoefficients<double>& c) {
-    return specialize(cast(c), [&](auto scaled, auto decay) {
-      return begin_chunk<scaled, decay, true>(chunk, cast(c));
+    Accumulator<T> accumulator;
+    specialize(cast(c), [&](auto scaled, auto decay) {
+      begin_chunk<scaled, decay, true>(chunk, cast(c), accumulator);
     });
+    return accumulator.total();
   }
 
   // A row whose sums are there, and what its update takes: 1 - beta, and P and the weighted
@@ -325,9 +330,8 @@ struct SGD {
   }
 
   template <bool Scaled, bool Decay>
-  static Sums sum_chunk(const SGDChunk& chunk, const Coefficients c) {
+  static void sum_chunk(const SGDChunk& chunk, const Coefficients c, Accumulator<T>& accumulator) {
     LaneSums<T> sums;
-    Accumulator<T> accumulator;
     walk(
         place(chunk), chunk.numel, kBlock, [](const auto&) { return 0; },
         [&](const auto& p, int, int64_t) AM_INLINE_LAMBDA {
@@ -337,12 +341,14 @@ struct SGD {
           sgd_sums<Scaled, Decay>(load(p.g), load(p.d), x, c, sums.num, sums.den);
         },
         [&](int64_t lanes) { accumulator.take(sums, lanes); });
-    return accumulator.total();
   }
 
   static Sums sums(const SGDChunk& chunk, const SGDCoefficients<double>& c) {
-    return specialize(
-        cast(c), [&](auto scaled, auto decay) { return sum_chunk<scaled, decay>(chunk, cast(c)); });
+    Accumulator<T> accumulator;
+    specialize(cast(c), [&](auto scaled, auto decay) {
+      sum_chunk<scaled, decay>(chunk, cast(c), accumulator);
+    });
+    return accumulator.total();
   }
 
   template <bool Scaled, bool Decay>
@@ -435,6 +441,105 @@ struct Norm {
 
 }  // namespace
 
+#include "formats_impl.h"
+
+namespace {
+
+// ---- what is stored in few bits: piece by piece in float32 --------------------------------
+
+// Calls f(staged, n) for pieces of a chunk, with their elements in float32.
+template <class F>
+AM_INLINE void for_pieces(const LowChunk& chunk, bool reads_param, bool stores, F f) {
+  alignas(64) float room[kLowRoom * (kPiece + kEach)];
+  for (int64_t done = 0; done < chunk.numel; done += kPiece) {
+    const int64_t begin = chunk.begin + done, n = std::min(kPiece, chunk.numel - done);
+    const Staged staged = stage(*chunk.tensor, begin, n, reads_param, room);
+    f(staged, n);
+    if (stores) store_piece(*chunk.tensor, begin, n, staged);
+  }
+}
+
+// Calls f with the optimizer's kernels that take what is staged.
+template <template <class, class> class Optimizer, class F>
+AM_INLINE void with_kernels(const LowTensor& tensor, F f) {
+  if (tensor.kernel_dtype() == kBFloat16) {
+    f(Optimizer<BFloat16, float>{});
+  } else {
+    f(Optimizer<float, float>{});
+  }
+}
+
+AM_INLINE AdamWChunk adamw_chunk(const Staged& staged, int64_t n) {
+  return {staged.param, staged.grad, staged.memories[0], staged.memories[1], n};
+}
+
+AM_INLINE SGDChunk sgd_chunk(const Staged& staged, int64_t n) {
+  return {staged.param, staged.grad, staged.memories[0], n};
+}
+
+Sums low_adamw_sums(const LowChunk& chunk, const AdamWCoefficients<double>& c) {
+  Accumulator<float> accumulator;
+  with_kernels<AdamW>(*chunk.tensor, [&](auto kernels) {
+    using Own = decltype(kernels);
+    specialize(Own::cast(c), [&](auto scaled, auto decay) {
+      for_pieces(chunk, decay, false, [&](const Staged& staged, int64_t n) {
+        Own::template begin_chunk<scaled, decay, false>(adamw_chunk(staged, n), Own::cast(c),
+                                                        accumulator);
+      });
+    });
+  });
+  return accumulator.total();
+}
+
+void low_adamw_update(const LowChunk& chunk, const AdamWCoefficients<double>& c, double take) {
+  with_kernels<AdamW>(*chunk.tensor, [&](auto kernels) {
+    for_pieces(chunk, true, true, [&](const Staged& staged, int64_t n) {
+      decltype(kernels)::update(adamw_chunk(staged, n), c, take);
+    });
+  });
+}
+
+void low_adamw_rows(const LowAdamWRows& run, const AdamWCoefficients<double>& c) {
+  const LowTensor& tensor = *run.first.tensor;
+  const int64_t numel = run.first.numel;
+  with_kernels<AdamW>(tensor, [&](auto kernels) {
+    AdamWRows own = run.rows;
+    for (int64_t done = 0; done < run.rows.rows; done += own.rows) {
+      own.rows = std::min(run.at_once, run.rows.rows - done);
+      own.index = run.rows.index + done;
+      const int64_t begin = run.first.begin + done * numel, n = own.rows * numel;
+      const Staged staged = stage(tensor, begin, n, true, run.room);
+      own.first = adamw_chunk(staged, numel);
+      decltype(kernels)::rows(own, c);
+      store_staged(tensor, begin, n, staged);
+    }
+  });
+}
+
+Sums low_sgd_sums(const LowChunk& chunk, const SGDCoefficients<double>& c) {
+  Accumulator<float> accumulator;
+  with_kernels<SGD>(*chunk.tensor, [&](auto kernels) {
+    using Own = decltype(kernels);
+    specialize(Own::cast(c), [&](auto scaled, auto decay) {
+      for_pieces(chunk, decay, false, [&](const Staged& staged, int64_t n) {
+        Own::template sum_chunk<scaled, decay>(sgd_chunk(staged, n), Own::cast(c), accumulator);
+      });
+    });
+  });
+  return accumulator.total();
+}
+
+void low_sgd_update(const LowChunk& chunk, const SGDCoefficients<double>& c, double keep,
+                    double take) {
+  with_kernels<SGD>(*chunk.tensor, [&](auto kernels) {
+    for_pieces(chunk, true, true, [&](const Staged& staged, int64_t n) {
+      decltype(kernels)::update(sgd_chunk(staged, n), c, keep, take);
+    });
+  });
+}
+
+}  // namespace
+
 namespace am::cpu {
 
 // A function for each DType, in their order.
@@ -443,9 +548,19 @@ namespace am::cpu {
    Optimizer<BFloat16, float>::function, Optimizer<Float16, float>::function}
 
 extern const Kernels AM_KERNELS = {
-    AM_FOR_DTYPES(AdamW, sums), AM_FOR_DTYPES(AdamW, guess),  AM_FOR_DTYPES(AdamW, update),
-    AM_FOR_DTYPES(AdamW, rows), AM_FOR_DTYPES(AdamW, repair), AM_FOR_DTYPES(SGD, sums),
-    AM_FOR_DTYPES(SGD, update), AM_FOR_DTYPES(Norm, squares),
+    AM_FOR_DTYPES(AdamW, sums),
+    AM_FOR_DTYPES(AdamW, guess),
+    AM_FOR_DTYPES(AdamW, update),
+    AM_FOR_DTYPES(AdamW, rows),
+    AM_FOR_DTYPES(AdamW, repair),
+    AM_FOR_DTYPES(SGD, sums),
+    AM_FOR_DTYPES(SGD, update),
+    low_adamw_sums,
+    low_adamw_update,
+    low_adamw_rows,
+    low_sgd_sums,
+    low_sgd_update,
+    AM_FOR_DTYPES(Norm, squares),
 };
 
 }  // namespace am::cpu
