@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # another machine, does not decide them.
 _IMPLEMENTATION = (
     *("foreach", "fused", "backend", "capturable"),
-    *("state_dtype", "stochastic_rounding", "store_param_remainders"),
+    *storage.OPTIONS,
 )
 
 # Options of torch.optim's AdamW and SGD that these optimizers do not have.
@@ -93,7 +93,6 @@ def _loaded(
     native: bool,
 ) -> Any:
     """A copy of one parameter's state, checked, and converted if it is torch.optim's."""
-    formats = storage.all_names(optimizer.memories)
     if not native and _is_foreign(optimizer, saved):
         raise ValueError(
             f"loaded state has {', '.join(saved)} and no {', '.join(optimizer.memories)}: it is "
@@ -101,7 +100,7 @@ def _loaded(
             "counterpart in torch.optim"
         )
     # The user's own, alone.
-    names = {*optimizer.scalars, *formats}
+    names = {*optimizer.scalars, *storage.all_names(optimizer.memories)}
     if not isinstance(saved, dict) or not any(name in saved for name in names):
         return _copy(saved)
     state = saved if native else optimizer._convert_state(param, saved, group)
@@ -185,8 +184,10 @@ def missing_state(
         **optimizer._convert_state(param, plain, group),
         **{name: plain[name] for name in known},
     }
+    # In an ordinary group a user's own memory may be of any dtype.
+    are_users = param not in optimizer._stored
     for memory in optimizer.memories:
-        if not storage.fits(param, memory, state, own):
+        if not (are_users and memory in state) and not storage.fits(param, memory, state, own):
             value = _checked_memory(param, memory, whole[memory])
             missing.update(storage.memory_state(param, memory, own, value))
     misfits = () if fits_scope(optimizer, param, state, group) else optimizer.row_scalars
@@ -206,7 +207,7 @@ def fits(
     own = storage.storage_of(param, group)
     return (
         all(storage.fits(param, memory, state, own) for memory in optimizer.memories)
-        and own.has_remainder <= (storage.REMAINDER in state)
+        and own.has_remainder == (storage.REMAINDER in state)
         and fits_scope(optimizer, param, state, group)
     )
 

@@ -61,13 +61,14 @@ def random_bits(key: int, places: Tensor) -> Tensor:
     """32 bits for each of these places in the tensor: int64, of [0, 2^32).
 
     Two rounds of multiplication and shifts, of which each takes a half of the key. The low 16 bits
-    are those of a signed memory, the high 16 those of exp_avg_sq; a parameter, which has a key of
-    its own, takes the low ones.
+    are those of a signed memory, the high 16 those of exp_avg_sq; a parameter, which has a
+    key of its own, takes the low ones. Places that are a multiple of 2^32 apart have bits that are
+    fair, and not independent of each other.
 
     Args:
         places: int64, below 2^63.
     """
-    x = (places ^ key) & _HALF
+    x = (places & _HALF) ^ (key & _HALF)
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D & _HALF
     x = x ^ (((places >> 32) + (key >> 32)) & _HALF)
@@ -124,17 +125,20 @@ def split(value: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def join(param: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 values of a bfloat16 parameter and its remainder."""
+    """The float32 values of a bfloat16 parameter and its remainder.
+
+    A parameter that has been set between steps keeps its remainder, at most half an ulp. With 0 or
+    infinity that may be the bits of a NaN: it is then the parameter alone.
+    """
     words = param.float().view(torch.int32).long() + (remainder.long() << 8)
     result = words.to(torch.int32).view(torch.float32)
-    return torch.where(param.isnan(), param.float(), result)
+    return torch.where(result.isnan(), param.float(), result)
 
 
 # ---- int8 -------------------------------------------------------------------------------
 
-# A block below this is of zeros: its inverse would be infinite.
+# A block whose scale is below this is of zeros: the scale's inverse would be infinite.
 SMALLEST_SCALE = 1e-37
-
 
 # Elements that a block may have.
 BLOCKS = (256, 128, 64)
@@ -152,13 +156,19 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
         codes: int8 of a signed memory, uint8 of exp_avg_sq, contiguous.
         scales: float32, one a block, in the order of the blocks.
     """
-    c = codes.reshape(scales.numel(), -1).double()
+    c = _blocks(codes, scales).double()
     scale = scales.double().reshape(-1, 1)
     if codes.dtype == torch.int8:
         values = c * c.abs() * (scale / 127**2)
     else:
         values = ((c / 255) ** 2 * scale) ** 2
     return values.reshape(codes.shape)
+
+
+def _blocks(tensor: Tensor, scales: Tensor) -> Tensor:
+    """[blocks, elements of each]; also of a shard that has none."""
+    count = scales.numel()
+    return tensor.reshape(count, max(1, tensor.numel() // max(1, count)))
 
 
 def encode(value: Tensor, codes: Tensor, scales: Tensor, bits: Tensor | None) -> None:
@@ -173,7 +183,7 @@ def encode(value: Tensor, codes: Tensor, scales: Tensor, bits: Tensor | None) ->
     """
     signed = codes.dtype == torch.int8
     most, power = (127, 2) if signed else (255, 4)
-    value = value.double().reshape(scales.numel(), -1)
+    value = _blocks(value, scales).double()
     magnitude = value.abs() if signed else value.sqrt()
     # NaN where one is, as amax has it.
     scale = magnitude.amax(1, keepdim=True).float().double()

@@ -72,6 +72,10 @@ def as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+# Of a parameter whose state has not been looked at.
+_UNSEEN: tuple[Any, frozenset[str]] = (None, frozenset())
+
+
 @dataclass
 class Kept:
     """What is kept from step to step of the same parameters."""
@@ -109,6 +113,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
     _kept: Kept
     _readings: clipping.Readings | None
     _elements: dict[torch.device, Elements]
+    # Parameters that were in groups with options of storage when they were last stepped or loaded:
+    # the options for which their state was seen to be right, and the names that it then has. Such
+    # state is looked at again where an option has changed.
+    _stored: dict[Tensor, tuple[Any, frozenset[str]]]
     # In a step: parameters whose state it has made or completed, and what they had before.
     _new_state: list[tuple[Tensor, dict[str, Any] | None]]
 
@@ -140,6 +148,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self._readings = None
         self._elements = {}
         self._new_state = []
+        self._stored = {}
         if self._released is not None:
             self._released._forget()
 
@@ -346,22 +355,21 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 f"{type(self).__name__} does not support sparse gradients: "
                 "make the module that gives them with sparse=False"
             )
-        names = {*self.memories, *self.scalars}
         states: list[Any] = list(map(self.state.get, new_params))
         packed = storage.is_packed(group)
-        new = [
-            i
-            for i, state in enumerate(states)
-            if not (
-                isinstance(state, dict)
-                and (
-                    checkpoints.fits(self, new_params[i], state, group)
-                    if packed
-                    else names <= state.keys()
+        if packed:
+            new = self._find_misfits(group, new_params, states)
+        else:
+            needed = {*self.memories, *self.scalars}
+            new = [
+                i
+                for i, state in enumerate(states)
+                if not (
+                    isinstance(state, dict)
+                    and needed <= state.keys()
                     and checkpoints.fits_scope(self, new_params[i], state, group)
                 )
-            )
-        ]
+            ]
         if new:
             without = [new_params[i] for i in new]
             flattened.check_new(group, without, self.param_groups, self._given)
@@ -371,11 +379,12 @@ class AdaptiveMemoryOptimizer(Optimizer):
             self._make_readings(clipping.home_device([param.device for param in new_params]))
         params.extend(new_params)
         grads.extend(new_grads)
-        found = [[state.get(name) for state in states] for name in (*self.memories, *self.scalars)]
+        names = [*self.memories, *self.scalars]
+        found = [[state.get(name) for state in states] for name in names]
         if packed:
             found = storage.gather(self.memories, states, found)
-        found_names = (*self.memories, *self.scalars, *(["what is packed"] * len(found)))
-        for name, values, own in zip(found_names, lists, found, strict=False):
+            names += [*(f"{name}_scales" for name in self.memories), storage.REMAINDER]
+        for name, values, own in zip(names, lists, found, strict=True):
             values.extend(own)
             for kind in set(map(type, own)):
                 if not issubclass(kind, Tensor):
@@ -384,9 +393,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """Makes a parameter's state, or what is missing in the state that a user has given it.
 
-        Or what does not fit a beta_scope that has been changed.
+        Or what does not fit a beta_scope, or an option of storage, that has been changed.
         """
         self._check_dtype(param)
+        storage.check_dtype(param, group)
         is_new = param not in self.state
         state: dict[str, Any] = {} if is_new else self.state[param]
         if not isinstance(state, dict):
@@ -404,6 +414,41 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self.state[param] = state
         return state
 
+    def _find_misfits(
+        self, group: dict[str, Any], params: list[Tensor], states: list[Any]
+    ) -> list[int]:
+        """Of parameters of a group with options of storage those whose state is not as it is to
+        be."""
+        options = *storage.options_of(group), group["beta_scope"]
+        misfits = []
+        for i, (param, state) in enumerate(zip(params, states, strict=True)):
+            known, names = self._stored.get(param, _UNSEEN)
+            if known == options and isinstance(state, dict) and names <= state.keys():
+                continue
+            self._stored[param] = _UNSEEN
+            if isinstance(state, dict) and checkpoints.fits(self, param, state, group):
+                names = storage.state_names(self.memories, storage.storage_of(param, group))
+                self._stored[param] = options, names.union(self.scalars)
+            else:
+                misfits.append(i)
+        return misfits
+
+    def _unpack(self, groups: list[dict[str, Any]]) -> None:
+        """Makes state ordinary again whose group has none of the options of storage any more."""
+        for group in groups:
+            if storage.is_packed(group):
+                continue
+            for param in self._stored.keys() & set(group["params"]):
+                state = self.state.get(param)
+                if (
+                    isinstance(state, dict)
+                    and not storage.all_names(self.memories).isdisjoint(state)
+                    and not checkpoints.fits(self, param, state, group)
+                ):
+                    self._init_state(param, group)
+                else:
+                    del self._stored[param]
+
     def _collect(
         self, groups: list[dict[str, Any]] | None = None, kept: Kept | None = None
     ) -> list[Work]:
@@ -416,6 +461,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
             if self._maker is not None:
                 flattened.check_scope(self._maker, group)
         packed = list(filter(storage.is_packed, groups))
+        if self._stored:
+            self._unpack(groups)
         if not packed:
             return self._collect_ordinary(groups, kept) or self._collect_any(groups, kept)
         plain = [group for group in groups if not storage.is_packed(group)]
@@ -804,3 +851,5 @@ class AdaptiveMemoryOptimizer(Optimizer):
         if "_given" not in vars(self):  # of a copy, for which __init__ was not called
             self._given = flattened.shapes(p for g in self.param_groups for p in g["params"])
         checkpoints.unwrap(self)
+        for group in filter(storage.is_packed, self.param_groups):
+            self._stored.update(dict.fromkeys(group["params"], _UNSEEN))

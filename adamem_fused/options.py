@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adamem_fused import backends
-from adamem_fused.storage import STATE_DTYPES
+from adamem_fused.storage import BFLOAT16, STATE_DTYPES
 
 MEMORY_PLANES = ("level", "anchored")
 GAPS = ("gradient", "loss")
@@ -33,9 +33,10 @@ def check_number(name: str, value: Any, high: float = float("inf"), slack: float
 
 
 def plain(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with NumPy's numbers and sequences of any kind as Python's own.
+    """The options with NumPy's numbers and sequences of any kind as Python's own, and a dtype by
+    its name.
 
-    torch.load takes no others by default.
+    torch.load takes no others by default, and get_optimizer_state_dict no dtypes.
     """
     numbers = {
         key: float(value)
@@ -43,7 +44,8 @@ def plain(options: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, Real) and not isinstance(value, (bool, int))
     }
     betas = {"betas": tuple(map(float, options["betas"]))} if "betas" in options else {}
-    return {**options, **numbers, **betas}
+    dtypes = {key: BFLOAT16 for key, value in options.items() if value is torch.bfloat16}
+    return {**options, **numbers, **betas, **dtypes}
 
 
 def check_lr(lr: Any, slack: float) -> None:

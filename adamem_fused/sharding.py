@@ -98,42 +98,53 @@ def _row_placements(param: DTensor) -> list[Placement]:
     return [p if _is_of_rows(p) else Replicate() for p in param.placements]
 
 
-def as_blocks(param: Tensor, values: Tensor, shape: Size) -> Tensor:
-    """A value for each block of this rank's rows, sharded as these are: of shape `shape` in all."""
+def like(param: Tensor, values: Tensor, shape: Size) -> Tensor:
+    """This rank's values of something of this shape, of a parameter or of its blocks, sharded as
+    the parameter is."""
     if not is_dtensor(param):
         return values
     from torch.distributed.tensor import DTensor
 
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        values, param.device_mesh, param.placements, shape=shape, stride=stride
+        values, param.device_mesh, _placements(param, shape), shape=shape, stride=stride
     )
 
 
-def like(param: Tensor, values: Tensor) -> Tensor:
-    """This rank's values of a parameter, sharded as it is."""
-    return as_blocks(param, values, param.shape)
+def local_like(param: Tensor, values: Tensor) -> Tensor:
+    """This rank's part of something as `like` has it, which may be sharded otherwise."""
+    if is_dtensor(param) and is_dtensor(values):
+        values = values.redistribute(placements=_placements(param, values.shape))
+    return local(values)
+
+
+def _placements(param: DTensor, shape: Size) -> list[Placement]:
+    """The parameter's, without what splits none of these dimensions, as over a single rank."""
+    from torch.distributed.tensor import Replicate
+
+    return [p if getattr(p, "dim", 0) < len(shape) else Replicate() for p in param.placements]
 
 
 def has_whole_blocks(param: Tensor, block: int) -> bool:
-    """Whether every rank has whole blocks of a row, of so many elements, as one rank would have.
+    """Whether every rank has whole blocks of a row, of so many elements.
 
-    Of a matrix that is sharded by rows it has; of one whose rows are split, and of a vector, where
-    all parts are equal and have whole blocks.
+    Where parameters are sharded by rows they have, on any number of ranks. Where rows are split
+    they have if all parts are equal, and whole blocks. Of a vector, whose parts are what its
+    length and the number of ranks make of them, they have not, as if it were on none.
     """
     if not is_dtensor(param):
         return True
-    first = min(1, param.dim() - 1)  # the first dimension of what blocks divide
+    if param.dim() < 2:
+        return False
     parts = 1
     for placement, size in zip(param.placements, param.device_mesh.shape, strict=True):
-        dim = getattr(placement, "dim", None)
-        if placement.is_replicate() or size == 1 or (dim is not None and dim < first):
+        if placement.is_replicate() or size == 1 or _is_of_rows(placement):
             continue
-        if dim != first or not placement.is_shard():
+        if not placement.is_shard(1):
             return False
         parts *= size
-    inner = param.shape[first + 1 :].numel()
-    return param.shape[first] % parts == 0 and param.shape[first] // parts * inner % block == 0
+    row = param.shape[1:].numel()
+    return param.shape[1] % parts == 0 and row // parts % block == 0
 
 
 def place_of(param: Tensor) -> tuple[int, int, int]:

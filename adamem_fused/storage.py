@@ -1,13 +1,13 @@
 """How a parameter's state is kept: which of the formats of formats.py its group's options give it.
 
-    state_dtype              None, torch.bfloat16 or "int8": of the memories
+    state_dtype              None, torch.bfloat16 ("bfloat16" in a group) or "int8": of the memories
     stochastic_rounding      of a bfloat16 parameter
     store_param_remainders   8 further bits of a bfloat16 parameter, `param_remainder`
 
 An int8 memory is two tensors of the state: `exp_avg_codes`, of the parameter's shape, and
-`exp_avg_scales`, [rows, blocks of a row], or [blocks] of a vector. So a shard of whole rows has
-whole blocks, and the state is sharded as its parameter is. They have names of their own, as tools
-that load a checkpoint element by element would make codes of float32 numbers without an error.
+`exp_avg_scales`, [rows, blocks of a row], or [blocks] of a vector. A shard of whole rows has whole
+blocks, and both are sharded as their parameter is. They have names of their own, as tools that copy
+a checkpoint into tensors that are there would make codes of float32 numbers without an error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 # A parameter group, and how many of its tensors are in a batch.
 Placed: TypeAlias = "tuple[dict[str, Any], int]"
 
-STATE_DTYPES = (None, torch.bfloat16, "int8")
+BFLOAT16 = "bfloat16"
+STATE_DTYPES = (None, torch.bfloat16, BFLOAT16, "int8")
 REMAINDER = "param_remainder"
 
 # Of the parameters that may have a state_dtype.
@@ -55,13 +56,17 @@ class Storage(NamedTuple):
 PLAIN = Storage()
 
 
+# A group's options of this kind, in the order of these names.
+OPTIONS = ("state_dtype", "stochastic_rounding", "store_param_remainders")
+
+
+def options_of(group: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple([group[name] for name in OPTIONS])
+
+
 def is_packed(group: dict[str, Any]) -> bool:
     """Whether a group has any of these options."""
-    return bool(
-        group["state_dtype"] is not None
-        or group["stochastic_rounding"]
-        or group["store_param_remainders"]
-    )
+    return options_of(group) != (None, False, False)
 
 
 def storage_of(param: Tensor, group: dict[str, Any]) -> Storage:
@@ -72,7 +77,7 @@ def storage_of(param: Tensor, group: dict[str, Any]) -> Storage:
     # Of other dtypes only what is frozen is in a group with a state_dtype.
     is_low = group["state_dtype"] is not None and param.dtype in PARAM_DTYPES
     if is_low and param.numel() >= LEAST_NUMEL:
-        if group["state_dtype"] == torch.bfloat16:
+        if group["state_dtype"] in (torch.bfloat16, BFLOAT16):
             memory = torch.bfloat16
         else:
             block = formats.block_length(param.shape[min(1, param.dim() - 1) :].numel())
@@ -83,14 +88,20 @@ def storage_of(param: Tensor, group: dict[str, Any]) -> Storage:
     return Storage(
         memory,
         block,
-        rounds=is_16bit and bool(group["stochastic_rounding"]),
-        has_remainder=is_16bit and bool(group["store_param_remainders"]),
+        rounds=is_16bit and group["stochastic_rounding"],
+        has_remainder=is_16bit and group["store_param_remainders"],
     )
 
 
 def names_of(memory: str, storage: Storage) -> tuple[str, ...]:
     """The names of a memory's tensors in the state."""
     return _codes_and_scales(memory) if storage.memory == torch.int8 else (memory,)
+
+
+def state_names(memories: Iterable[str], storage: Storage) -> frozenset[str]:
+    """The names of a parameter's memories in the state, and of its remainder if it has one."""
+    remainder = [REMAINDER] if storage.has_remainder else []
+    return frozenset([*chain(*(names_of(memory, storage) for memory in memories)), *remainder])
 
 
 def _codes_and_scales(memory: str) -> tuple[str, str]:
@@ -105,28 +116,27 @@ def all_names(memories: Iterable[str]) -> set[str]:
 
 def fits(param: Tensor, memory: str, state: dict[str, Any], own: Storage) -> bool:
     """Whether a state has this memory as it is to be."""
-    if own.memory is None:
-        return state.get(memory) is not None  # of another dtype where a user has given it such
-    names = names_of(memory, own)
-    if not all(isinstance(state.get(name), Tensor) for name in names):
+    values: list[Any] = [state.get(name) for name in names_of(memory, own)]
+    if any(value is None for value in values):
+        return False
+    if not all(isinstance(value, Tensor) for value in values):
+        return True  # which a step refuses
+    first = values[0]
+    if own != PLAIN and not sharding.local(first).is_contiguous():
         return False
     if own.memory == torch.int8:
-        return bool(state[names[1]].shape == scales_shape(param.shape, own.block))
-    return bool(state[memory].dtype == own.memory)
+        return bool(values[1].shape == scales_shape(param.shape, own.block))
+    dtypes = {own.memory or memory_dtype(param), *([torch.float64] if own == PLAIN else [])}
+    return first.dtype in dtypes
 
 
 def stale(memories: Iterable[str], state: dict[str, Any], own: Storage) -> set[str]:
     """What a state has of other formats, and is to lose."""
-    wanted = {name for memory in memories for name in names_of(memory, own)}
-    if own.has_remainder:
-        wanted.add(REMAINDER)
-    return all_names(memories) & state.keys() - wanted
+    return all_names(memories) & state.keys() - state_names(memories, own)
 
 
 def scales_shape(shape: Size, block: int) -> Size:
     """[rows, blocks of a row], or [blocks] of a vector."""
-    if block == 0:
-        return Size([])
     if len(shape) < 2:
         return Size([shape.numel() // block])
     return Size([shape[0], shape[1:].numel() // block])
@@ -139,26 +149,30 @@ def memory_state(
 
     value: of the parameter's shape, and sharded as it is.
     """
-    if storage.memory is None:
-        dtype = memory_dtype(param)
-        if value is None:
-            like = torch.preserve_format
-            return {memory: torch.zeros_like(param, dtype=dtype, memory_format=like)}
+    if storage.memory == torch.int8:
+        return _codes_state(param, memory, storage.block, value)
+    dtype = storage.memory or memory_dtype(param)
+    if storage == PLAIN and value is not None:
         dtype = torch.promote_types(value.dtype, dtype)
-        return {memory: torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)}
-    like = torch.contiguous_format
-    if storage.memory == torch.bfloat16:
-        zeros = torch.zeros_like(param, dtype=torch.bfloat16, memory_format=like)
-        return {memory: zeros if value is None else zeros.copy_(value)}
+    like = torch.preserve_format if storage == PLAIN else torch.contiguous_format
+    if value is None:
+        return {memory: torch.zeros_like(param, dtype=dtype, memory_format=like)}
+    return {memory: torch.empty_like(param, dtype=dtype, memory_format=like).copy_(value)}
+
+
+def _codes_state(param: Tensor, memory: str, block: int, value: Tensor | None) -> dict[str, Tensor]:
+    own = sharding.local(param)
     dtype = torch.uint8 if memory in _UNSIGNED else torch.int8
-    codes = torch.zeros_like(param, dtype=dtype, memory_format=like)
-    local_shape = scales_shape(sharding.local(param).shape, storage.block)
-    local_scales = torch.zeros(local_shape, dtype=torch.float32, device=param.device)
+    codes = torch.zeros(own.shape, dtype=dtype, device=param.device)
+    scales = torch.zeros(scales_shape(own.shape, block), dtype=torch.float32, device=param.device)
     if value is not None:
-        local_value = sharding.local(value).to(param.device)
-        formats.encode(local_value, sharding.local(codes), local_scales, None)
-    scales = sharding.as_blocks(param, local_scales, scales_shape(param.shape, storage.block))
-    return dict(zip(_codes_and_scales(memory), (codes, scales), strict=True))
+        local_value = sharding.local_like(param, value).to(param.device)
+        formats.encode(local_value, codes, scales, None)
+    codes_name, scales_name = _codes_and_scales(memory)
+    return {
+        codes_name: sharding.like(param, codes, param.shape),
+        scales_name: sharding.like(param, scales, scales_shape(param.shape, block)),
+    }
 
 
 def remainder_state(param: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
@@ -197,9 +211,11 @@ def memory_value(param: Tensor, memory: str, state: dict[str, Any]) -> Any:
     """
     if memory in state or all(name not in state for name in _codes_and_scales(memory)):
         return state.get(memory)
-    codes, scales = _check_codes(param, memory, state)
-    value = formats.decode(sharding.local(codes).contiguous(), sharding.local(scales)).float()
-    return sharding.like(param, value)
+    codes, scales = (
+        sharding.local_like(param, tensor) for tensor in _check_codes(param, memory, state)
+    )
+    value = formats.decode(codes.contiguous(), scales).float()
+    return sharding.like(param, value, param.shape)
 
 
 def as_plain(param: Tensor, memories: Iterable[str], state: dict[str, Any]) -> dict[str, Any]:
@@ -263,25 +279,35 @@ def gather(
     found: the memories and scalars, with None for the memories that are codes.
     """
     found = [list(own) for own in found]
+    nothing = _Nothing()
     scales: list[list[Any]] = []
     for memory, own in zip(memories, found, strict=False):
         codes_name, scales_name = _codes_and_scales(memory)
-        scales.append([])
-        for i, state in enumerate(states):
-            if own[i] is None:
-                own[i] = state[codes_name]
-                scales[-1].append(state[scales_name])
-            else:
-                scales[-1].append(_nothing(own[i]))
+        scales.append([nothing.on(value) for value in own])
+        for i, value in enumerate(own):
+            if value is None:
+                own[i], scales[-1][i] = states[i][codes_name], states[i][scales_name]
     remainders = [
-        state[REMAINDER] if REMAINDER in state else _nothing(own)
-        for state, own in zip(states, found[0], strict=True)
+        state[REMAINDER] if REMAINDER in state else nothing.on(value)
+        for state, value in zip(states, found[0], strict=True)
     ]
     return [*found, *scales, remainders]
 
 
-def _nothing(like: Tensor) -> Tensor:
-    return torch.empty(0, dtype=torch.float32, device=like.device)
+class _Nothing:
+    """Tensors without elements, one a device."""
+
+    def __init__(self) -> None:
+        self._known: dict[torch.device, Tensor] = {}
+
+    def on(self, like: Any) -> Any:
+        """On a tensor's device; something else, which a step refuses, as it is."""
+        if not isinstance(like, Tensor):
+            return like
+        device = like.device
+        if device not in self._known:
+            self._known[device] = torch.empty(0, dtype=torch.float32, device=device)
+        return self._known[device]
 
 
 def pack(work: Work, groups: list[Placed], all_groups: list[dict[str, Any]]) -> None:
@@ -290,12 +316,17 @@ def pack(work: Work, groups: list[Placed], all_groups: list[dict[str, Any]]) -> 
     groups: those of the batch, each with how many of its tensors are in it.
     """
     batch = work.batch
+    key = (
+        list(map(id, work.params)),
+        list(map(sharding.spec_of, work.params)) if work.dtensors else [],
+        [(group["seed"], options_of(group), size) for group, size in groups],
+    )
     known = batch.cache.get("rounding")
-    options = [(g["seed"], bool(g["stochastic_rounding"]), size) for g, size in groups]
-    key = list(map(id, work.params)), options
     if known is None or known[0] != key:
         known = batch.cache["rounding"] = key, _rounding(work.params, groups, all_groups)
     batch.packed.rounding = known[1]
+    if all(map(Tensor.is_contiguous, chain(batch.params, batch.grads))):
+        return
     for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
         if param.is_contiguous() and grad.is_contiguous():
             continue

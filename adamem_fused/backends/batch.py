@@ -303,7 +303,7 @@ def _check_packed(batch: Batch, packed: Packed) -> set[tuple[str, int]]:
         own = {"param": param, "grad": batch.grads[i], "param_remainder": packed.remainders[i]}
         for (name, memories), scales in zip(batch.memories.items(), packed.scales, strict=True):
             own |= {name: memories[i], f"{name}_scales": scales[i]}
-            if memories[i].dtype not in (torch.int8, torch.uint8):
+            if memories[i].dtype in (torch.float32, torch.bfloat16):
                 continue
             codes.add((name, i))
             dtype = torch.uint8 if name == "exp_avg_sq" else torch.int8

@@ -163,7 +163,8 @@ def _scales(packed: Packed, batch: Batch, name: str) -> list[Tensor]:
 def _store_param(batch: Batch, i: int, value: Tensor, idle: Tensor) -> None:
     param = batch.params[i]
     if batch.packed is None or not batch.packed.is_low(batch, i):
-        return _store(param, value, idle)
+        _store(param, value, idle)
+        return
     remainder, rounds = batch.packed.remainders[i], batch.packed.rounding[ROUNDS, i] != 0
     value = _but_for_idle(_param(batch, i), value, idle)
     bits = None
@@ -177,13 +178,13 @@ def _store_param(batch: Batch, i: int, value: Tensor, idle: Tensor) -> None:
         param.copy_(new)
     else:
         param.copy_(value if bits is None else formats.to_bfloat16(value, bits))
-    return None
 
 
 def _store_memory(batch: Batch, name: str, i: int, value: Tensor, idle: Tensor) -> None:
     memory = batch.memories[name][i]
     if batch.packed is None or memory.dtype not in LOW:
-        return _store(memory, value, idle)
+        _store(memory, value, idle)
+        return
     value = _but_for_idle(_memory(batch, name, i), value, idle)
     key, step = int(batch.packed.rounding[KEY, i]), int(batch.steps[i])
     own, _ = formats.step_keys(key, step)
@@ -194,7 +195,6 @@ def _store_memory(batch: Batch, name: str, i: int, value: Tensor, idle: Tensor) 
         memory.copy_(formats.to_bfloat16(value, bits))
     else:
         formats.encode(value, memory, _scales(batch.packed, batch, name)[i], bits)
-    return None
 
 
 def _but_for_idle(old: Tensor, value: Tensor, idle: Tensor) -> Tensor:
