@@ -240,7 +240,7 @@ std::vector<size_t> group_of_tensors(const Options& options, size_t tensors, siz
 // Elements of a row whose step one thread does from its caches.
 constexpr int64_t kLongestRow = 1 << 15;
 // Elements of the rows, of what is stored in few bits, that are in float32 together.
-constexpr int64_t kStagedRows = 1 << 12;
+constexpr int64_t kStagedRows = 1 << 10;
 
 // What both optimizers' jobs have.
 template <size_t kMemories>
