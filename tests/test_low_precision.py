@@ -668,6 +668,26 @@ def test_a_compiled_step_is_the_step(cls, compiler):
     assert_same_bits(compiled, plain)
 
 
+def is_of_tensors(value):
+    return isinstance(value, list) and all(isinstance(item, torch.Tensor) for item in value)
+
+
+@on_cpu
+@both
+def test_the_operators_pass_opcheck(cls):
+    optimizer = stepped(cls, "remainder_int8", steps=1, shapes=((16, 256), (5,)))
+    set_gradients(optimizer, step=1)
+    arguments = tuple(
+        [tensor.detach().clone() for tensor in value] if is_of_tensors(value) else value
+        for value in cpu._arguments(work_of(optimizer).batch, None, None)
+    )
+    kind, begin = ("adamw", "adamw_begin_") if cls is AMAdamW else ("sgd", "sgd_begin")
+    operators = torch.ops.adamem_fused
+    rows = getattr(operators, begin)(*arguments)
+    torch.library.opcheck(getattr(operators, f"{kind}_finish_").default, (*arguments, rows))
+    torch.library.opcheck(getattr(operators, begin).default, arguments)
+
+
 # ---- what cannot be stored so ----------------------------------------------------------------
 
 
