@@ -64,11 +64,12 @@ class AMAdamW(AdaptiveMemoryOptimizer):
             as GradScaler does. Decided on the device, on all ranks alike; `skipped_steps` counts.
         state_dtype: torch.bfloat16, rounded stochastically, or "int8", in blocks with a scale each:
             of the memories of float32 and bfloat16 parameters with 4,096 elements or more
-            (docs/low_precision.md). None: as said above.
+            (docs/low_precision.md). None: float32, or float64 for float64. This and the next three
+            may be set in a group between steps.
         stochastic_rounding: round bfloat16 parameters stochastically.
         store_param_remainders: keep 8 further bits of a bfloat16 parameter's float32 value in the
             state, `param_remainder`, so that small updates add up: 3 bytes for parameter and copy.
-        seed: of stochastic rounding. The same seed gives the same bits.
+        seed: of stochastic rounding, in [0, 2^63). The same seed gives the same bits.
 
     Raises:
         ValueError: a hyperparameter out of range.

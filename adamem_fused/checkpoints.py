@@ -13,6 +13,7 @@ from adamem_fused import flattened, sharding, storage
 from adamem_fused.backends.batch import bookkeeping_dtype
 from adamem_fused.options import ROUNDING
 from adamem_fused.state import beta_shape, full, scalar_dtype
+from adamem_fused.warn import warn_user
 
 if TYPE_CHECKING:
     from adamem_fused.backends.batch import Lr
@@ -71,6 +72,8 @@ def wrap(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         groups.append(group)
         for key, param in zip(saved["params"], own["params"], strict=True):
             if key in state:
+                if native:
+                    _check_lost(optimizer, param, group, saved, state[key])
                 state[key] = Kept(_loaded(optimizer, param, group, state[key], native))
         if not native:
             for option in _FOREIGN:
@@ -83,6 +86,64 @@ def unwrap(optimizer: AdaptiveMemoryOptimizer) -> None:
     for key, value in optimizer.state.items():
         if isinstance(value, Kept):
             optimizer.state[key] = value.state
+
+
+def _of_one_format(
+    optimizer: AdaptiveMemoryOptimizer, param: Tensor, own: storage.Storage, state: dict[str, Any]
+) -> dict[str, Any]:
+    """A state without what is not the checkpoint's, where memories are in two formats.
+
+    torch's set_optimizer_state_dict with full_state_dict=True puts what has a name that the
+    optimizer's new state has in its place, and adds all else, whole, to what is left there.
+    """
+    for memory in optimizer.memories:
+        names = storage.names_of(memory, own)
+        others = {memory, *storage.codes_names(memory)}.difference(names)
+        if not state.keys() >= others.union(names):
+            continue
+        state = {name: value for name, value in state.items() if name not in names}
+        value = storage.whole_value(param, memory, state)
+        state = {name: value for name, value in state.items() if name not in others}
+        state[memory] = sharding.of_whole(param, value) if isinstance(value, Tensor) else value
+    return state
+
+
+def _check_lost(
+    optimizer: AdaptiveMemoryOptimizer,
+    param: Tensor,
+    group: dict[str, Any],
+    saved: dict[str, Any],
+    state: Any,
+) -> None:
+    """Raises ValueError where a sharded parameter's memories were lost on their way.
+
+    With broadcast_from_rank0=True too, that function gives what it adds to rank 0 alone, and the
+    others keep the zeros of a new state.
+    """
+    step = state.get("step") if isinstance(state, dict) else None
+    if not sharding.is_dtensor(param) or not isinstance(step, Tensor) or step == 0:
+        return
+    plain = dict.fromkeys(storage.OPTIONS)
+    own = storage.storage_of(param, group)
+    whole = torch.empty(param.shape, dtype=param.dtype, device="meta")
+    other = storage.storage_of(whole, {**plain, **saved})
+    names = {name for memory in optimizer.memories for name in storage.names_of(memory, own)}
+    others = {name for memory in optimizer.memories for name in storage.names_of(memory, other)}
+    if names == others or not others.isdisjoint(state) or not names <= state.keys():
+        return
+    values = [sharding.local(state[name]) for name in names if isinstance(state[name], Tensor)]
+    if any(value.any() for value in values) or sharding.local(param).numel() == 0:
+        return
+    message = (
+        f"loaded state of a parameter of shape {list(param.shape)} is of zeros after step "
+        f"{step.item():.0f}: set_optimizer_state_dict with broadcast_from_rank0=True loses "
+        "memories that are kept in another format. Load with the checkpoint's state_dtype, and set "
+        "the other one in optimizer.param_groups after"
+    )
+    if group["state_dtype"] == saved.get("state_dtype"):
+        warn_user(message)  # of a shard that may have had no other gradients
+    else:
+        raise ValueError(message)
 
 
 def _loaded(
@@ -107,6 +168,7 @@ def _loaded(
     loaded = {name: _copy(value) for name, value in state.items() if name not in names}
     if any(name in state for name in names):
         own = storage.storage_of(param, group)
+        state = _of_one_format(optimizer, param, own, state)
         for memory in optimizer.memories:
             loaded.update(_loaded_memory(param, memory, own, state))
         for name in optimizer.scalars:

@@ -382,7 +382,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         names = [*self.memories, *self.scalars]
         found = [[state.get(name) for state in states] for name in names]
         if packed:
-            found = storage.gather(self.memories, states, found)
+            found = storage.gather(new_params, self.memories, states, found)
             names += [*(f"{name}_scales" for name in self.memories), storage.REMAINDER]
         for name, values, own in zip(names, lists, found, strict=True):
             values.extend(own)
@@ -810,11 +810,14 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
         State keeps its values bit for bit: it takes its parameter's device and layout, but
         not its dtype (float32 state of bfloat16 parameters stays float32, float64 state
-        stays float64).
+        stays float64). Where `state_dtype` or `store_param_remainders` are others than those of
+        the checkpoint, it is converted, rounded to nearest.
 
         A torch.optim.AdamW or SGD state_dict brings its lr, betas, weight decay and the
         like; this optimizer's own options stay as they are, the missing state is made up.
-        `foreach`, `fused`, `backend` and `capturable` stay this optimizer's in any case.
+        `foreach`, `fused`, `backend` and `capturable` stay this optimizer's in any case, and so do
+        `state_dtype`, `stochastic_rounding` and `store_param_remainders`. `seed` is the
+        checkpoint's, so that the random bits go on.
 
         `beta_scope` is the checkpoint's, as other options are. Where a group is given another one,
         here or between steps, the betas are converted: a tensor's is that of each of its rows, and

@@ -72,14 +72,16 @@ class Work:
 
     def check(self) -> None:
         """As the backend's, which takes Python longer than a step: where all is as it was, not."""
-        if not self.ordinary:
+        packed = self.batch.packed
+        if ops.extension is None or not (self.ordinary or packed):
             self.backend.check(self.batch)
             return
-        known = self.batch.cache.get("checked", b"")
-        _, structure = ops.extension.describe(self.batch.lists(), b"", known, False)
-        if structure is not known:
+        known, rounding = self.batch.cache.get("checked", (b"", None))
+        _, structure = ops.extension.describe(self.batch.all_lists(), b"", known, False)
+        own = packed and packed.rounding
+        if structure is not known or rounding is not own:
             self.backend.check(self.batch)
-            self.batch.cache["checked"] = structure
+            self.batch.cache["checked"] = structure, own
 
     def loss_numel(self) -> int:
         return sum(

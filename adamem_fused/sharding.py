@@ -118,6 +118,15 @@ def local_like(param: Tensor, values: Tensor) -> Tensor:
     return local(values)
 
 
+def of_whole(param: Tensor, values: Tensor) -> Tensor:
+    """Values of a parameter that are whole on every rank, sharded as it is."""
+    if not is_dtensor(param):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(values, param.device_mesh, param.placements, src_data_rank=None)
+
+
 def _placements(param: DTensor, shape: Size) -> list[Placement]:
     """The parameter's, without what splits none of these dimensions, as over a single rank."""
     from torch.distributed.tensor import Replicate

@@ -66,7 +66,7 @@ def options_of(group: dict[str, Any]) -> tuple[Any, ...]:
 
 def is_packed(group: dict[str, Any]) -> bool:
     """Whether a group has any of these options."""
-    return options_of(group) != (None, False, False)
+    return any(options_of(group))
 
 
 def storage_of(param: Tensor, group: dict[str, Any]) -> Storage:
@@ -88,14 +88,14 @@ def storage_of(param: Tensor, group: dict[str, Any]) -> Storage:
     return Storage(
         memory,
         block,
-        rounds=is_16bit and group["stochastic_rounding"],
-        has_remainder=is_16bit and group["store_param_remainders"],
+        rounds=is_16bit and bool(group["stochastic_rounding"]),
+        has_remainder=is_16bit and bool(group["store_param_remainders"]),
     )
 
 
 def names_of(memory: str, storage: Storage) -> tuple[str, ...]:
     """The names of a memory's tensors in the state."""
-    return _codes_and_scales(memory) if storage.memory == torch.int8 else (memory,)
+    return codes_names(memory) if storage.memory == torch.int8 else (memory,)
 
 
 def state_names(memories: Iterable[str], storage: Storage) -> frozenset[str]:
@@ -104,13 +104,13 @@ def state_names(memories: Iterable[str], storage: Storage) -> frozenset[str]:
     return frozenset([*chain(*(names_of(memory, storage) for memory in memories)), *remainder])
 
 
-def _codes_and_scales(memory: str) -> tuple[str, str]:
+def codes_names(memory: str) -> tuple[str, str]:
     return f"{memory}_codes", f"{memory}_scales"
 
 
 def all_names(memories: Iterable[str]) -> set[str]:
     """The names that a state may have for these memories, and for a remainder."""
-    own = (name for memory in memories for name in (memory, *_codes_and_scales(memory)))
+    own = (name for memory in memories for name in (memory, *codes_names(memory)))
     return {REMAINDER, *own}
 
 
@@ -168,7 +168,7 @@ def _codes_state(param: Tensor, memory: str, block: int, value: Tensor | None) -
     if value is not None:
         local_value = sharding.local_like(param, value).to(param.device)
         formats.encode(local_value, codes, scales, None)
-    codes_name, scales_name = _codes_and_scales(memory)
+    codes_name, scales_name = codes_names(memory)
     return {
         codes_name: sharding.like(param, codes, param.shape),
         scales_name: sharding.like(param, scales, scales_shape(param.shape, block)),
@@ -193,7 +193,7 @@ def codes_state(
 ) -> dict[str, Tensor] | None:
     """A copy of a state's codes and scales; None where it has none with blocks of this length."""
     shape = scales_shape(param.shape, own.block)
-    names = _codes_and_scales(memory)
+    names = codes_names(memory)
     if any(name not in state for name in names):
         return None
     _check_codes(param, memory, state)
@@ -209,13 +209,18 @@ def memory_value(param: Tensor, memory: str, state: dict[str, Any]) -> Any:
     Raises:
         TypeError, ValueError: codes without scales that go with them.
     """
-    if memory in state or all(name not in state for name in _codes_and_scales(memory)):
+    if memory in state or all(name not in state for name in codes_names(memory)):
         return state.get(memory)
-    codes, scales = (
-        sharding.local_like(param, tensor) for tensor in _check_codes(param, memory, state)
-    )
+    codes, scales = _check_codes(param, memory, state)
+    codes, scales = sharding.local_like(param, codes), sharding.local_like(param, scales)
     value = formats.decode(codes.contiguous(), scales).float()
     return sharding.like(param, value, param.shape)
+
+
+def whole_value(param: Tensor, memory: str, state: dict[str, Any]) -> Any:
+    """As `memory_value`, of a state that is whole, whether its parameter is sharded or not."""
+    whole = torch.empty(param.shape, dtype=param.dtype, device="meta")
+    return memory_value(whole, memory, state)
 
 
 def as_plain(param: Tensor, memories: Iterable[str], state: dict[str, Any]) -> dict[str, Any]:
@@ -231,7 +236,7 @@ def _check_codes(param: Tensor, memory: str, state: dict[str, Any]) -> tuple[Ten
     Raises:
         TypeError, ValueError: they do not.
     """
-    codes_name, scales_name = _codes_and_scales(memory)
+    codes_name, scales_name = codes_names(memory)
     codes, scales = state.get(codes_name), state.get(scales_name)
     _check_like(param, codes_name, codes, torch.uint8 if memory in _UNSIGNED else torch.int8)
     if not isinstance(scales, Tensor):
@@ -271,43 +276,30 @@ def check_dtype(param: Tensor, group: dict[str, Any]) -> None:
 
 
 def gather(
-    memories: Sequence[str], states: list[dict[str, Any]], found: list[list[Any]]
+    params: list[Tensor],
+    memories: Sequence[str],
+    states: list[dict[str, Any]],
+    found: list[list[Any]],
 ) -> list[list[Any]]:
     """Lists of states that may be packed: the memories' tensors or codes, the scalars, the scales,
     and the remainders. What a state does not have is a tensor without elements.
 
-    found: the memories and scalars, with None for the memories that are codes.
+    found: the memories and scalars, with None for the memories that are codes, which take its
+        place.
     """
-    found = [list(own) for own in found]
-    nothing = _Nothing()
+    devices = [param.device for param in params]
+    empty = {d: torch.empty(0, dtype=torch.float32, device=d) for d in set(devices)}
+    nothing = [empty[device] for device in devices]
     scales: list[list[Any]] = []
     for memory, own in zip(memories, found, strict=False):
-        codes_name, scales_name = _codes_and_scales(memory)
-        scales.append([nothing.on(value) for value in own])
+        codes_name, scales_name = codes_names(memory)
+        own_scales: list[Any] = list(nothing)
         for i, value in enumerate(own):
             if value is None:
-                own[i], scales[-1][i] = states[i][codes_name], states[i][scales_name]
-    remainders = [
-        state[REMAINDER] if REMAINDER in state else nothing.on(value)
-        for state, value in zip(states, found[0], strict=True)
-    ]
+                own[i], own_scales[i] = states[i][codes_name], states[i][scales_name]
+        scales.append(own_scales)
+    remainders = [state.get(REMAINDER, none) for state, none in zip(states, nothing, strict=True)]
     return [*found, *scales, remainders]
-
-
-class _Nothing:
-    """Tensors without elements, one a device."""
-
-    def __init__(self) -> None:
-        self._known: dict[torch.device, Tensor] = {}
-
-    def on(self, like: Any) -> Any:
-        """On a tensor's device; something else, which a step refuses, as it is."""
-        if not isinstance(like, Tensor):
-            return like
-        device = like.device
-        if device not in self._known:
-            self._known[device] = torch.empty(0, dtype=torch.float32, device=device)
-        return self._known[device]
 
 
 def pack(work: Work, groups: list[Placed], all_groups: list[dict[str, Any]]) -> None:

@@ -284,6 +284,67 @@ def test_idle_and_skipped_steps_leave_every_bit(cls, form):
     assert optimizer.skipped_steps == 2
 
 
+def plain_twin(optimizer, params):
+    """An optimizer of float32 parameters and state of the same values, rounded by none."""
+    twin = type(optimizer)(params, lr=0.03, weight_decay=0.1, backend="reference")
+    twin.load_state_dict(optimizer.state_dict())
+    return twin
+
+
+@both
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("remainder", [False, True])
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, "int8"])
+def test_what_is_stored_is_rounded_once_by_the_bits_of_its_place(
+    cls, rounds, remainder, state_dtype
+):
+    options = {"stochastic_rounding": rounds, "store_param_remainders": remainder}
+    shapes = [(64, 64), (20, 256)]
+    low = new(cls, "plain", torch.bfloat16, shapes, state_dtype=state_dtype, **options)
+
+    def is_nearly(ours, theirs):
+        # What the twin was given of codes was rounded to float32.
+        return (ours != theirs).float().mean() <= (0.002 if state_dtype == "int8" else 0.0)
+
+    for step in range(3):
+        values = [
+            formats.join(p, low.state[p]["param_remainder"])
+            if remainder and step > 0
+            else p.detach().float()
+            for p in parameters(low)
+        ]
+        twin = plain_twin(low, [Parameter(value.clone()) for value in values])
+        take_steps(low, step)
+        for param, other in zip(parameters(low), parameters(twin), strict=True):
+            other.grad = param.grad.float()
+        twin.step()
+        pairs = zip(parameters(low), parameters(twin), strict=True)
+        for index, (param, exact) in enumerate(pairs):
+            keys = formats.step_keys(formats.tensor_key(3, index), step)
+            places = torch.arange(param.numel())
+            bits, own = (formats.random_bits(k, places).view(param.shape) for k in keys)
+            state = low.state[param]
+            for name in cls.memories:
+                value = twin.state[exact][name]
+                given = bits >> 16 if name == "exp_avg_sq" else bits
+                if state_dtype == torch.bfloat16:
+                    assert torch.equal(state[name], formats.to_bfloat16(value, given))
+                    continue
+                codes, scales = (state[f"{name}_{part}"] for part in ("codes", "scales"))
+                wanted = torch.zeros_like(codes), torch.zeros_like(scales)
+                formats.encode(value, *wanted, given)
+                torch.testing.assert_close(scales, wanted[1], rtol=1e-6, atol=0.0)
+                assert is_nearly(codes, wanted[0])
+            if remainder:
+                wanted = formats.split(exact.detach(), own if rounds else None)
+                assert is_nearly(param, wanted[0])
+                assert is_nearly(state["param_remainder"], wanted[1])
+            else:
+                value = exact.detach()
+                nearest = value.bfloat16()
+                assert is_nearly(param, formats.to_bfloat16(value, own) if rounds else nearest)
+
+
 # ---- changed between steps ----------------------------------------------------------------
 
 

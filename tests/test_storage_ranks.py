@@ -13,9 +13,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import Linear, Parameter, ParameterList, Sequential
+
+from adamem_fused import formats, sharding
 
 # Blocks of 256, 128 and 64 elements, rows without blocks, a convolution's, and a vector and a
 # matrix that are too small. Over 2 to 4 ranks: even and uneven rows, and ranks that have none.
@@ -282,9 +284,15 @@ def load_other_format(cls, saved, own, path):
     state = get_optimizer_state_dict(model, optimizer)
     dcp.load({"optimizer": state}, checkpoint_id=path / "checkpoint")
     set_optimizer_state_dict(model, optimizer, state)
+    known = [values_of_memories(cls, state) for state in content(optimizer)]
     for name, value in FORMATS[own][1].items():
         optimizer.param_groups[0][name] = value
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
     take_step(optimizer, 2)
+    for state, memories in zip(content(optimizer), known, strict=True):
+        assert state["step"] == 3
+        assert all(value.any() for value in memories.values())
 
 
 @both
@@ -317,3 +325,118 @@ def full_state(cls, form):
 @pytest.mark.parametrize("form", ["bfloat16", "all"])
 def test_a_full_state_dict_loads_on_every_rank(two_ranks, cls, form):
     two_ranks.run(full_state, cls, form)
+
+
+def values_of_memories(cls, state):
+    return {
+        name: state[name].double()
+        if name in state
+        else formats.decode(state[f"{name}_codes"], state[f"{name}_scales"])
+        for name in cls.memories
+    }
+
+
+def full_state_of_another_format(cls, saved, own, shapes, saved_sizes, sizes):
+    model = model_of(saved, saved_sizes, shapes)
+    optimizer = optimizer_of(cls, saved, model.parameters())
+    take_step(optimizer, 0)
+    state = get_optimizer_state_dict(
+        model, optimizer, options=StateDictOptions(full_state_dict=True)
+    )
+    other = model_of(own, sizes, shapes)
+    resumed = optimizer_of(cls, own, other.parameters())
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(other, resumed, state, options=options)
+    expected = optimizer_of(cls, own, model_of(own, None, shapes).parameters())
+    expected.load_state_dict(
+        {**expected.state_dict(), "state": dict(enumerate(content(optimizer)))}
+    )
+    pairs = zip(content(resumed), content(expected), strict=True)
+    for index, (ours, theirs) in enumerate(pairs):
+        wanted = values_of_memories(cls, theirs)
+        for name, value in values_of_memories(cls, ours).items():
+            assert value.any()
+            if dist.get_rank() == 0:
+                assert torch.equal(value, wanted[name]) or shapes[index] == VECTOR, (index, name)
+            assert (value - wanted[name]).abs().max() <= 0.02 * wanted[name].abs().max()
+    take_step(resumed, 1)
+
+
+@both
+@pytest.mark.parametrize(("saved", "own"), [("bfloat16", "int8"), ("int8", "bfloat16")])
+def test_a_full_state_dict_of_another_format_is_converted(two_ranks, cls, saved, own):
+    shapes = [(64,), (18, 256), VECTOR, (50, 100)]
+    for sizes in ((2,), None):
+        two_ranks.run(full_state_of_another_format, cls, saved, own, shapes, (2,), sizes)
+
+
+@both
+def test_a_vector_goes_from_whole_to_sharded_and_back(two_ranks, cls):
+    for sizes in ((None, (2,)), ((2,), None)):
+        two_ranks.run(full_state_of_another_format, cls, "int8", "int8", [VECTOR], *sizes)
+
+
+def full_state_that_is_lost(cls, saved, own):
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
+    shapes = [(64,), (18, 256)]
+    model, other = model_of(saved, (2,), shapes), model_of(own, (2,), shapes)
+    optimizer, resumed = (
+        optimizer_of(cls, form, m.parameters()) for form, m in ((saved, model), (own, other))
+    )
+    take_step(optimizer, 0)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    if dist.get_rank() == 0:
+        set_optimizer_state_dict(other, resumed, state, options=options)
+    else:
+        with pytest.raises(ValueError, match="is of zeros after step 1"):
+            set_optimizer_state_dict(other, resumed, state, options=options)
+
+
+@both
+@pytest.mark.parametrize(("saved", "own"), [("bfloat16", "int8"), ("int8", "bfloat16")])
+def test_a_broadcast_of_another_format_is_refused(two_ranks, cls, saved, own):
+    two_ranks.run(full_state_that_is_lost, cls, saved, own)
+
+
+# ---- places -----------------------------------------------------------------------------
+
+
+def assert_places(param, index):
+    """Of a parameter that was given its elements' places as values."""
+    local = param.to_local().detach()
+    places = formats.places(local.numel(), *sharding.place_of(param), local.device)
+    assert torch.equal(places.view(local.shape).to(local.dtype), local), index
+
+
+def places_of_shards(sizes, layouts):
+    mesh = init_device_mesh("cpu", sizes)
+    for shape, *placements in layouts:
+        value = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).view(shape)
+        param = distribute_tensor(value, mesh, placements, src_data_rank=None)
+        assert_places(param, (shape, placements))
+
+
+def places_over_two_dimensions(rows):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = Sequential(Linear(6, rows, bias=False), Linear(6, rows, bias=False)).double()
+    for layer in model:
+        values = torch.arange(layer.weight.numel(), dtype=torch.float64).view(layer.weight.shape)
+        layer.weight.data.copy_(values)
+    plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+    parallelize_module(model, mesh["tensor"], plan)
+    fully_shard(model, mesh=mesh["data"])
+    for index, param in enumerate(model.parameters()):
+        assert_places(param, (rows, index))
+
+
+def test_places_of_shards_are_those_in_the_whole(three_ranks, four_ranks):
+    whole, first, second = Replicate(), Shard(0), Shard(1)
+    lines = [(7, 5), (2, 5), (9, 4, 3), (10,), (2,)]
+    three_ranks.run(places_of_shards, (3,), [(shape, first) for shape in lines])
+    three_ranks.run(places_of_shards, (3,), [(shape, second) for shape in lines[:3]])
+    three_ranks.run(places_of_shards, (3,), [((4, 3, 7), Shard(2)), ((5, 1, 8), Shard(2))])
+    pairs = [(first, second), (second, first), (first, first), (second, second), (whole, second)]
+    grids = [((6, 8), *pair) for pair in pairs] + [((5, 7, 3), *pair) for pair in pairs]
+    four_ranks.run(places_of_shards, (2, 2), grids)
+    for rows in (4, 6, 7):
+        four_ranks.run(places_over_two_dimensions, rows)

@@ -275,8 +275,8 @@ def _rounding_of(batch: Batch) -> list[tuple[int, ...]]:
     if packed is None:
         return [(0,) * 6] * len(batch.params)
     blocks = [
-        param.numel() // scales.numel() if scales.numel() > 0 else 0
-        for param, scales in zip(batch.params, packed.scales[0], strict=True)
+        next((param.numel() // own.numel() for own in scales if own.numel() > 0), 0)
+        for param, *scales in zip(batch.params, *packed.scales, strict=True)
     ]
     columns = packed.rounding.t().tolist()
     return [(*own, block) for own, block in zip(columns, blocks, strict=True)]
