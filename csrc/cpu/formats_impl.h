@@ -313,7 +313,7 @@ inline Staged stage(const LowTensor& t, int64_t begin, int64_t n, bool reads_par
   return staged;
 }
 
-// From an element on.
+// From an element on, which may be behind the last.
 AM_INLINE Stream stream(const LowTensor& t, const void* param_or_grad, int64_t next) {
   const int64_t bytes = t.dtype == kFloat32 ? 4 : 2;
   return {static_cast<const char*>(param_or_grad) + next * bytes, bytes};
@@ -329,8 +329,7 @@ inline void store_piece(const LowTensor& t, int64_t begin, int64_t n, const Stag
   alignas(64) uint32_t random[kPiece + kEach];
   if (t.memories[0].format != kFloats || t.memories[1].format != kFloats)
     fill_random(t, t.keys.memories, begin, n, random);
-  // While the bits are made nothing else is read: 10 to 15 % of a step with int8 memories (Zen 5,
-  // AVX-512).
+  // Nothing else is read meanwhile: 10 to 15 % of a step with int8 memories (Zen 5, AVX-512).
   const Beside<1> beside[] = {{stream(t, t.grad, begin + n)}, {stream(t, t.param, begin + n)}};
   for (int k = 0; k < 2; ++k) {
     const LowMemory& memory = t.memories[k];

@@ -88,8 +88,8 @@ struct LowTensor {
   StepKeys keys;
 
   // Whether the kernels are not to work on parameter and gradient in their place.
-  bool is_param_staged() const { return rounds || remainder != nullptr; }
-  DType kernel_dtype() const { return is_param_staged() ? kFloat32 : dtype; }
+  AM_MEMBER bool is_param_staged() const { return rounds || remainder != nullptr; }
+  AM_MEMBER DType kernel_dtype() const { return is_param_staged() ? kFloat32 : dtype; }
 };
 
 // From an element on, which is the first of a block.

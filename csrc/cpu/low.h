@@ -31,8 +31,7 @@ class LowTensors {
     tensors_.resize(n);
   }
 
-  // Tensor i, or null where all of it is stored as in other batches. row_numel: elements that are
-  // worked on together.
+  // Tensor i, or null where all of it is stored as in other batches. by_row: each row has a beta.
   const LowTensor* open(const at::Tensor& param, const at::Tensor& grad,
                         const at::Tensor* const (&memories)[kMemories],
                         const char* const (&names)[kMemories], double step, bool by_row, size_t i) {
