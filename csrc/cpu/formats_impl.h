@@ -259,7 +259,7 @@ void encode_codes(const float* values, int64_t n, const uint32_t* random, int64_
 
 // Elements that are encoded at once, whose random bits and values stay in the first cache.
 constexpr int64_t kPiece = 1024;
-static_assert(kPiece % kBlock == 0 || kBlock % kPiece == 0);
+static_assert(kPiece % kBlock == 0);  // so that its sums are those of a whole row
 
 // Its elements as the kernels take them: in their place where they are stored so, else copies.
 struct Staged {
@@ -324,13 +324,15 @@ AM_INLINE Stream memory_stream(const LowMemory& memory, int64_t next) {
   return {static_cast<const char*>(memory.data) + next * bytes, bytes};
 }
 
-// Stores the copies of n elements, of which `staged` begins with the first.
-inline void store_piece(const LowTensor& t, int64_t begin, int64_t n, const Staged& staged) {
+// Stores the copies of n elements, of which `staged` begins with the first. next: the first
+// of as many that are staged next.
+inline void store_piece(const LowTensor& t, int64_t begin, int64_t n, const Staged& staged,
+                        int64_t next) {
   alignas(64) uint32_t random[kPiece + kEach];
   if (t.memories[0].format != kFloats || t.memories[1].format != kFloats)
     fill_random(t, t.keys.memories, begin, n, random);
   // Nothing else is read meanwhile: 10 to 15 % of a step with int8 memories (Zen 5, AVX-512).
-  const Beside<1> beside[] = {{stream(t, t.grad, begin + n)}, {stream(t, t.param, begin + n)}};
+  const Beside<1> beside[] = {{stream(t, t.grad, next)}, {stream(t, t.param, next)}};
   for (int k = 0; k < 2; ++k) {
     const LowMemory& memory = t.memories[k];
     const float* const values = staged.memories[k];
@@ -365,7 +367,7 @@ inline void store_piece(const LowTensor& t, int64_t begin, int64_t n, const Stag
 
 inline void store_staged(const LowTensor& t, int64_t begin, int64_t n, Staged staged) {
   for (int64_t done = 0; done < n; done += kPiece) {
-    store_piece(t, begin + done, std::min(kPiece, n - done), staged);
+    store_piece(t, begin + done, std::min(kPiece, n - done), staged, begin + done + n);
     if (t.is_param_staged()) staged.param = static_cast<float*>(staged.param) + kPiece;
     for (float*& values : staged.memories) values += kPiece;
   }

@@ -508,7 +508,7 @@ AM_INLINE void for_pieces(const LowChunk& chunk, bool reads_param, bool stores, 
     const int64_t begin = chunk.begin + done, n = std::min(kPiece, chunk.numel - done);
     const Staged staged = stage(*chunk.tensor, begin, n, reads_param, room);
     f(staged, n, begin + n);
-    if (stores) store_piece(*chunk.tensor, begin, n, staged);
+    if (stores) store_piece(*chunk.tensor, begin, n, staged, begin + n);
   }
 }
 
