@@ -11,6 +11,7 @@ def gather(
     groups: list[list[Tensor]],
     state: dict[Tensor, Any],
     names: tuple[str, ...],
+    others: tuple[str | Tensor | None, ...],
     by_row: list[bool],
     rows: list[bool],
     dtensor: type[Tensor] | None,

@@ -465,24 +465,36 @@ class AdaptiveMemoryOptimizer(Optimizer):
             self._unpack(groups)
         if not packed:
             return self._collect_ordinary(groups, kept) or self._collect_any(groups, kept)
+        works: list[Work] = []
         plain = [group for group in groups if not storage.is_packed(group)]
-        works = self._collect_ordinary(plain, kept) or self._collect_any(plain, kept)
-        return works + self._collect_any(packed, kept, packed=True)
+        if plain:
+            works += self._collect_ordinary(plain, kept) or self._collect_any(plain, kept)
+        return works + (
+            self._collect_ordinary(packed, kept, packed=True)
+            or self._collect_any(packed, kept, packed=True)
+        )
 
-    def _collect_ordinary(self, groups: list[dict[str, Any]], kept: Kept) -> list[Work]:
+    def _collect_ordinary(
+        self, groups: list[dict[str, Any]], kept: Kept, packed: bool = False
+    ) -> list[Work]:
         """All in C++: with thousands of tensors it takes Python longer than the update.
 
         Nothing where the extension is not there, or where a closer look is needed: at tensors
         that are new, sparse, complex, of a subclass or on several devices, at gradients that are
-        sharded otherwise than their parameters, and at groups that ask for different backends.
+        sharded otherwise than their parameters, at groups that ask for different backends, and at
+        what is packed otherwise than at the last step.
         """
         if ops.extension is None or torch.compiler.is_compiling():
             return []
-        names = (*self.memories, *self.scalars)
+        names: tuple[str, ...] = (*self.memories, *self.scalars)
+        others: tuple[str | Tensor | None, ...] = (None,) * len(names)
+        if packed:
+            names, others = storage.packed_names(names, self.memories, groups)
         tensors = (
             [group["params"] for group in groups],
             self.state,
             names,
+            others,
             [name in self.row_scalars for name in names],
             [group["beta_scope"] == "row" for group in groups],
             sharding.dtensor_class(),
@@ -498,13 +510,21 @@ class AdaptiveMemoryOptimizer(Optimizer):
             sizes, lists, params, dtensors = part
             device = lists[0][0].device
             present = [g for g, size in zip(groups, sizes, strict=True) if size > 0]
-            first, *others = [backends.choose(group, device) for group in present]
-            if any(other is not first for other in others):
+            first, *more = [backends.choose(group, device) for group in present]
+            if any(other is not first for other in more):
                 return []
-            work = self._new_work(kept, first, device, self._new_batch(*lists), bool(crosses))
-            for group, size in zip(present, filter(None, sizes), strict=True):
+            own = lists[: len(lists) - 1 - len(self.memories)] if packed else lists
+            batch = self._new_batch(*own)
+            work = self._new_work(kept, first, device, batch, bool(crosses), packed)
+            placed = list(zip(present, filter(None, sizes), strict=True))
+            for group, size in placed:
                 self._add_group(work, group, size)
             work.params, work.dtensors, work.ordinary = params, dtensors, True
+            if packed:
+                backends.check_packs(first)
+                batch.packed = Packed.of(lists[len(own) :])
+                if not storage.pack_known(work, placed):
+                    return []
             works.append(work)
         return works
 

@@ -20,7 +20,8 @@ import torch
 from torch import Size, Tensor
 
 from adamem_fused import formats, sharding
-from adamem_fused.backends.batch import check_in_place
+from adamem_fused.backends import ops
+from adamem_fused.backends.batch import Batch, check_in_place
 from adamem_fused.state import memory_dtype
 
 if TYPE_CHECKING:
@@ -302,21 +303,66 @@ def gather(
     return [*found, *scales, remainders]
 
 
+def packed_names(
+    names: tuple[str, ...], memories: Sequence[str], groups: list[dict[str, Any]]
+) -> tuple[tuple[str, ...], tuple[str | Tensor | None, ...]]:
+    """What the extension gathers of packed groups, and what it takes where a state has it not."""
+    first = next((param for group in groups for param in group["params"]), None)
+    nothing = torch.empty(0, dtype=torch.float32, device=None if first is None else first.device)
+    codes = [codes_names(memory) for memory in memories]
+    others = [codes_name for codes_name, _ in codes]
+    return (
+        (*names, *(scales_name for _, scales_name in codes), REMAINDER),
+        (*others, *([None] * (len(names) - len(others))), *([nothing] * (len(codes) + 1))),
+    )
+
+
 def pack(work: Work, groups: list[Placed], all_groups: list[dict[str, Any]]) -> None:
-    """Completes a packed batch: where its random bits come from, and contiguous tensors.
+    """Completes a packed batch, whose state is as it is to be.
+
+    That is where its random bits come from, and contiguous tensors.
 
     groups: those of the batch, each with how many of its tensors are in it.
     """
-    batch = work.batch
-    key = (
+    key, known = _key(work, groups), work.batch.cache.get("rounding")
+    own = known[2] if known is not None and known[0] == key else None
+    rounding = _rounding(work.params, groups, all_groups) if own is None else own
+    work.batch.cache["rounding"] = key, _kinds(work.batch, b""), rounding
+    _complete(work, rounding)
+
+
+def pack_known(work: Work, groups: list[Placed]) -> bool:
+    """As `pack`, if the batch is one that was packed before, and its state still of that kind."""
+    known = work.batch.cache.get("rounding")
+    if known is None or known[0] != _key(work, groups):
+        return False
+    if _kinds(work.batch, known[1]) != known[1]:
+        return False
+    _complete(work, known[2])
+    return True
+
+
+def _key(work: Work, groups: list[Placed]) -> Any:
+    return (
         list(map(id, work.params)),
         list(map(sharding.spec_of, work.params)) if work.dtensors else [],
         [(group["seed"], options_of(group), size) for group, size in groups],
     )
-    known = batch.cache.get("rounding")
-    if known is None or known[0] != key:
-        known = batch.cache["rounding"] = key, _rounding(work.params, groups, all_groups)
-    batch.packed.rounding = known[1]
+
+
+def _kinds(batch: Batch, last: bytes) -> bytes:
+    """The dtypes and shapes of a batch's memories and of what is packed; without the extension,
+    which asks for them, nothing."""
+    if ops.extension is None or torch.compiler.is_compiling() or batch.packed is None:
+        return b""
+    lists = (*batch.memories.values(), *batch.packed.lists())
+    structure: bytes = ops.extension.describe(lists, b"", last, False)[1]
+    return structure
+
+
+def _complete(work: Work, rounding: Tensor) -> None:
+    batch = work.batch
+    batch.packed.rounding = rounding
     if all(map(Tensor.is_contiguous, chain(batch.params, batch.grads))):
         return
     for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):

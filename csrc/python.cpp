@@ -195,10 +195,12 @@ class Gatherer {
  public:
   static constexpr size_t kRun = 64;
 
-  // by_row: of each name, whether a row may have one for itself. known: what `seen` was when
-  // `crossing` was found by it.
-  Gatherer(const py::dict& state, const py::tuple& names, std::vector<bool> by_row, size_t most,
-           DTensors dtensors, bool any_dtensors, const py::list& known, std::string_view crossing)
+  // others: for each name None, another name that stands in for it, or the tensor of a state that
+  // does not have it. by_row: of each name, whether a row may have one for itself. known: what
+  // `seen` was when `crossing` was found by it.
+  Gatherer(const py::dict& state, const py::tuple& names, const py::tuple& others,
+           std::vector<bool> by_row, size_t most, DTensors dtensors, bool any_dtensors,
+           const py::list& known, std::string_view crossing)
       : states_(state.ptr()),
         by_row_(std::move(by_row)),
         most_(most),
@@ -207,6 +209,7 @@ class Gatherer {
         known_(known),
         crossing_(crossing) {
     for (const py::handle name : names) names_.push_back(name.ptr());
+    for (const py::handle other : others) others_.push_back(other.ptr());
   }
 
   // Begins with the parameters of a group. rows: whether its rows have betas of their own.
@@ -252,6 +255,8 @@ class Gatherer {
       Cursor values(entries_[i].state);
       for (size_t k = 0; k < names_.size(); ++k) {
         PyObject* value = values.find(names_[k]);
+        if (value == nullptr && others_[k] != Py_None)
+          value = PyUnicode_Check(others_[k]) ? values.find(others_[k]) : others_[k];
         if (value == nullptr) return false;
         __builtin_prefetch(value, 1);
         values_.push_back(value);
@@ -344,7 +349,7 @@ class Gatherer {
   }
 
   Cursor states_;
-  std::vector<PyObject*> names_;
+  std::vector<PyObject*> names_, others_;
   std::vector<bool> by_row_;
   size_t most_;
   DTensors dtensors_;
@@ -369,13 +374,16 @@ class Gatherer {
 // others; or where its state is of another scope. A list where it is not known which of them cross
 // ranks: what decides that, to be given as `known` with a byte of each, other than 0 if it does.
 //
-// rows: of each group, whether rows have betas of their own; by_row: of each name. dtensor: the
-// class, or None.
+// others: what is taken where a state has no such name: None where it has to have it, another name,
+// or a tensor. rows: of each group, whether rows have betas of their own; by_row: of each name.
+// dtensor: the class, or None.
 py::object gather(const py::list& groups, const py::dict& state, const py::tuple& names,
-                  const std::vector<bool>& by_row, const std::vector<bool>& rows,
-                  const py::object& dtensor, const py::list& known, const py::bytes& crossing) {
-  TORCH_CHECK_VALUE(by_row.size() == names.size() && rows.size() == groups.size(),
-                    "by_row and rows have to be as long as names and groups");
+                  const py::tuple& others, const std::vector<bool>& by_row,
+                  const std::vector<bool>& rows, const py::object& dtensor, const py::list& known,
+                  const py::bytes& crossing) {
+  TORCH_CHECK_VALUE(by_row.size() == names.size() && others.size() == names.size() &&
+                        rows.size() == groups.size(),
+                    "others, by_row and rows have to be as long as names, names and groups");
   const std::string_view crossing_bytes(crossing);
   TORCH_CHECK_VALUE(crossing_bytes.size() == known.size(), "crossing has to be as long as known");
   size_t most = 0;
@@ -383,8 +391,8 @@ py::object gather(const py::list& groups, const py::dict& state, const py::tuple
     if (!PyList_Check(group.ptr())) return py::none();
     most += PyList_GET_SIZE(group.ptr());
   }
-  Gatherer gatherer(state, names, by_row, most, DTensors(dtensor), !dtensor.is_none(), known,
-                    crossing_bytes);
+  Gatherer gatherer(state, names, others, by_row, most, DTensors(dtensor), !dtensor.is_none(),
+                    known, crossing_bytes);
   for (size_t k = 0; k < groups.size(); ++k) {
     const py::handle group = groups[k];
     PyObject* const* items = items_of(group);

@@ -17,7 +17,7 @@ from step to step, the second what it has looked up for this one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -85,10 +85,15 @@ class Packed:
     rounding: Tensor
 
     @classmethod
+    def of(cls, lists: Sequence[list[Tensor]]) -> Packed:
+        """Of a list of scales for each memory and one of remainders; the rounding is to come."""
+        *scales, remainders = lists
+        return cls(tuple(scales), remainders, torch.empty(5, 0, dtype=torch.int64, device="cpu"))
+
+    @classmethod
     def empty(cls, memories: int) -> Packed:
         """For a batch that is to be filled."""
-        nothing = torch.empty(5, 0, dtype=torch.int64, device="cpu")
-        return cls(tuple([] for _ in range(memories)), [], nothing)
+        return cls.of([[] for _ in range(memories + 1)])
 
     def lists(self) -> tuple[list[Tensor], ...]:
         return (*self.scales, self.remainders)
