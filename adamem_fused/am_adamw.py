@@ -27,8 +27,9 @@ class AMAdamW(AdaptiveMemoryOptimizer):
     float64 parameters, complex for complex ones); and 0-dim tensors on its device: `step`,
     `beta_prod` (product of the betas so far), `prev_lr`, and `beta`, the beta of the last
     step. With beta_scope="row" `beta_prod` and `beta` have shape [rows] where each row has its
-    own. With gap="loss" the first trained parameter also has `prev_loss`. Nothing of it is
-    read back from the device in a step.
+    own. With gap="loss" the first trained parameter also has `prev_loss`. With state_dtype="int8"
+    `exp_avg_codes` and `exp_avg_scales` stand for `exp_avg`, and likewise for `exp_avg_sq`. Nothing
+    of it is read back from the device in a step.
 
     Args:
         params: parameters, (name, parameter) pairs or parameter groups. float32, float64,
@@ -62,18 +63,20 @@ class AMAdamW(AdaptiveMemoryOptimizer):
             are not written. The attribute of this name may be set between steps.
         skip_nonfinite: leave parameters and state as they are where that norm is infinite or NaN,
             as GradScaler does. Decided on the device, on all ranks alike; `skipped_steps` counts.
-        state_dtype: torch.bfloat16, rounded stochastically, or "int8", in blocks with a scale each:
-            of the memories of float32 and bfloat16 parameters with 4,096 elements or more
-            (docs/low_precision.md). None: float32, or float64 for float64. This and the next three
-            may be set in a group between steps.
-        stochastic_rounding: round bfloat16 parameters stochastically.
+        state_dtype: how the memories of float32 and bfloat16 parameters with 4,096 elements or
+            more are stored: torch.bfloat16, or "int8", in blocks with a scale each; either is
+            rounded stochastically (docs/low_precision.md). None: float32, or float64 for float64.
+            This and the next three may be set in a group between steps.
+        stochastic_rounding: round bfloat16 parameters stochastically, and no others.
         store_param_remainders: keep 8 further bits of a bfloat16 parameter's float32 value in the
-            state, `param_remainder`, so that small updates add up: 3 bytes for parameter and copy.
-        seed: of stochastic rounding, in [0, 2^63). The same seed gives the same bits.
+            state, `param_remainder`, so that small updates add up: 3 bytes for both together.
+        seed: of stochastic rounding, in [0, 2^63). The same seed gives the same bits. A checkpoint
+            brings its own.
 
     Raises:
         ValueError: a hyperparameter out of range.
-        TypeError: parameters to train of a dtype that is not optimized.
+        TypeError: parameters to train of a dtype that is not optimized, or that state_dtype is not
+            for.
         RuntimeError: a backend that was asked for and is not there; parameters that FSDP1 has
             flattened, or one beta for the model in a scheme that splits it (README, "Many ranks").
     """
