@@ -39,6 +39,13 @@ def step_keys(key, step):
 
 
 @triton.jit
+def repaired_keys(param):
+    """Those of a repair, which rounds a second time. param: the parameter's key in the step."""
+    memories = _mix(param)
+    return memories, _mix(memories)
+
+
+@triton.jit
 def random_bits(key, places):
     """Of the elements at these places in the whole tensor, int64. The low 16 bits are for a signed
     memory and for a parameter, the high ones for exp_avg_sq."""
@@ -94,7 +101,9 @@ def split(value, added):
 def join(param, remainder):
     """param: the bfloat16 values, as float32. remainder: int8."""
     words = param.to(tl.int32, bitcast=True) + (remainder.to(tl.int32) << 8)
-    return tl.where(param == param, words.to(tl.float32, bitcast=True), param)
+    value = words.to(tl.float32, bitcast=True)
+    # Of another parameter than the remainder's the bits may be those of a NaN.
+    return tl.where(value == value, value, param)
 
 
 # ---- int8 -----------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from adamem_fused.triton_kernels.formats import (
     join,
     largest_magnitudes,
     random_bits,
+    repaired_keys,
     split,
     spread_over,
     step_keys,
@@ -57,9 +58,9 @@ class Low(NamedTuple):
     remainder: tl.tensor
     has_remainder: tl.tensor
     rounds: tl.tensor
+    place: tl.tensor  # of the first element in the whole tensor
     memories_key: tl.tensor
     param_key: tl.tensor
-    place: tl.tensor  # of the first element in the whole tensor
     stretches: Stretches | None  # None: it does
 
 
@@ -122,9 +123,9 @@ def _open_low(
         remainder + start,
         remainder.to(tl.int64) != 0,
         column(layout, ROUNDS, units, i) != 0,
+        place,
         memories_key,
         param_key,
-        place,
         stretches,
     )
 
@@ -354,17 +355,26 @@ def square_as_stored(e, at, value, root):
 
 
 @triton.jit
-def store(e, at, xs, ds, square, ADAMW: tl.constexpr, VECTOR: tl.constexpr):
-    """The new x and d, and v where ADAMW."""
+def store(e, at, xs, ds, square, VECTOR: tl.constexpr):
+    """The new x and d, and v if it is not None."""
     if e.low is None:
         store_elements(e.x, at, xs, VECTOR)
         store_elements(e.d, at, ds, VECTOR)
-        if ADAMW:
+        if square is not None:
             store_elements(e.v, at, square.value, VECTOR)
     else:
-        if ADAMW:
+        if square is not None:
             _store_memory(e.v, e.low.square_scales, e.low, at, square, VECTOR)
         random = _random(e.low, e.low.memories_key, at)
         memory = _memory_as_stored(ds, ds, e.low, random, e.d.dtype.element_ty)
         _store_memory(e.d, e.low.scales, e.low, at, memory, VECTOR)
         _store_param(e, at, xs, VECTOR)
+
+
+@triton.jit
+def to_repair(e):
+    """The elements, to be stored for the second time in a step."""
+    if e.low is not None:
+        keys = repaired_keys(e.low.param_key)
+        e = Elements(e.x, e.g, e.d, e.v, Low(*(e.low[:7] + keys), e.low.stretches))
+    return e
