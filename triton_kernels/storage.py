@@ -329,13 +329,12 @@ def _store_param(e, at, value, VECTOR: tl.constexpr):
     low = e.low
     if e.x.dtype.element_ty.is_bf16():
         value = value.to(tl.float32)
+        random = _random(low, low.param_key, at)
         if low.has_remainder:
-            random = _random(low, low.param_key, at)
             new, remainder = split(value, tl.where(low.rounds, random & 0xFF, 0x80))
             store_elements(e.x, at, new, VECTOR)
             store_elements(low.remainder, at, remainder, VECTOR)
         else:
-            random = _random(low, low.param_key, at)
             new = to_bfloat16(value, tl.where(low.rounds, random, to_nearest(value)))
             store_elements(e.x, at, new, VECTOR)
     else:
