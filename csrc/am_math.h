@@ -25,6 +25,29 @@ namespace am {
 using std::fma;
 using std::sqrt;
 
+// Square roots and quotients. On a GPU those of float32 are right to a unit or two in the last
+// place: the exact ones branch to a slow path, and so take one element after the other.
+template <class V>
+AM_INLINE V root_of(V v) {
+  return sqrt(v);
+}
+template <class V>
+AM_INLINE V quotient(V a, V b) {
+  return a / b;
+}
+#if defined(__CUDA_ARCH__)
+AM_INLINE float root_of(float v) {
+  float root;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(v));
+  return root;
+}
+AM_INLINE float quotient(float a, float b) {
+  float inverse;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+  return a * inverse;
+}
+#endif
+
 // What a parameter group sets, in double as Python gives it.
 struct AdamWHyper {
   double lr, beta_max, beta2, eps, weight_decay, memory_lambda;
@@ -190,7 +213,7 @@ template <bool Scaled, class V, class T>
 AM_INLINE V adamw_root(V g, V& v, const AdamWCoefficients<T>& c) {
   g = gradient<Scaled>(g, c);
   v = fma(g * V(c.one_minus_beta2), g, v * V(c.beta2));
-  return sqrt(v);
+  return root_of(v);
 }
 
 // P = bias_correction1 (sqrt(v / bias_correction2) + eps)
@@ -211,7 +234,7 @@ template <class V, class T>
 AM_INLINE AdamWTerms<V> adamw_terms(V g, V d, V root, const AdamWCoefficients<T>& c) {
   const V p = adamw_denominator(root, c);
   const V damping = fma(p, V(c.memory_lambda), V(T(1)));
-  const V m = V(T(1)) / (p * damping);
+  const V m = quotient(V(T(1)), p * damping);
   const V e = g - d;
   return {p, e, e * m, d * damping * m};
 }
@@ -272,7 +295,7 @@ template <bool Scaled, class V, class T>
 AM_INLINE void adamw_repair(V g, V& d, V root, V& x, T miss, const AdamWCoefficients<T>& c) {
   g = gradient<Scaled>(g, c);
   const V p = adamw_denominator(root, c);
-  const V step = V(miss) / (p * fma(p, V(c.lambda_over_cap), V(T(1)))) * (g - d);
+  const V step = quotient(V(miss), p * fma(p, V(c.lambda_over_cap), V(T(1)))) * (g - d);
   d = fma(step, p, d);
   x = fma(step, V(-c.lr), x);
 }

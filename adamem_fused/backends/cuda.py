@@ -38,7 +38,7 @@ from adamem_fused.backends.tables import Bucket, Opened, Tables, open_tables, ta
 name = "cuda"
 fused = True
 shares_sums = True
-packs = False
+packs = True
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -113,6 +113,7 @@ class _Bucket(ctypes.Structure):
         ("first_chunk", ctypes.c_int64),
         ("chunks", ctypes.c_int64),
         ("row", ctypes.c_int64),
+        ("low", ctypes.c_int64),
         ("dtypes", ctypes.c_int32 * 4),
     )
 
@@ -121,7 +122,21 @@ class _Bucket(ctypes.Structure):
 _WHOLE, _BEGIN, _FINISH = range(3)
 
 # DType of csrc/cuda/tables.h.
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.int8: 4,
+    torch.uint8: 4,
+}
+
+# Of memories beside a parameter and a gradient of this dtype, where something is stored in few
+# bits: what there are kernels for.
+_LOW_MEMORIES = {
+    torch.float32: (torch.bfloat16, torch.int8),
+    torch.bfloat16: (torch.float32, torch.bfloat16, torch.int8),
+}
 
 
 class _Kernels(NamedTuple):
@@ -183,7 +198,20 @@ def _bucket(bucket: Bucket) -> _Bucket:
     codes = [_DTYPES[dtype] for dtype in bucket.dtypes]
     # AM-SGD has one memory; its kernels do not look at a second.
     codes += codes[-1:] * (4 - len(codes))
-    return _Bucket(bucket.first_chunk, bucket.chunks, bucket.row, (ctypes.c_int32 * 4)(*codes))
+    dtypes = (ctypes.c_int32 * 4)(*codes)
+    return _Bucket(bucket.first_chunk, bucket.chunks, bucket.row, bucket.low, dtypes)
+
+
+def _check_low(bucket: Bucket) -> None:
+    """Raises TypeError where there are no kernels for what is stored in few bits."""
+    param, _, *memories = bucket.dtypes
+    known = [_DTYPES[dtype] for dtype in _LOW_MEMORIES.get(param, ())]
+    found = {_DTYPES[dtype] for dtype in memories}
+    if bucket.low and not (len(found) == 1 and found <= set(known)):
+        raise TypeError(
+            f"the cuda backend does not take memories of {memories} beside a {param} parameter, "
+            "where one of them is stored in few bits"
+        )
 
 
 def _float(scalar: Tensor | None) -> Tensor | None:
@@ -243,6 +271,7 @@ def _open(batch: Batch, kernels: _Kernels, updated: bool) -> Opened:
         # Before a step is captured in a CUDA graph: a new layout is refused then.
         device = batch.params[0].device.index or 0
         for bucket in layout.buckets:
+            _check_low(bucket)
             _call(kernels.load, _bucket(bucket), device)
         for run in layout.runs:
             _call(_library().adamem_squares_load, _DTYPES[run.grad], device)

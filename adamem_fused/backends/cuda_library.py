@@ -105,7 +105,8 @@ def sources() -> list[Path]:
 
 
 def headers() -> list[Path]:
-    return [SOURCES.parent / "am_math.h", *sorted(SOURCES.glob("*.h"))]
+    shared = [SOURCES.parent / name for name in ("am_math.h", "formats.h")]
+    return [*shared, *sorted(SOURCES.glob("*.h"))]
 
 
 def compile_library(nvcc: str, path: Path, numbers: Sequence[int]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adamem_fused.backends import cuda, ops
-from adamem_fused.backends.batch import AdamWBatch, AdamWHyper, SGDBatch, SGDHyper
+from adamem_fused.backends.batch import AdamWBatch, AdamWHyper, Packed, SGDBatch, SGDHyper
 
 Tensors: TypeAlias = list[Tensor]
 
@@ -35,29 +35,40 @@ def _rows(lrs: Tensor, hypers: Sequence[float]) -> Iterator[tuple[Tensor | float
         yield (lrs[i], *hypers[i * columns : (i + 1) * columns])
 
 
+def _packed(packed: Tensors, rounding: Tensor | None, tensors: int) -> Packed | None:
+    """From one flat list: the scales of each memory, and the remainders."""
+    if rounding is None:
+        return None
+    *scales, remainders = (packed[i : i + tensors] for i in range(0, len(packed), tensors))
+    return Packed(tuple(scales), remainders, rounding)
+
+
 def _adamw_batch(
     params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors,
     beta_prods: Tensors, prev_lrs: Tensors, betas: Tensors, lrs: Tensor,
-    group_sizes: Sequence[int], hypers: Sequence[float],
+    group_sizes: Sequence[int], hypers: Sequence[float], packed: Tensors,
+    rounding: Tensor | None,
 ) -> AdamWBatch:  # fmt: skip
     return AdamWBatch(
         params, grads, exp_avgs, exp_avg_sqs, steps, beta_prods, prev_lrs, betas,
         [AdamWHyper._make(group) for group in _groups(lrs, hypers)],
         list(group_sizes),
         _shared(lrs, hypers),
+        packed=_packed(packed, rounding, len(params)),
     )  # fmt: skip
 
 
 def _sgd_batch(
     params: Tensors, grads: Tensors, momentum_buffers: Tensors, steps: Tensors,
     prev_lrs: Tensors, betas: Tensors, lrs: Tensor, group_sizes: Sequence[int],
-    hypers: Sequence[float],
+    hypers: Sequence[float], packed: Tensors, rounding: Tensor | None,
 ) -> SGDBatch:  # fmt: skip
     return SGDBatch(
         params, grads, momentum_buffers, steps, prev_lrs, betas,
         [SGDHyper._make(group) for group in _groups(lrs, hypers)],
         list(group_sizes),
         _shared(lrs, hypers),
+        packed=_packed(packed, rounding, len(params)),
     )  # fmt: skip
 
 
@@ -65,11 +76,11 @@ def adamw_begin_(
     params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors,
     beta_prods: Tensors, prev_lrs: Tensors, betas: Tensors, lrs: Tensor,
     group_sizes: Sequence[int], hypers: Sequence[float], grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    found_inf: Tensor | None, packed: Tensors, rounding: Tensor | None,
 ) -> Tensor:  # fmt: skip
     batch = _adamw_batch(
         params, grads, exp_avgs, exp_avg_sqs, steps, beta_prods, prev_lrs, betas, lrs,
-        group_sizes, hypers,
+        group_sizes, hypers, packed, rounding,
     )  # fmt: skip
     return cuda.adamw_begin(batch, grad_scale, found_inf)
 
@@ -78,11 +89,11 @@ def adamw_finish_(
     params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors,
     beta_prods: Tensors, prev_lrs: Tensors, betas: Tensors, lrs: Tensor,
     group_sizes: Sequence[int], hypers: Sequence[float], grad_scale: Tensor | None,
-    found_inf: Tensor | None, rows: Tensor | None,
+    found_inf: Tensor | None, packed: Tensors, rounding: Tensor | None, rows: Tensor | None,
 ) -> None:  # fmt: skip
     batch = _adamw_batch(
         params, grads, exp_avgs, exp_avg_sqs, steps, beta_prods, prev_lrs, betas, lrs,
-        group_sizes, hypers,
+        group_sizes, hypers, packed, rounding,
     )  # fmt: skip
     cuda.adamw_finish(batch, rows, grad_scale, found_inf)
 
@@ -91,9 +102,11 @@ def sgd_begin(
     params: Tensors, grads: Tensors, momentum_buffers: Tensors, steps: Tensors,
     prev_lrs: Tensors, betas: Tensors, lrs: Tensor, group_sizes: Sequence[int],
     hypers: Sequence[float], grad_scale: Tensor | None, found_inf: Tensor | None,
+    packed: Tensors, rounding: Tensor | None,
 ) -> Tensor:  # fmt: skip
     batch = _sgd_batch(
-        params, grads, momentum_buffers, steps, prev_lrs, betas, lrs, group_sizes, hypers
+        params, grads, momentum_buffers, steps, prev_lrs, betas, lrs, group_sizes, hypers,
+        packed, rounding,
     )  # fmt: skip
     return cuda.sgd_begin(batch, grad_scale, found_inf)
 
@@ -102,10 +115,11 @@ def sgd_finish_(
     params: Tensors, grads: Tensors, momentum_buffers: Tensors, steps: Tensors,
     prev_lrs: Tensors, betas: Tensors, lrs: Tensor, group_sizes: Sequence[int],
     hypers: Sequence[float], grad_scale: Tensor | None, found_inf: Tensor | None,
-    rows: Tensor | None,
+    packed: Tensors, rounding: Tensor | None, rows: Tensor | None,
 ) -> None:  # fmt: skip
     batch = _sgd_batch(
-        params, grads, momentum_buffers, steps, prev_lrs, betas, lrs, group_sizes, hypers
+        params, grads, momentum_buffers, steps, prev_lrs, betas, lrs, group_sizes, hypers,
+        packed, rounding,
     )  # fmt: skip
     cuda.sgd_finish(batch, rows, grad_scale, found_inf)
 

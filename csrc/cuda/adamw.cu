@@ -10,13 +10,17 @@ struct AdamWTensor {
   using TensorRow = Row<AdamWCoefficients<double>>;
   static constexpr int kLists = 4;
   static constexpr int kColumns = sizeof(TensorRow) / sizeof(double);
-  enum Scalar { kStep, kBetaProd, kPrevLr, kBeta };
+  enum Scalar { kStep, kBetaProd, kPrevLr, kBeta, kScalars };
 
   // The order of a group's hyperparameters is that of adamem_fused/backends/tables.py.
   static constexpr int kHypers = 11;
 
   static __device__ TensorRow& row(const Step& s, int64_t unit) {
     return *reinterpret_cast<TensorRow*>(s.coefficients + unit * kColumns);
+  }
+
+  static __device__ Scalars<kScalars> scalars(const Step& s, int64_t unit) {
+    return Scalars<kScalars>::of(s, kLists, unit);
   }
 
   static __device__ void prepare(const Step& s, int64_t unit) {
@@ -32,15 +36,16 @@ struct AdamWTensor {
                               h[7] != 0.0,
                               h[8] != 0.0,
                               h[9] != 0.0};
+    const Scalars<kScalars> own = scalars(s, unit);
     TensorRow& r = row(s, unit);
-    r.step = read_scalar(s, kLists, kStep, unit);
+    r.step = own.read(kStep);
     r.beta_max = hyper.beta_max;
-    r.coefficients = adamw_coefficients<double>(
-        hyper, r.step, read_scalar(s, kLists, kPrevLr, unit), read_grad_scale(s));
+    r.coefficients =
+        adamw_coefficients<double>(hyper, r.step, own.read(kPrevLr), read_grad_scale(s));
     r.begin = is_skipped(s) ? kNothing : kSums;
     r.rest = kDone;
     if (has_rows(s, unit)) return;
-    r.coefficients = corrected(s, unit, r, layout_at(s, kRow, unit));
+    r.coefficients = corrected(own, r, layout_at(s, kRow, unit));
     // A repair reads the gradient once more: it may not be what was written.
     const bool exact =
         layout_at(s, kExact, unit) != 0 && s.addresses[tensor] != s.addresses[s.tensors + tensor];
@@ -48,10 +53,9 @@ struct AdamWTensor {
   }
 
   // The coefficients of a segment. r: its unit's, as they were prepared.
-  static __device__ AdamWCoefficients<double> corrected(const Step& s, int64_t unit,
+  static __device__ AdamWCoefficients<double> corrected(const Scalars<kScalars>& own,
                                                         const TensorRow& r, int64_t row) {
-    return adamw_corrected(r.coefficients, r.beta_max,
-                           read_scalar(s, kLists, kBetaProd, unit, row));
+    return adamw_corrected(r.coefficients, r.beta_max, own.read(kBetaProd, row));
   }
 
   static __device__ double beta_of(const TensorRow& r, Sums sums) {
@@ -70,19 +74,19 @@ struct AdamWTensor {
       r.rest = kRepair;
       r.amount[0] = (r.beta_max - beta) / r.beta_max;
     }
-    write_segment(s, unit, beta, layout_at(s, kRow, unit));
-    write_step(s, unit, r);
+    const Scalars<kScalars> own = scalars(s, unit);
+    write_segment(own, beta, layout_at(s, kRow, unit));
+    write_step(own, r);
   }
 
-  static __device__ void write_segment(const Step& s, int64_t unit, double beta, int64_t row) {
-    const double beta_prod = read_scalar(s, kLists, kBetaProd, unit, row);
-    write_scalar(s, kLists, kBetaProd, unit, beta_prod * beta, row);
-    write_scalar(s, kLists, kBeta, unit, beta, row);
+  static __device__ void write_segment(const Scalars<kScalars>& own, double beta, int64_t row) {
+    own.write(kBetaProd, own.read(kBetaProd, row) * beta, row);
+    own.write(kBeta, beta, row);
   }
 
-  static __device__ void write_step(const Step& s, int64_t unit, const TensorRow& r) {
-    write_scalar(s, kLists, kStep, unit, r.step + 1.0);
-    write_scalar(s, kLists, kPrevLr, unit, r.coefficients.lr);
+  static __device__ void write_step(const Scalars<kScalars>& own, const TensorRow& r) {
+    own.write(kStep, r.step + 1.0);
+    own.write(kPrevLr, r.coefficients.lr);
   }
 };
 
@@ -91,7 +95,7 @@ template <class T, class Param, class Grad, class Memory>
 struct AdamW : AdamWTensor {
   using Compute = T;
   static constexpr int kMemories = 2;
-  using Chunk = Elements<T, Param, Grad, Memory, kMemories>;
+  using Chunk = Elements<T, Param, Grad, Memory, kMemories, kLists + kScalars>;
 
   static __device__ Sums chunk_sums(const TensorRow&, Sums sums) { return sums; }
 
@@ -106,7 +110,7 @@ struct AdamW : AdamWTensor {
   template <bool Decay>
   static __device__ void begin(const Chunk& chunk, const TensorRow& row, T& num, T& den) {
     const AdamWCoefficients<T> c = narrow_all<T>(row.coefficients);
-    if (row.begin == kGuess) {
+    if (!Chunk::kIsPacked && row.begin == kGuess) {
       chunk.template for_each<Use::kLast, true, 2>([&](T g, T& d, T& v, T& x) {
         const T root = adamw_root<true>(g, v, c);
         adamw_guess<true, Decay>(g, d, root, x, c, num, den);
@@ -122,9 +126,9 @@ struct AdamW : AdamWTensor {
   static __device__ void finish(const Chunk& chunk, const TensorRow& row) {
     const AdamWCoefficients<T> c = narrow_all<T>(row.coefficients);
     const T amount = static_cast<T>(row.amount[0]);
-    if (row.rest == kRepair) {
+    if (!Chunk::kIsPacked && row.rest == kRepair) {
       chunk.template for_each<Use::kLast, true, 1>(
-          [&](T g, T& d, T v, T& x) { adamw_repair<true>(g, d, sqrt(v), x, amount, c); });
+          [&](T g, T& d, T v, T& x) { adamw_repair<true>(g, d, root_of(v), x, amount, c); });
     } else if (row.rest == kUpdate) {
       chunk.template for_each<Use::kLast, true, 2>([&](T g, T& d, T& v, T& x) {
         const T root = adamw_root<true>(g, v, c);
@@ -141,6 +145,14 @@ struct AdamW : AdamWTensor {
   struct Amount {
     T take;
   };
+
+  // Gives the coefficients of a tensor what is a row's own.
+  static __device__ void correct(Coefficients& c, const Scalars<kScalars>& own, const TensorRow& r,
+                                 int64_t row) {
+    const AdamWCoefficients<double> wide = corrected(own, r, row);
+    c.root_scale = static_cast<T>(wide.root_scale);
+    c.eps = static_cast<T>(wide.eps);
+  }
 
   static __device__ Amount amount_of(const TensorRow&, double beta) {
     return {static_cast<T>(1.0 - beta)};

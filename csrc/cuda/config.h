@@ -17,8 +17,8 @@
 // from L2.
 //
 // AM-AdamW with float32 moves 28 bytes an element where beta is what was guessed, and 24 more where
-// it is not; "anchored", whose sums are taken first, 44. It takes some 58 instructions an element
-// in begin and 44 in a repair: a fifth of what an H100 can issue at that bandwidth. Launches,
+// it is not; "anchored", whose sums are taken first, 44. It takes some 46 instructions an element
+// in begin and 36 in a repair: a fifth of what an H100 can issue at that bandwidth. Launches,
 // partial sums (at most 11 us, for 2^28 elements in one tensor) and the last blocks cost 2 to 3 %
 // of a step of 2.5 ms. Predicted: at least 88 % of the bandwidth of a copy, by bytes counted so.
 //
@@ -27,15 +27,27 @@
 // on either plane, whatever beta is; AM-SGD 20 and 14. 16 bytes an element are held (AM-SGD: 12). A
 // thread has 8 elements of a row, or 4 to 8: so 1,024 threads, as many as registers allow, hold
 // 128 KB of the 227 KB that an H100's multiprocessor has, and ask for 64 KB at a time. With 16-bit
-// types it is 512 threads and 48 KB. A block can hold rows of 14,336 elements on an H100, of 10,240
-// on an A100, of 6,144 where it has 99 KB, and of 3,840 where it has 64. The longest are one block
-// to a multiprocessor, which reads nothing while it adds up its sums and writes: some 2 us of 16.
-// A row's coefficients, sums and beta take some 200 instructions a thread, 25 an element beside 66:
-// not half of what an H100 can issue at that bandwidth. Some 70 of them are in float64, which GPUs
-// for graphics do at 1/32 or 1/64 of the rate: there they are the limit. Predicted, on an A100 or
-// H100: at least 85 % of the bandwidth of a copy where rows have 256 elements or more and whole
-// vectors, and 75 % with 14,336; rows of a number of elements that is no multiple of a vector are
-// accessed element by element, and may take twice as long.
+// types it is 640 threads and 60 KB, in blocks of 128 for rows of 768 elements. A block can hold
+// rows of 14,336 elements on an H100, of 10,240 on an A100, of 6,144 where it has 99 KB, and of
+// 3,840 where it has 64. The longest are one block to a multiprocessor, which reads nothing while
+// it adds up its sums and writes: some 2 us of 16. While a row is taken its block's next one is on
+// its way from memory to L2, so that of a chunk's rows the first alone is waited for at full
+// length. An element takes some 50 instructions, and a row's coefficients, sums and beta 300 a
+// thread, or 40 an element: 40 % of what an H100 can issue at that bandwidth with float32, and half
+// with 16-bit types. Some 70 of them are in float64, which GPUs for graphics do at 1/32 or 1/64 of
+// the rate: there they are the limit. Predicted of an H100: 92 % of the bandwidth of a copy with
+// float32 and rows of 768 to 4,096 elements (it was 82, without what is asked for ahead, and with
+// exact square roots and quotients, one element after the other), 80 % with 16-bit types (58), 75 %
+// with 14,336 elements; rows of a number of elements that is no multiple of a vector are accessed
+// element by element, and may take twice as long.
+//
+// State in few bits is read twice but for rows: with bfloat16 parameters, gradients and memories 22
+// bytes an element (14 by row), with codes 16 (10); AM-SGD 16 and 13 (10 and 8). Random bits take
+// some 12 instructions an element for both memories and 12 for the parameter, codes some 50 for
+// both: with bfloat16 120 instructions an element in both readings, 57 % of what an H100 issues at
+// that bandwidth; with codes some 200, which is 40 % more than it issues. Predicted, over 28 bytes
+// with float32: 0.80 of the time with bfloat16 (0.55 by row), 0.75 with codes. Where there are
+// codes registers allow for 2 blocks, which ask for 24 KB.
 //
 // Squared norms read gradients once, 4 bytes an element with float32 and 2 with 16-bit types, and
 // write 16 bytes a chunk. A thread asks for two times 16 bytes, and takes 32 registers at most: 8
@@ -62,7 +74,8 @@ constexpr int kChunk = 8192;
 constexpr int kElementsEach = 8;
 
 // Blocks on a multiprocessor that registers have to allow for (65,536 of them): with float32,
-// with 16-bit types, and where arithmetic is in float64 or dtypes are known at run time only.
+// with 16-bit types, and where arithmetic is in float64, dtypes are known at run time only, or
+// there are codes.
 constexpr int kBlocksFloat = 4;
 constexpr int kBlocks16Bit = 3;
 constexpr int kBlocksWide = 2;

@@ -33,6 +33,7 @@ struct Row {
   Rest rest;
   double amount[2];       // what finish takes, once beta is there
   double step, beta_max;  // the number of steps before this one
+  Rounding rounding;
   Coefficients coefficients;
 };
 
@@ -99,15 +100,16 @@ __device__ inline bool is_last_of_unit(int32_t& arrived, int64_t chunks) {
 // ---- kernels ----------------------------------------------------------------------
 
 template <class Tensor>
-__global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ Step step) {
+__global__ void __launch_bounds__(kThreads, 1) prepare_kernel(const __grid_constant__ Step step) {
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (unit >= step.units) return;
   Tensor::prepare(step, unit);
-  const auto& row = Tensor::row(step, unit);
+  auto& row = Tensor::row(step, unit);
+  row.rounding = Rounding::of(step, unit, row.step);
   if (has_rows(step, unit)) {
     // No other unit reads this tensor's step. Where it may be none, its rows know.
     if (step.part != kBegin && row.begin != kNothing && !may_be_none(row))
-      Tensor::write_step(step, unit, row);
+      Tensor::write_step(Tensor::scalars(step, unit), row);
   } else if (step.part == kFinish) {
     return;
   } else if (step.rows != nullptr) {
@@ -126,7 +128,8 @@ __global__ void __launch_bounds__(kThreads, O::Chunk::kBlocks)
   const Place place(step, k);
   auto& row = O::row(step, place.unit);
   if (row.begin == kNothing) return;
-  const typename O::Chunk chunk(step, bucket, place.unit, place.begin, place.length);
+  const typename O::Chunk chunk(O::Chunk::Tensor::of(step, place.unit), bucket, row.rounding,
+                                place.begin, place.length);
   typename O::Compute num = 0, den = 0;
   O::begin(chunk, row, num, den);
   Sums sums = O::chunk_sums(row, add_over_block(warps, num, den));
@@ -177,8 +180,10 @@ __global__ void __launch_bounds__(kThreads, O::Chunk::kBlocks)
     for (int j = 0; j < kThreads && first - apart * j >= 0; ++j) {
       if (is_done[j]) continue;
       const Place place(step, bucket.first_chunk + first - apart * j);
-      const typename O::Chunk chunk(step, bucket, place.unit, place.begin, place.length);
-      O::finish(chunk, O::row(step, place.unit));
+      const auto& row = O::row(step, place.unit);
+      const typename O::Chunk chunk(O::Chunk::Tensor::of(step, place.unit), bucket, row.rounding,
+                                    place.begin, place.length);
+      O::finish(chunk, row);
     }
   }
 }

@@ -36,7 +36,7 @@ inline cudaError_t launch_units(void (*kernel)(Step), const Step& step, void* st
 inline cudaError_t shared_bytes(int device, int* bytes) {
   const cudaError_t error =
       cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  *bytes -= 2 * kWarp * sizeof(Sums);  // rows_kernel's own
+  *bytes -= 2 * kWarp * sizeof(Sums) + kMostShared;  // rows_kernel's own
   return error;
 }
 
@@ -105,11 +105,19 @@ cudaError_t load_rows(int device) {
 
 // Calls f with the optimizer for a bucket's dtypes.
 template <template <class, class, class, class> class O, class F>
-auto dispatch(const Bucket& bucket, F f) {
+cudaError_t dispatch(const Bucket& bucket, F f) {
   const int32_t* dtypes = bucket.dtypes;
   const auto is = [&](DType param, DType grad, DType memory) {
     return dtypes[0] == param && dtypes[1] == grad && dtypes[2] == memory && dtypes[3] == memory;
   };
+  if (bucket.low != 0) {
+    if (is(kFloat32, kFloat32, kBFloat16)) return f(O<float, float, float, Rounded>());
+    if (is(kFloat32, kFloat32, kCodes)) return f(O<float, float, float, Codes>());
+    if (is(kBFloat16, kBFloat16, kFloat32)) return f(O<float, Param16, __nv_bfloat16, float>());
+    if (is(kBFloat16, kBFloat16, kBFloat16)) return f(O<float, Param16, __nv_bfloat16, Rounded>());
+    if (is(kBFloat16, kBFloat16, kCodes)) return f(O<float, Param16, __nv_bfloat16, Codes>());
+    return cudaErrorInvalidValue;
+  }
   if (is(kFloat32, kFloat32, kFloat32)) return f(O<float, float, float, float>());
   if (is(kFloat64, kFloat64, kFloat64)) return f(O<double, double, double, double>());
   if (is(kBFloat16, kBFloat16, kFloat32)) return f(O<float, __nv_bfloat16, __nv_bfloat16, float>());

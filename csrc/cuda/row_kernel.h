@@ -4,7 +4,8 @@
 // A row has a team of threads, a block's or some of a warp's, and a chunk's rows are taken by
 // turns. What a thread holds it reads back itself. A half of a step takes the sums alone, or the
 // update alone; so does, one after the other, all of a step where it may be none, or where a row is
-// too long to be held (of float64).
+// too long to be held (of float64). A memory in few bits is rounded once: the last one when the
+// sums are taken, the first one with the parameter.
 #pragma once
 
 #include "kernels.h"
@@ -19,8 +20,9 @@ constexpr int kLeastTeam = 4;
 constexpr int kPiece = 8 * kWarp;
 constexpr int kMostHeld = 4;
 
-// The largest block: as many threads as its registers let a multiprocessor have, or the power of 2
-// below.
+// How many threads a multiprocessor is to have, by its registers: with 16-bit types not as many as
+// begin has, for what they hold. And the largest block: the power of 2 below.
+constexpr int rows_threads(int blocks) { return blocks == kBlocks16Bit ? 640 : blocks * kThreads; }
 constexpr int most_threads(int blocks) { return blocks < 4 ? 2 * kThreads : 4 * kThreads; }
 
 // How a launch's blocks are divided.
@@ -86,6 +88,32 @@ struct Held {
   }
 };
 
+// What a unit's rows share, in shared memory: read from the tables once. It takes so many bytes at
+// most.
+constexpr int kMostShared = 512;
+
+template <class O>
+struct Shared {
+  typename O::TensorRow line;
+  typename O::Coefficients coefficients;
+  typename O::Chunk::Tensor tensor;
+  Scalars<O::kScalars> scalars;
+
+  // By all threads of the block.
+  __device__ void read(const Step& s, int64_t unit) {
+    const auto* words = reinterpret_cast<const double*>(&O::row(s, unit));
+    for (int k = static_cast<int>(threadIdx.x); k < O::kColumns; k += static_cast<int>(blockDim.x))
+      reinterpret_cast<double*>(&line)[k] = words[k];
+    if (threadIdx.x == 0) {
+      tensor = O::Chunk::Tensor::of(s, unit);
+      scalars = O::scalars(s, unit);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) coefficients = narrow_all<typename O::Compute>(line.coefficients);
+    __syncthreads();
+  }
+};
+
 template <class O>
 using HeldBy = Held<typename O::Compute, O::kHeld, O::Chunk::kVector>;
 
@@ -113,23 +141,28 @@ __device__ inline Sums add_over_team(Sums (&warps)[kWarp], Team team, double num
 }
 
 // A row's sums. Where kHolds, what its update takes goes to `held`, and the last memory, which
-// depends on no beta, is written.
+// depends on no beta, is written; the row that lies so many elements ahead, if any, is on its way
+// to L2 meanwhile.
 template <class O, bool kHolds>
 __device__ __forceinline__ void row_sums(const typename O::Chunk& row, Team team,
                                          const typename O::TensorRow& line,
                                          const typename O::Coefficients& c, const HeldBy<O>& held,
-                                         typename O::Compute& num, typename O::Compute& den) {
+                                         int ahead, typename O::Compute& num,
+                                         typename O::Compute& den) {
   using T = typename O::Compute;
   row.for_each_piece(team, [&](auto piece) {
     constexpr int kCount = decltype(piece)::kCount;
-    T g[kCount], m[O::kMemories][kCount], x[kCount], kept[kCount][O::kHeld];
+    T g[kCount], m[O::kMemories][kCount], x[kCount], kept[kCount][O::kHeld] = {};
+    if (kHolds && ahead > 0) row.prefetch(piece, ahead);
     row.template load<kHolds ? Use::kLast : Use::kAgain, true>(piece, g, m, x);
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
-      O::add(line, c, g[j], m[0][j], m[O::kMemories - 1][j], x[j], num, den, kept[j]);
+      if (piece.has(j))
+        O::add(line, c, g[j], m[0][j], m[O::kMemories - 1][j], x[j], num, den, kept[j]);
     if constexpr (kHolds) {
       held.put(piece, kept);
-      if constexpr (O::kMemories > 1) row.memories[1].store(piece, m[1]);
+      if constexpr (O::kMemories > 1)
+        row.store_memory(piece, 1, m[1], row.random_of_memories(piece));
     }
   });
 }
@@ -146,21 +179,23 @@ __device__ __forceinline__ void move_row(const typename O::Chunk& row, Team team
     held.get(piece, kept);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) O::move(c, amount, kept[j], d[j], x[j]);
-    row.memories[0].store(piece, d);
-    row.param.store(piece, x);
+    row.store_memory(piece, 0, d, row.random_of_memories(piece));
+    row.store_param(piece, x);
   });
 }
 
 template <class O>
-__global__ void __launch_bounds__(most_threads(O::Chunk::kBlocks), 1)
+__global__ void __launch_bounds__(rows_threads(O::Chunk::kBlocks), 1)
     rows_kernel(const __grid_constant__ Step step, const __grid_constant__ Bucket bucket,
                 const __grid_constant__ RowsLaunch launch) {
   using T = typename O::Compute;
   constexpr int kVector = O::Chunk::kVector;
   __shared__ Sums warps[2][kWarp];
+  __shared__ Shared<O> unit;
+  static_assert(sizeof(unit) <= kMostShared);
   const RowsPlace place(step, bucket.first_chunk + blockIdx.x);
-  // Read anew for every row, as the addresses are: there are no registers to keep them in.
-  const typename O::TensorRow& line = O::row(step, place.unit);
+  unit.read(step, place.unit);
+  const typename O::TensorRow& line = unit.line;
   if (line.begin == kNothing && step.part != kBegin) return;
   const int own = static_cast<int>(threadIdx.x) / launch.team;
   const Team team = {static_cast<int>(threadIdx.x) & (launch.team - 1), launch.team};
@@ -178,18 +213,21 @@ __global__ void __launch_bounds__(most_threads(O::Chunk::kBlocks), 1)
     // A team without a row goes along: its warp's others may have one.
     const bool exists = i < place.count;
     const int64_t k = place.first + (exists ? i : 0);
-    const typename O::Chunk row(step, bucket, place.unit, k * place.numel,
+    const typename O::Chunk row(unit.tensor, bucket, line.rounding, k * place.numel,
                                 exists ? place.numel : 0);
-    const auto c = narrow_all<T>(O::corrected(step, place.unit, line, k));
+    typename O::Coefficients c = unit.coefficients;
+    O::correct(c, unit.scalars, line, k);
     T num = 0, den = 0;
     Sums sums = {0.0, 0.0};
     if (step.part == kFinish) {
       if (exists && team.rank == 0) sums = seam(k);
     } else if (!is_done) {
       if (holds) {
-        row_sums<O, true>(row, team, line, c, held, num, den);
+        const bool goes_on = i + launch.teams < place.count;
+        row_sums<O, true>(row, team, line, c, held, goes_on ? launch.teams * place.numel : 0, num,
+                          den);
       } else {
-        row_sums<O, false>(row, team, line, c, held, num, den);
+        row_sums<O, false>(row, team, line, c, held, 0, num, den);
       }
       sums = {static_cast<double>(num), static_cast<double>(den)};
     }
@@ -205,14 +243,14 @@ __global__ void __launch_bounds__(most_threads(O::Chunk::kBlocks), 1)
     const typename O::Amount amount = O::amount_of(line, beta);
     if (holds) {
       // Its coefficients are the tensor's.
-      move_row<O>(row, team, narrow_all<T>(line.coefficients), amount, held);
+      move_row<O>(row, team, unit.coefficients, amount, held);
     } else {
       O::update(row, team, c, amount);
     }
     if (team.rank == 0) {
-      O::write_segment(step, place.unit, beta, k);
+      O::write_segment(unit.scalars, beta, k);
       // The same values from all of the tensor's rows that have a gradient.
-      if (may_be_none(line)) O::write_step(step, place.unit, line);
+      if (may_be_none(line)) O::write_step(unit.scalars, line);
     }
   }
 }

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads) share_rows_kernel(Step step, int lis
   // A first step needs no sums but to see whether it is one, which it can be at eta = 0 alone.
   const auto keeps_its_own = [&](int64_t unit) {
     return read_lr(step, layout_at(step, kGroup, unit), columns) == 0.0 &&
-           read_scalar(step, lists, 0, unit) == 0.0;
+           Scalars<1>::of(step, lists, unit).read(0) == 0.0;
   };
   const auto own = [&](int64_t unit) -> Sums& {
     return step.rows[layout_at(step, kFirstSegment, unit)];

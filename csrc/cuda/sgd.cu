@@ -9,7 +9,7 @@ struct SGDTensor {
   using TensorRow = Row<SGDCoefficients<double>>;
   static constexpr int kLists = 3;
   static constexpr int kColumns = sizeof(TensorRow) / sizeof(double);
-  enum Scalar { kStep, kPrevLr, kBeta };
+  enum Scalar { kStep, kPrevLr, kBeta, kScalars };
 
   // The order of a group's hyperparameters is that of adamem_fused/backends/tables.py.
   static constexpr int kHypers = 8;
@@ -18,25 +18,23 @@ struct SGDTensor {
     return *reinterpret_cast<TensorRow*>(s.coefficients + unit * kColumns);
   }
 
+  static __device__ Scalars<kScalars> scalars(const Step& s, int64_t unit) {
+    return Scalars<kScalars>::of(s, kLists, unit);
+  }
+
   static __device__ void prepare(const Step& s, int64_t unit) {
     const int64_t group = layout_at(s, kGroup, unit);
     const double* h = s.hypers + group * kHypers;
     // h[7] is whether the group shares its beta.
     const SGDHyper hyper = {
         read_lr(s, group, kHypers), h[1], h[2], h[3], h[4] != 0.0, h[5] != 0.0, h[6] != 0.0};
+    const Scalars<kScalars> own = scalars(s, unit);
     TensorRow& r = row(s, unit);
-    r.step = read_scalar(s, kLists, kStep, unit);
+    r.step = own.read(kStep);
     r.beta_max = hyper.beta_max;
-    r.coefficients =
-        sgd_coefficients<double>(hyper, read_scalar(s, kLists, kPrevLr, unit), read_grad_scale(s));
+    r.coefficients = sgd_coefficients<double>(hyper, own.read(kPrevLr), read_grad_scale(s));
     r.begin = is_skipped(s) ? kNothing : kSums;
     r.rest = kDone;
-  }
-
-  // The coefficients of a segment.
-  static __device__ const SGDCoefficients<double>& corrected(const Step&, int64_t,
-                                                             const TensorRow& r, int64_t) {
-    return r.coefficients;
   }
 
   static __device__ double beta_of(const TensorRow& r, Sums sums) {
@@ -50,17 +48,18 @@ struct SGDTensor {
     const double beta = beta_of(r, sums);
     r.rest = kUpdate;
     sgd_mixture(beta, r.coefficients.memory_lambda, r.step, &r.amount[0], &r.amount[1]);
-    write_segment(s, unit, beta, layout_at(s, kRow, unit));
-    write_step(s, unit, r);
+    const Scalars<kScalars> own = scalars(s, unit);
+    write_segment(own, beta, layout_at(s, kRow, unit));
+    write_step(own, r);
   }
 
-  static __device__ void write_segment(const Step& s, int64_t unit, double beta, int64_t row) {
-    write_scalar(s, kLists, kBeta, unit, beta, row);
+  static __device__ void write_segment(const Scalars<kScalars>& own, double beta, int64_t row) {
+    own.write(kBeta, beta, row);
   }
 
-  static __device__ void write_step(const Step& s, int64_t unit, const TensorRow& r) {
-    write_scalar(s, kLists, kStep, unit, r.step + 1.0);
-    write_scalar(s, kLists, kPrevLr, unit, r.coefficients.lr);
+  static __device__ void write_step(const Scalars<kScalars>& own, const TensorRow& r) {
+    own.write(kStep, r.step + 1.0);
+    own.write(kPrevLr, r.coefficients.lr);
   }
 };
 
@@ -70,7 +69,7 @@ struct SGD : SGDTensor {
   using Compute = T;
   using Coefficients = SGDCoefficients<T>;
   static constexpr int kMemories = 1;
-  using Chunk = Elements<T, Param, Grad, Memory, kMemories>;
+  using Chunk = Elements<T, Param, Grad, Memory, kMemories, kLists + kScalars>;
 
   // What the new d takes of the old one and of the gradient.
   struct Amount {
@@ -115,6 +114,10 @@ struct SGD : SGDTensor {
   // ---- rows, see row_kernel.h
 
   static constexpr int kHeld = 3;
+
+  // The coefficients of a row are its tensor's.
+  static __device__ void correct(Coefficients&, const Scalars<kScalars>&, const TensorRow&,
+                                 int64_t) {}
 
   static __device__ Amount amount_of(const TensorRow& r, double beta) {
     double keep, take;

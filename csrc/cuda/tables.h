@@ -15,7 +15,7 @@
 
 namespace am::cuda {
 
-enum DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16, kCodes };
 
 constexpr int64_t bytes_of(int32_t dtype) {
   return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
@@ -31,11 +31,12 @@ enum Part : int64_t { kWhole, kBegin, kFinish };
 
 // What all launches of a step share. adamem_fused/backends/cuda.py holds the same struct.
 struct Step {
-  const int64_t* addresses;    // [lists, tensors]: param, grad, the memories, the scalars
-  const int64_t* layout;       // [15, units], rows below
-  const double* hypers;        // [groups, columns]
-  const int64_t* lrs;          // [groups]: twice the address of a group's lr on the device,
-                               // plus 1 for float64; 0: it is in hypers
+  const int64_t* addresses;  // [lists, tensors]: param, grad, the memories, the scalars, and where
+                             // something is packed scales of each memory and remainders
+  const int64_t* layout;     // [15, units], rows below
+  const double* hypers;      // [groups, columns]
+  const int64_t* lrs;        // [groups]: twice the address of a group's lr on the device,
+                             // plus 1 for float64; 0: it is in hypers
   const int32_t* chunk_units;  // [chunks]: each chunk's unit
   Sums* partials;              // [chunks]
   int32_t* arrived;            // [units]: chunks whose partials are there; 0 between steps
@@ -52,6 +53,7 @@ struct Step {
 struct Bucket {
   int64_t first_chunk, chunks;
   int64_t row;        // a power of 2 that the longest of their rows has at most; 0: ordinary units
+  int64_t low;        // whether something of them is stored in few bits
   int32_t dtypes[4];  // DType of param, grad and the memories
 };
 
@@ -123,23 +125,34 @@ __device__ inline double read_number(int64_t address, bool is_double, int64_t in
                    : static_cast<double>(reinterpret_cast<const float*>(address)[index]);
 }
 
-// Scalar k of the state of a unit's tensor, or that of one of the tensor's rows; the scalars' rows
-// of `addresses` start at `first`.
-__device__ inline double read_scalar(const Step& s, int first, int k, int64_t unit,
-                                     int64_t row = 0) {
-  return read_number(s.addresses[(first + k) * s.tensors + layout_at(s, kTensor, unit)],
-                     layout_at(s, kDoubles, unit) >> k & 1, row);
-}
+// The scalars of the state of a unit's tensor, or of each of the tensor's rows; their rows of
+// `addresses` start at `first`.
+template <int kCount>
+struct Scalars {
+  int64_t addresses[kCount], doubles;
 
-__device__ inline void write_scalar(const Step& s, int first, int k, int64_t unit, double value,
-                                    int64_t row = 0) {
-  const int64_t address = s.addresses[(first + k) * s.tensors + layout_at(s, kTensor, unit)];
-  if (layout_at(s, kDoubles, unit) >> k & 1) {
-    reinterpret_cast<double*>(address)[row] = value;
-  } else {
-    reinterpret_cast<float*>(address)[row] = static_cast<float>(value);
+  static __device__ Scalars of(const Step& s, int first, int64_t unit) {
+    Scalars own;
+    const int64_t tensor = layout_at(s, kTensor, unit);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k)
+      own.addresses[k] = s.addresses[(first + k) * s.tensors + tensor];
+    own.doubles = layout_at(s, kDoubles, unit);
+    return own;
   }
-}
+
+  __device__ double read(int k, int64_t row = 0) const {
+    return read_number(addresses[k], doubles >> k & 1, row);
+  }
+
+  __device__ void write(int k, double value, int64_t row = 0) const {
+    if (doubles >> k & 1) {
+      reinterpret_cast<double*>(addresses[k])[row] = value;
+    } else {
+      reinterpret_cast<float*>(addresses[k])[row] = static_cast<float>(value);
+    }
+  }
+};
 
 __device__ inline double read_lr(const Step& s, int64_t group, int columns) {
   const int64_t tagged = s.lrs[group];

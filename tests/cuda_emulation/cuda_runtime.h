@@ -11,6 +11,7 @@
 #include <ucontext.h>
 
 #include <atomic>
+#include <cmath>
 #include <csetjmp>
 #include <cstdint>
 #include <cstdio>
@@ -148,13 +149,20 @@ class Block {
 
   unsigned lane() const { return index_ % kWarp; }
 
-  // The value of another thread of the warp, or the own where there is none.
-  double shuffle(double value, unsigned from) {
+  // The value of another thread of the warp, or the own where there is none. The mask's lanes wait
+  // for each other, and all that are there where it has all.
+  double shuffle(unsigned mask, double value, unsigned from) {
     Warp& warp = warps_[index_ / kWarp];
+    if ((mask >> lane() & 1) == 0 || (from < kWarp && (mask >> from & 1) == 0)) {
+      std::fprintf(stderr, "emulation: a lane shuffles beside its mask\n");
+      std::abort();
+    }
+    Barrier& barrier = mask == ~0u ? warp.barrier : warp.parts[mask];
+    if (mask != ~0u) barrier.expected = static_cast<unsigned>(__builtin_popcount(mask));
     warp.values[lane()] = value;
-    wait(warp.barrier);
+    wait(barrier);
     const double result = from < kWarp ? warp.values[from] : value;
-    wait(warp.barrier);
+    wait(barrier);
     return result;
   }
 
@@ -172,6 +180,7 @@ class Block {
   };
   struct Warp {
     Barrier barrier;
+    std::map<unsigned, Barrier> parts;  // by their masks
     double values[kWarp];
   };
 
@@ -302,12 +311,28 @@ inline void run_blocks(unsigned blocks, unsigned threads, size_t bytes,
 
 inline void __syncthreads() { emulation::current->sync(); }
 inline void __syncwarp() { emulation::current->sync_warp(); }
-inline double __shfl_down_sync(unsigned, double value, int offset) {
-  return emulation::current->shuffle(value, emulation::current->lane() + offset);
+inline double __shfl_down_sync(unsigned mask, double value, int offset) {
+  return emulation::current->shuffle(mask, value, emulation::current->lane() + offset);
 }
-inline double __shfl_xor_sync(unsigned, double value, int mask) {
-  return emulation::current->shuffle(value, emulation::current->lane() ^ mask);
+inline double __shfl_xor_sync(unsigned mask, double value, int other) {
+  return emulation::current->shuffle(mask, value, emulation::current->lane() ^ other);
 }
+inline uint32_t __shfl_xor_sync(unsigned mask, uint32_t value, int other) {
+  return static_cast<uint32_t>(__shfl_xor_sync(mask, static_cast<double>(value), other));
+}
+
+inline uint32_t __float_as_uint(float f) {
+  uint32_t word;
+  std::memcpy(&word, &f, sizeof(word));
+  return word;
+}
+inline float __uint_as_float(uint32_t word) {
+  float f;
+  std::memcpy(&f, &word, sizeof(f));
+  return f;
+}
+inline uint32_t __float2uint_rz(float f) { return f > 0.0f ? static_cast<uint32_t>(f) : 0; }
+inline int __clz(int i) { return i == 0 ? 32 : __builtin_clz(static_cast<unsigned>(i)); }
 
 template <class Word>
 Word __ldcs(const Word* p) {
