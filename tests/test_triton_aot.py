@@ -46,8 +46,8 @@ CHUNK_KERNELS = [
     for kind in ("adamw", "sgd")
     for name, seam in (("am_begin", False), ("am_begin", True), ("am_finish", False))
 ]
-# Param, grad, memory, square and arithmetic, of what is stored in few bits; how many bytes of stack,
-# for scalars, begin may have, finish and rows of up to 1,024 elements, and rows of 4,096.
+# Param, grad, memory, square and arithmetic, of what is stored in few bits; how many bytes of
+# stack, for scalars, begin may have, finish and rows of up to 1,024 elements, and rows of 4,096.
 LOW = {
     "float32-bfloat16": ((tl.float32, tl.float32, tl.bfloat16, tl.bfloat16, tl.float32), 0, 0, 32),
     "bfloat16-float32": ((tl.bfloat16, tl.bfloat16, tl.float32, tl.float32, tl.float32), 0, 16, 32),

@@ -74,12 +74,16 @@ def as_ordered(value: Tensor) -> Tensor:
 def is_low_close(name: str, actual: Tensor, expected: Tensor) -> bool:
     """What is stored in few bits: equal but where a rounding falls on the other side.
 
-    That of a number beside another's remainder is not looked at: together they are.
+    A repair that begins with such a number may end further away. That of a number beside another's
+    remainder is not looked at: together they are.
     """
     if actual.dtype == torch.bfloat16:
         apart = (as_ordered(actual) - as_ordered(expected)).abs()
         # Where much has cancelled out, float32 and float64 are further apart.
-        near = (apart <= 1) | ((actual - expected).abs() < 1e-6)
+        wrong = (actual - expected).abs()
+        near = (apart <= 1) | (wrong < 1e-6)
+        if int((~near).sum()) <= 1 + near.numel() // 10_000:
+            near |= wrong <= 2.0**-7 * expected.abs().max()
     else:
         apart = (actual.int() - expected.int()).abs()
         near = (apart <= 1) | torch.full_like(apart, name == "param_remainder").bool()
