@@ -218,6 +218,21 @@ def test_what_no_16_byte_access_reaches(backend, cls, monkeypatch):
     assert all(address % 16 == 0 for address in hinted)
 
 
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_parameters_set_to_zero_are_zero(backend, cls):
+    """The remainder that one has kept would make a NaN of it."""
+    shapes = {"row": [(17, 256)], "tensor": [(4096,)]}
+    ours, reference = (
+        make(cls, name, [FORMATS["corrected"]], shapes) for name in (backend, "reference")
+    )
+    compare(ours, reference, steps=1)
+    with torch.no_grad():
+        for param in (*params_of(ours), *params_of(reference)):
+            param.zero_()
+    compare(ours, reference, steps=1)
+    assert all(param.isfinite().all() for param in params_of(ours))
+
+
 def run(cls, name, steps=2, **options) -> list[Tensor]:
     """Several formats together, after some steps and one that found_inf leaves out."""
     names, shapes = FORMATS, SHAPES
