@@ -55,7 +55,7 @@ class Format:
     def guesses(self) -> bool:
         """AM-AdamW takes a step with the cap, where each tensor has a beta, and repairs it."""
         if self.is_low:
-            return self.options["state_dtype"] != "int8"
+            return bool(self.options["state_dtype"] == torch.bfloat16)
         return self.dtype == torch.float32
 
 

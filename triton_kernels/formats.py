@@ -5,6 +5,8 @@ Values are float32 here, words 32 bits without a sign. Rounding is done in integ
 same on every device and under Triton's interpreter.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -28,21 +30,25 @@ def _mix(word):
     return word ^ (word >> 31)
 
 
+class StepKeys(NamedTuple):
+    """A tensor's keys in a step."""
+
+    memories: tl.tensor
+    param: tl.tensor
+
+
 @triton.jit
 def step_keys(key, step):
-    """A tensor's keys in a step: of its memories, and of its parameter.
-
-    step: the number of steps before this one.
-    """
+    """step: the number of steps before this one."""
     memories = _mix(key.to(tl.uint64) ^ (step.to(tl.int64) + 1).to(tl.uint64))
-    return memories, _mix(memories)
+    return StepKeys(memories, _mix(memories))
 
 
 @triton.jit
-def repaired_keys(param):
-    """Those of a repair, which rounds a second time. param: the parameter's key in the step."""
-    memories = _mix(param)
-    return memories, _mix(memories)
+def repaired_keys(keys):
+    """Those of the step's repair, which rounds a second time."""
+    memories = _mix(keys.param)
+    return StepKeys(memories, _mix(memories))
 
 
 @triton.jit

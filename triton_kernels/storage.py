@@ -13,6 +13,7 @@ import triton.language as tl
 from adamem_fused.triton_kernels.formats import (
     SHORTEST,
     SMALLEST_SCALE,
+    StepKeys,
     decode_signed,
     decode_square,
     encode_signed,
@@ -59,8 +60,6 @@ class Low(NamedTuple):
     has_remainder: tl.tensor
     rounds: tl.tensor
     place: tl.tensor  # of the first element in the whole tensor
-    memories_key: tl.tensor
-    param_key: tl.tensor
     stretches: Stretches | None  # None: it does
 
 
@@ -72,6 +71,7 @@ class Elements(NamedTuple):
     d: tl.tensor
     v: tl.tensor
     low: Low | None  # None: nothing is
+    keys: StepKeys | None  # with which what is low is rounded
 
 
 class Tile(NamedTuple):
@@ -98,7 +98,7 @@ def _open_stretches(layout, units, i, start):
 
 @triton.jit
 def _open_low(
-    addresses, layout, n, units, i, start, step, ADAMW: tl.constexpr, STRETCHED: tl.constexpr
+    addresses, layout, n, units, i, start, ADAMW: tl.constexpr, STRETCHED: tl.constexpr
 ):  # fmt: skip
     SCALES: tl.constexpr = 8 if ADAMW else 6
     tensor = column(layout, TENSOR, units, i)
@@ -110,7 +110,6 @@ def _open_low(
     if ADAMW:
         square_scales = data_pointer(addresses, SCALES + 1, n, tensor, tl.float32) + first_block
     remainder = data_pointer(addresses, SCALES + (2 if ADAMW else 1), n, tensor, tl.int8)
-    memories_key, param_key = step_keys(column(layout, KEY, units, i), step)
     place = column(layout, OFFSET, units, i) + start
     stretches = None
     if STRETCHED:
@@ -124,8 +123,6 @@ def _open_low(
         remainder.to(tl.int64) != 0,
         column(layout, ROUNDS, units, i) != 0,
         place,
-        memories_key,
-        param_key,
         stretches,
     )
 
@@ -146,10 +143,12 @@ def open_elements(
         v = data_pointer(addresses, 3, n, tensor, SQUARE) + start
     low_bits = x.to(tl.int64) | g.to(tl.int64) | d.to(tl.int64) | v.to(tl.int64)
     low = None
+    keys = None
     if LOW:
-        low = _open_low(addresses, layout, n, units, i, start, step, ADAMW, STRETCHED)
+        low = _open_low(addresses, layout, n, units, i, start, ADAMW, STRETCHED)
+        keys = step_keys(column(layout, KEY, units, i), step)
         low_bits |= tl.where(low.has_remainder, low.remainder.to(tl.int64), 0)
-    return Elements(x, g, d, v, low), (low_bits & 15) == 0
+    return Elements(x, g, d, v, low, keys), (low_bits & 15) == 0
 
 
 # ---- tiles ----------------------------------------------------------------------------
@@ -329,7 +328,7 @@ def _store_param(e, at, value, VECTOR: tl.constexpr):
     low = e.low
     if e.x.dtype.element_ty.is_bf16():
         value = value.to(tl.float32)
-        random = _random(low, low.param_key, at)
+        random = _random(low, e.keys.param, at)
         if low.has_remainder:
             new, remainder = split(value, tl.where(low.rounds, random & 0xFF, 0x80))
             store_elements(e.x, at, new, VECTOR)
@@ -348,7 +347,7 @@ def square_as_stored(e, at, value, root):
     if e.low is None:
         stored = Stored(value, None)
     else:
-        random = _random(e.low, e.low.memories_key, at) >> 16
+        random = _random(e.low, e.keys.memories, at) >> 16
         stored = _memory_as_stored(value, root, e.low, random, e.v.dtype.element_ty)
     return stored
 
@@ -364,7 +363,7 @@ def store(e, at, xs, ds, square, VECTOR: tl.constexpr):
     else:
         if square is not None:
             _store_memory(e.v, e.low.square_scales, e.low, at, square, VECTOR)
-        random = _random(e.low, e.low.memories_key, at)
+        random = _random(e.low, e.keys.memories, at)
         memory = _memory_as_stored(ds, ds, e.low, random, e.d.dtype.element_ty)
         _store_memory(e.d, e.low.scales, e.low, at, memory, VECTOR)
         _store_param(e, at, xs, VECTOR)
@@ -373,7 +372,6 @@ def store(e, at, xs, ds, square, VECTOR: tl.constexpr):
 @triton.jit
 def to_repair(e):
     """The elements, to be stored for the second time in a step."""
-    if e.low is not None:
-        keys = repaired_keys(e.low.param_key)
-        e = Elements(e.x, e.g, e.d, e.v, Low(*(e.low[:7] + keys), e.low.stretches))
+    if e.keys is not None:
+        e = Elements(e.x, e.g, e.d, e.v, e.low, repaired_keys(e.keys))
     return e
