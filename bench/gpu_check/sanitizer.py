@@ -10,7 +10,9 @@ one gradient has less memory than it says, which has to be found: else nothing w
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +49,8 @@ def blocks(whole: Tensor) -> list[tuple[Tensor, bool]]:
 LOW_DTYPES = (torch.float32, torch.bfloat16)
 INT8 = {"state_dtype": "int8", "store_param_remainders": True}
 BF16 = {"state_dtype": torch.bfloat16, "stochastic_rounding": True}
-CASES = (
+# beta_scope, what is taken of each dtype's numbers, dtypes, options.
+CASES: tuple[tuple[str, Callable[..., Any], Sequence[torch.dtype], dict[str, Any]], ...] = (
     ("tensor", vectors, DTYPES, {}),
     ("global", vectors, DTYPES, {}),
     ("row", matrices, DTYPES, {}),
@@ -67,8 +70,8 @@ def take_steps(backend: str, planted: bool) -> None:
             ]
             for param in params:
                 param.requires_grad_()
-            common = {"lr": 0.01, "backend": backend, "beta_scope": scope, "max_grad_norm": 1.0}
-            optimizer = cls(params, **common, **options)
+            common: dict[str, Any] = {"backend": backend, "beta_scope": scope, "max_grad_norm": 1.0}
+            optimizer = cls(params, lr=0.01, **common, **options)
             for _ in range(2):
                 grads = [torch.randn_like(param) for param in params]
                 if planted:
