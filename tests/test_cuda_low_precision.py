@@ -249,6 +249,12 @@ def test_what_is_not_finite_stays_so_in_its_block(dtype, scope, bad):
         assert v[7, 64:128].isnan().all()
 
 
+def bytes_of(dtype, options) -> tuple[int, int]:
+    """An element's of a memory, and of the parameter with its remainder."""
+    memory = {SHORT: 2, "int8": 1}.get(options.get("state_dtype"), 4)
+    return memory, dtype.itemsize + ("store_param_remainders" in options)
+
+
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("dtype, options", EACH)
 @pytest.mark.parametrize("numel", [64, 128, 256, 768])
@@ -256,15 +262,31 @@ def test_a_step_reads_and_writes_an_element_of_a_row_once(cls, dtype, options, n
     """Beside scales, which are read and written one by one."""
     rows = -(-4096 // numel)
     optimizer = make(cls, dtype, options, "row", shapes=[(rows, numel)])
-    memories = 2 if cls is OPTIMIZERS[0] else 1
-    width = {SHORT: 2, "int8": 1}.get(options.get("state_dtype"), 4)
-    remainder = 1 if options.get("store_param_remainders") else 0
-    written = rows * numel * (dtype.itemsize + memories * width + remainder)
+    memory, param = bytes_of(dtype, options)
+    written = rows * numel * (param + len(cls.memories) * memory)
     for step in range(3):
         set_gradients(optimizer, step=step)
         cuda_emulator.traffic()
         optimizer.step()
         assert cuda_emulator.traffic() == (written + rows * numel * dtype.itemsize, written)
+
+
+@pytest.mark.parametrize("dtype, options", [FORMATS[k] for k in (0, 2, 3, 5)])
+def test_a_guess_reads_and_writes_an_element_once_and_a_repair_again(dtype, options):
+    numel = 2 * CHUNK
+    optimizer = make(OPTIMIZERS[0], dtype, options, shapes=[(numel,)])
+    memory, param = bytes_of(dtype, options)
+    read = param + 2 * memory + dtype.itemsize
+    misses = []
+    for step in (0, 4, 8):
+        set_gradients(optimizer, step=step)
+        cuda_emulator.traffic()
+        optimizer.step()
+        (beta,) = betas_of(optimizer)
+        misses.append(beta < 0.85)
+        expected = (2 * read, 2 * param + 3 * memory) if misses[-1] else (read, param + 2 * memory)
+        assert cuda_emulator.traffic() == tuple(numel * each for each in expected)
+    assert misses == [False, False, True]
 
 
 def test_memories_of_two_formats_are_refused():
