@@ -82,15 +82,16 @@ AM_INLINE Halves<typename O::Word> split(typename O::Float value, typename O::Wo
   return {value == value ? param : Word{} + kQuietNaN, value == value ? remainder : Word{}};
 }
 
-// remainder: of which the low 8 bits count, and are signed.
+// remainder: of which the low 8 bits count, and are signed. Where a parameter has been set between
+// steps, to 0 or infinity, the two may be the bits of a NaN: then it is the parameter alone.
 template <class O>
 AM_INLINE typename O::Float join(typename O::Word param, typename O::Word remainder) {
   using Word = typename O::Word;
   const Word high = param << 16;
   const Word is_negative = (remainder >> 7) & 1u;
   const Word added = ((remainder & 0xFFu) << 8) - (is_negative << 16);
-  const auto value = O::floats(high);
-  return value == value ? O::floats(high + added) : value;
+  const auto value = O::floats(high + added);
+  return value == value ? value : O::floats(high);
 }
 
 // ---- int8 ---------------------------------------------------------------------------

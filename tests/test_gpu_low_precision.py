@@ -235,7 +235,8 @@ def test_parameters_set_to_zero_are_zero(backend, cls):
 
 def run(cls, name, steps=2, **options) -> list[Tensor]:
     """Several formats together, after some steps and one that found_inf leaves out."""
-    names, shapes = FORMATS, SHAPES
+    # Halves by themselves do not share a beta.
+    names, shapes = FORMATS, {scope: SHAPES[scope] for scope in ("row", "tensor")}
     if INTERPRETED:
         names = ["float32, int8", "rounded, bfloat16", "corrected and rounded, int8"]
         shapes = {"row": [(17, 256)], "tensor": SHAPES["tensor"]}
