@@ -51,6 +51,13 @@ class Format:
         """Something is stored in few bits. torch's side is float32 then."""
         return bool(self.options)
 
+    @property
+    def guesses(self) -> bool:
+        """AM-AdamW takes a step with the cap, where each tensor has a beta, and repairs it."""
+        if self.is_low:
+            return bool(self.options["state_dtype"] == torch.bfloat16)
+        return self.dtype == torch.float32
+
 
 FLOAT32 = Format("float32", torch.float32)
 BFLOAT16 = Format("bfloat16", torch.bfloat16)
@@ -131,11 +138,11 @@ def predicted_bytes(
 ) -> float:
     """Bytes an element that a step moves from and to memory.
 
-    Everything is read and written once. What begin has left to do is read again: in float32 what
-    AM-AdamW has guessed wrong, of which parameter and memory are written again too; elsewhere, and
-    where the state is in few bits, what the sums have read, parameters too with AM-AdamW, which has
-    weight decay here, as AM-SGD has none. But for what L2 keeps, and for AM-AdamW's tensors of one
-    chunk and rows that are held on chip, which are finished at once (AM-SGD's share one beta).
+    Everything is read and written once. What begin has left to do is read again: where AM-AdamW
+    guesses, what it has guessed wrong, of which parameter and memory are written again too;
+    elsewhere what the sums have read, parameters too with AM-AdamW, which has weight decay here, as
+    AM-SGD has none. But for what L2 keeps, and for AM-AdamW's tensors of one chunk and rows that
+    are held on chip, which are finished at once (AM-SGD's share one beta).
     """
     numel = sum(map(math.prod, shapes))
     element, memory = format.dtype.itemsize, format.memory
@@ -146,7 +153,7 @@ def predicted_bytes(
         found = segments(shapes, by_row=longest_row is not None)
         held = longest_row or CHUNK
         left = sum(n * max(rows, 1) for n, rows in found if n > (held if rows else CHUNK))
-        if format == FLOAT32:
+        if format.guesses:
             again = missed * 3 * (element + memory)
     second = max(0.0, again * left - KEPT_SHARE_OF_L2 * l2_bytes)
     return once + second / numel

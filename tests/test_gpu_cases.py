@@ -22,6 +22,7 @@ from random import Random
 import pytest
 import torch
 from torch import Tensor
+from triton_interpreter import patch_language_once
 
 from adamem_fused import AMSGD, AMAdamW
 from adamem_fused.backends import BACKENDS, triton
@@ -63,6 +64,14 @@ def small_blocks(monkeypatch):
 
         config = Config(chunk=512, block=256, num_warps=1, partials=2, programs=3, longest_row=256)
         monkeypatch.setattr(triton, "_config", lambda device: config)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def language():
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETED:
+            patch_language_once(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from test_gpu_cases import (
     OPTIMIZERS,
     backend,
     close,
+    language,
     make_params,
     programs_in_disorder,
     random,
@@ -24,14 +25,14 @@ from test_gpu_cases import (
 from torch import Tensor
 
 from adamem_fused import AMAdamW, formats, storage
-from adamem_fused.backends import BACKENDS, triton
+from adamem_fused.backends import triton
 
 if DEVICE.type == "cuda":
     pytestmark = [
         pytest.mark.gpu,
         pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     ]
-__all__ = ["backend", "programs_in_disorder", "rounding_cast"]  # fixtures
+__all__ = ["backend", "language", "programs_in_disorder", "rounding_cast"]  # fixtures
 
 BF16, INT8 = {"state_dtype": torch.bfloat16}, {"state_dtype": "int8"}
 ROUNDED, CORRECTED = {"stochastic_rounding": True}, {"store_param_remainders": True}
@@ -45,14 +46,17 @@ FORMATS = {
     "nearest, int8": (torch.bfloat16, INT8),
     "corrected and rounded, int8": (torch.bfloat16, INT8 | CORRECTED | ROUNDED),
 }
+# Of a tensor whose gradients keep their direction, and so its beta is at the cap.
+AT_CAP = (65, 64)
 # By scope. Rows with blocks of 256, 128 and 64; without blocks, of a length that allows no 16-byte
-# access; that no program holds. A vector, and a small tensor.
+# access; that no program holds. Tensors of one chunk, and of several; a small one.
 SHAPES = {
     "row": [(17, 256), (33, 128), (90, 50)],
-    "tensor": [(4160,)],
+    "tensor": [(4096,), AT_CAP],
     "global": [(24, 192), (9, 5)],
 }
 SHAPES["row"].append((2, 64 * 33) if INTERPRETED else (3, 64 * 300))
+SHAPES["tensor"].append((4160,) if INTERPRETED else (8256,))
 
 
 @pytest.fixture(autouse=True)
@@ -65,12 +69,6 @@ def blocks(monkeypatch):
             chunk=4096, block=4096, num_warps=1, partials=2, programs=3, longest_row=512
         )
         monkeypatch.setattr(triton, "_config", lambda device: config)
-
-
-@pytest.fixture(autouse=True)
-def needs_packs(backend):
-    if not BACKENDS[backend].packs:
-        pytest.skip(f"{backend} has no formats of few bits")
 
 
 def make(cls, name, formats, shapes=SHAPES, **options):
@@ -107,9 +105,31 @@ def as_ordered(value: Tensor) -> Tensor:
     return torch.where(words < 0, -(words & 0x7FFF), words)
 
 
+def set_both_grads(params: list[Tensor], step: int) -> None:
+    """Those of tensors whose beta is inside of its range, and of those that have it at the cap."""
+    last = [param.grad for param in params]
+    set_grads(params, step)
+    for param, grad in zip(params, last, strict=True):
+        if grad is not None and param.shape == AT_CAP:
+            param.grad = 2 * grad
+
+
+def check_betas(optimizer) -> None:
+    """That some guess, of those that are made, holds, and some is repaired."""
+    at_cap = set()
+    for group in optimizer.param_groups:
+        if group["beta_scope"] == "tensor":
+            cap = group["betas"][0] if "betas" in group else group["beta_max"]
+            at_cap |= {optimizer.state[p]["beta"].item() > 0.999 * cap for p in group["params"]}
+    assert at_cap == {False, True}
+
+
 def check_close(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Equal but where a rounding falls on the other side of what is stored."""
     assert ours.keys() == expected.keys()
+    # A repair begins with what was rounded, and so, where that fell on the other side, with others.
+    repaired = "exp_avg_sq" in ours and ours["beta"].dim() == 0
+    is_low = repaired and ours["exp_avg_sq"].dtype == torch.bfloat16
     for name, value in ours.items():
         other = expected[name]
         assert value.dtype == other.dtype, name
@@ -118,11 +138,17 @@ def check_close(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
             other = formats.join(other, expected["param_remainder"])
             close(value, other, 2.0**-15)
             equal = value == other
-        elif value.dtype == torch.bfloat16:
-            apart = (as_ordered(value) - as_ordered(other)).abs()
-            # Where much has cancelled out, float32 and float64 are further apart.
-            assert bool(((apart <= 1) | ((value - other).abs() < 1e-6)).all()), name
-            equal = apart == 0
+        elif value.dtype == torch.bfloat16 or (is_low and name == "param"):
+            wrong = (value - other).abs()
+            if value.dtype == torch.bfloat16:
+                apart = (as_ordered(value) - as_ordered(other)).abs()
+                equal = apart == 0
+                # Where much has cancelled out, float32 and float64 are further apart.
+                near = (apart <= 1) | (wrong < 1e-6)
+            else:
+                equal = near = wrong <= 1e-5 * (1 + other.abs())
+            assert int((~near).sum()) <= (1 + value.numel() // 10_000 if repaired else 0), name
+            assert bool((near | (wrong <= 2.0**-7 * other.abs().max())).all()), name
         elif name.endswith("_codes"):
             apart = (value.int() - other.int()).abs()
             assert apart.max() <= 1, name
@@ -132,10 +158,11 @@ def check_close(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         else:
             torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-5, equal_nan=True)
             continue
-        assert equal.double().mean() > 0.98, f"{name}: {equal.double().mean():.3f} are equal"
+        others = int((~equal).sum())
+        assert others <= max(1, equal.numel() // 50), f"{name}: {others} of {equal.numel()}"
 
 
-def compare(ours, reference, steps=2, prepare=set_grads) -> None:
+def compare(ours, reference, steps=2, prepare=set_both_grads) -> None:
     """Steps of both; the state is compared after each and then made the same."""
     params, others = params_of(ours), params_of(reference)
     for step in range(steps):
@@ -160,6 +187,7 @@ def test_matches_the_reference(backend, cls, name):
     betas = torch.cat([ours.state[param]["beta"].flatten() for param in params_of(ours)])
     inside = (betas > 0.001) & (betas < 0.88)
     assert inside.double().mean() > 0.25, f"betas that are not cut off are few: {betas}"
+    check_betas(ours)
     low = [param for param in params_of(ours) if param.numel() >= storage.LEAST_NUMEL]
     state = ours.state[low[0]]
     assert ("param_remainder" in state) == ("corrected" in name)
@@ -190,17 +218,33 @@ def test_what_no_16_byte_access_reaches(backend, cls, monkeypatch):
     assert all(address % 16 == 0 for address in hinted)
 
 
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_parameters_set_to_zero_are_zero(backend, cls):
+    """The remainder that one has kept would make a NaN of it."""
+    shapes = {"row": [(17, 256)], "tensor": [(4096,)]}
+    ours, reference = (
+        make(cls, name, [FORMATS["corrected"]], shapes) for name in (backend, "reference")
+    )
+    compare(ours, reference, steps=1)
+    with torch.no_grad():
+        for param in (*params_of(ours), *params_of(reference)):
+            param.zero_()
+    compare(ours, reference, steps=1)
+    assert all(param.isfinite().all() for param in params_of(ours))
+
+
 def run(cls, name, steps=2, **options) -> list[Tensor]:
     """Several formats together, after some steps and one that found_inf leaves out."""
-    names, shapes = FORMATS, SHAPES
+    # Halves by themselves do not share a beta.
+    names, shapes = FORMATS, {scope: SHAPES[scope] for scope in ("row", "tensor")}
     if INTERPRETED:
         names = ["float32, int8", "rounded, bfloat16", "corrected and rounded, int8"]
-        shapes = {"row": [(17, 256)], "tensor": [(4160,)]}
+        shapes = {"row": [(17, 256)], "tensor": SHAPES["tensor"]}
     optimizer = make(cls, name, [FORMATS[own] for own in names], shapes, **options)
     optimizer.found_inf = torch.zeros((), device=DEVICE)
     optimizer.grad_scale = torch.full((), 2.0, device=DEVICE)
     for step in range(steps):
-        set_grads(params_of(optimizer), step)
+        set_both_grads(params_of(optimizer), step)
         optimizer.step()
         for cache in optimizer._kept.caches.values():
             layout = cache["tables"].layout
@@ -214,6 +258,8 @@ def run(cls, name, steps=2, **options) -> list[Tensor]:
             optimizer.step()
             assert all(map(torch.equal, all_values(optimizer), before))
             optimizer.found_inf.fill_(0.0)
+    if steps > 1:
+        check_betas(optimizer)
     return all_values(optimizer)
 
 

@@ -17,6 +17,7 @@ from test_gpu_cases import (
     backend,
     close,
     compare,
+    language,
     make_params,
     random,
     rounding_cast,
@@ -34,7 +35,7 @@ if DEVICE.type == "cuda":
         pytest.mark.gpu,
         pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     ]
-__all__ = ["backend", "rounding_cast", "small_blocks"]  # fixtures
+__all__ = ["backend", "language", "rounding_cast", "small_blocks"]  # fixtures
 
 # Longer than a program can hold, and of several chunks.
 LONG = 700 if INTERPRETED else 20_000

@@ -16,6 +16,7 @@ from test_gpu_cases import (
     backend,
     close,
     compare,
+    language,
     make_params,
     programs_in_disorder,
     random,
@@ -35,7 +36,8 @@ if DEVICE.type == "cuda":
         pytest.mark.gpu,
         pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     ]
-__all__ = ["backend", "programs_in_disorder", "rounding_cast", "small_blocks"]  # fixtures
+# Fixtures.
+__all__ = ["backend", "language", "programs_in_disorder", "rounding_cast", "small_blocks"]
 
 # Longer than a program can hold; of several chunks.
 LONG = 700 if INTERPRETED else 20_000

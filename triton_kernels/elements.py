@@ -148,7 +148,7 @@ def adamw_guesses(h, step, exact):
     """Whether the update is done with the cap for beta while the sums are taken.
 
     It is repaired where beta turns out to be another: what has come of the "level" plane for most
-    tensors at most steps. The types have to hold what the arithmetic gives: exact. A step that may
+    tensors at most steps. What is stored has to be fit to be repaired: exact. A step that may
     be none is not begun, and a cap of 0 has nothing to repair, nor to guess from.
     """
     may_be_none = (step == 0) & (h.lr == 0)

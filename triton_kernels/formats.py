@@ -5,6 +5,8 @@ Values are float32 here, words 32 bits without a sign. Rounding is done in integ
 same on every device and under Triton's interpreter.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -28,14 +30,25 @@ def _mix(word):
     return word ^ (word >> 31)
 
 
+class StepKeys(NamedTuple):
+    """A tensor's keys in a step."""
+
+    memories: tl.tensor
+    param: tl.tensor
+
+
 @triton.jit
 def step_keys(key, step):
-    """A tensor's keys in a step: of its memories, and of its parameter.
-
-    step: the number of steps before this one.
-    """
+    """step: the number of steps before this one."""
     memories = _mix(key.to(tl.uint64) ^ (step.to(tl.int64) + 1).to(tl.uint64))
-    return memories, _mix(memories)
+    return StepKeys(memories, _mix(memories))
+
+
+@triton.jit
+def repaired_keys(keys):
+    """Those of the step's repair, which rounds a second time."""
+    memories = _mix(keys.param)
+    return StepKeys(memories, _mix(memories))
 
 
 @triton.jit
@@ -94,7 +107,9 @@ def split(value, added):
 def join(param, remainder):
     """param: the bfloat16 values, as float32. remainder: int8."""
     words = param.to(tl.int32, bitcast=True) + (remainder.to(tl.int32) << 8)
-    return tl.where(param == param, words.to(tl.float32, bitcast=True), param)
+    value = words.to(tl.float32, bitcast=True)
+    # Of another parameter than the remainder's the bits may be those of a NaN.
+    return tl.where(value == value, value, param)
 
 
 # ---- int8 -----------------------------------------------------------------------------

@@ -17,9 +17,9 @@ coefficients what finish is to do: nothing, a repair, or the update. A unit of o
 by its program at once. With the SEAM begin leaves the partial sums alone, and the beta kernel does
 the rest.
 
-What is stored in few bits (LOW) is decoded when it is loaded and rounded once, when it is stored:
-storage.py. It does not guess, as no repair could start from what has been rounded: begin takes the
-sums, and finish the update.
+What is stored in few bits (LOW) is decoded when it is loaded and rounded when it is stored:
+storage.py. A repair begins with what was rounded, and rounds once more; of codes, which are too
+coarse for that, no guess is made.
 
 No program waits for another. With found_inf not 0 nothing is written but scratch, and rows of
 zeros.
@@ -62,7 +62,7 @@ from adamem_fused.triton_kernels.storage import (
     rows_at,
     square_as_stored,
     store,
-    store_elements,
+    to_repair,
 )
 from adamem_fused.triton_kernels.sums import complete, num_den, store_partials, sum_partials
 from adamem_fused.triton_kernels.tables import (
@@ -238,7 +238,7 @@ def _begin_blocks(
         den = masked(new_den, den, at)
         if GUESS:
             xs, ds = adamw_update(xs, gs, ds, root, c.cap_take, c)
-            store(e, at, xs, ds, square_as_stored(e, at, vs, root), ADAMW, VECTOR)
+            store(e, at, xs, ds, square_as_stored(e, at, vs, root), VECTOR)
     return num, den
 
 
@@ -274,30 +274,30 @@ def _finish_blocks(
         if MISSED:
             vs = load_square(e, at, VECTOR, T)
             xs, ds = adamw_repair(xs, gs, ds, tl.sqrt(vs), take, c)
-            store_elements(e.x, at, xs, VECTOR)
-            store_elements(e.d, at, ds, VECTOR)
+            store(e, at, xs, ds, None, VECTOR)
         elif ADAMW:
             vs, root = adamw_root(gs, load_square(e, at, VECTOR, T), c)
             square = square_as_stored(e, at, vs, root)
             xs, ds = adamw_update(xs, gs, ds, root, take, c)
-            store(e, at, xs, ds, square, ADAMW, VECTOR)
+            store(e, at, xs, ds, square, VECTOR)
         else:
             xs, ds = sgd_update(xs, gs, ds, keep, take, c)
-            store(e, at, xs, ds, None, ADAMW, VECTOR)
+            store(e, at, xs, ds, None, VECTOR)
 
 
 @triton.jit
 def _finish_chunk(
     e, middle, end, rest, keep, take, c,
-    ADAMW: tl.constexpr, LOW: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    ADAMW: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Repairs or updates a chunk."""
     keep, take = keep.to(T), take.to(T)
     if rest == UPDATE:
         _finish_blocks(e, 0, middle, end, keep, take, c, False, ADAMW, T, BLOCK, True)
         _finish_blocks(e, middle, end, end, keep, take, c, False, ADAMW, T, BLOCK, False)
-    if ADAMW and not LOW:
+    if ADAMW and not e.v.dtype.element_ty.is_uint8():
         if rest == REPAIR:
+            e = to_repair(e)
             _finish_blocks(e, 0, middle, end, keep, take, c, True, ADAMW, T, BLOCK, True)
             _finish_blocks(e, middle, end, end, keep, take, c, True, ADAMW, T, BLOCK, False)
 
@@ -347,10 +347,10 @@ def _are_zero(rows, layout, units, i, BLOCK: tl.constexpr):
 @triton.jit
 def _store_rows(
     e, xs, ds, square, first, active, numel,
-    ADAMW: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     at = rows_at(first, active, numel, HEIGHT, WIDTH, VECTOR)
-    store(e, at, xs, ds, square, ADAMW, VECTOR)
+    store(e, at, xs, ds, square, VECTOR)
 
 
 # ---- kernels --------------------------------------------------------------------------
@@ -499,13 +499,9 @@ def am_rows(
                     xs, gs, ds, keep.to(T)[:, None], take.to(T)[:, None], own
                 )  # fmt: skip
             if aligned:
-                _store_rows(
-                    e, xs, ds, square, k, active, numel, ADAMW, HEIGHT, WIDTH, True
-                )  # fmt: skip
+                _store_rows(e, xs, ds, square, k, active, numel, HEIGHT, WIDTH, True)
             else:
-                _store_rows(
-                    e, xs, ds, square, k, active, numel, ADAMW, HEIGHT, WIDTH, False
-                )  # fmt: skip
+                _store_rows(e, xs, ds, square, k, active, numel, HEIGHT, WIDTH, False)
         if PASS == WHOLE:
             # Whether a step that may be none is one, and prepare has left it: all write the same.
             if (step == 0) & (lr == 0):
@@ -533,13 +529,12 @@ def am_begin(
         addresses, layout, n, units, i, chunk, tl.load(row + STEP), PARAM, GRAD, MEMORY, SQUARE,
         ADAMW, LOW, STRETCHED, CHUNK, BLOCK,
     )  # fmt: skip
-    if ADAMW and not LOW:
+    if ADAMW and not SQUARE.is_uint8():
         if tl.load(row + GUESSES) != 0:
             num, den = _begin_chunk(e, middle, end, c, True, DECAY, ADAMW, T, BLOCK)
         else:
             num, den = _begin_chunk(e, middle, end, c, False, DECAY, ADAMW, T, BLOCK)
     else:
-        # Where something is stored in few bits, a guess could not be repaired.
         num, den = _begin_chunk(e, middle, end, c, False, DECAY, ADAMW, T, BLOCK)
     if not ADAMW:
         # A first step has no memory: d = g, and both sums are 0, or next to it.
@@ -560,7 +555,7 @@ def am_begin(
             else:
                 # After what other threads have written.
                 tl.debug_barrier()
-                _finish_chunk(e, middle, end, rest, keep, take, c, ADAMW, LOW, T, BLOCK)
+                _finish_chunk(e, middle, end, rest, keep, take, c, ADAMW, T, BLOCK)
                 tl.store(row + REST, 0.0)
 
 
@@ -661,7 +656,7 @@ def am_finish(
                         addresses, layout, n, units, i, chunk, tl.load(row + STEP), PARAM, GRAD,
                         MEMORY, SQUARE, ADAMW, LOW, STRETCHED, CHUNK, BLOCK,
                     )  # fmt: skip
-                    _finish_chunk(e, middle, length, rest, keep, take, c, ADAMW, LOW, T, BLOCK)
+                    _finish_chunk(e, middle, length, rest, keep, take, c, ADAMW, T, BLOCK)
                 at -= stride
         at = end
 

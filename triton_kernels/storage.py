@@ -13,6 +13,7 @@ import triton.language as tl
 from adamem_fused.triton_kernels.formats import (
     SHORTEST,
     SMALLEST_SCALE,
+    StepKeys,
     decode_signed,
     decode_square,
     encode_signed,
@@ -21,6 +22,7 @@ from adamem_fused.triton_kernels.formats import (
     join,
     largest_magnitudes,
     random_bits,
+    repaired_keys,
     split,
     spread_over,
     step_keys,
@@ -57,8 +59,6 @@ class Low(NamedTuple):
     remainder: tl.tensor
     has_remainder: tl.tensor
     rounds: tl.tensor
-    memories_key: tl.tensor
-    param_key: tl.tensor
     place: tl.tensor  # of the first element in the whole tensor
     stretches: Stretches | None  # None: it does
 
@@ -71,6 +71,7 @@ class Elements(NamedTuple):
     d: tl.tensor
     v: tl.tensor
     low: Low | None  # None: nothing is
+    keys: StepKeys | None  # with which what is low is rounded
 
 
 class Tile(NamedTuple):
@@ -97,7 +98,7 @@ def _open_stretches(layout, units, i, start):
 
 @triton.jit
 def _open_low(
-    addresses, layout, n, units, i, start, step, ADAMW: tl.constexpr, STRETCHED: tl.constexpr
+    addresses, layout, n, units, i, start, ADAMW: tl.constexpr, STRETCHED: tl.constexpr
 ):  # fmt: skip
     SCALES: tl.constexpr = 8 if ADAMW else 6
     tensor = column(layout, TENSOR, units, i)
@@ -109,7 +110,6 @@ def _open_low(
     if ADAMW:
         square_scales = data_pointer(addresses, SCALES + 1, n, tensor, tl.float32) + first_block
     remainder = data_pointer(addresses, SCALES + (2 if ADAMW else 1), n, tensor, tl.int8)
-    memories_key, param_key = step_keys(column(layout, KEY, units, i), step)
     place = column(layout, OFFSET, units, i) + start
     stretches = None
     if STRETCHED:
@@ -122,8 +122,6 @@ def _open_low(
         remainder + start,
         remainder.to(tl.int64) != 0,
         column(layout, ROUNDS, units, i) != 0,
-        memories_key,
-        param_key,
         place,
         stretches,
     )
@@ -145,10 +143,12 @@ def open_elements(
         v = data_pointer(addresses, 3, n, tensor, SQUARE) + start
     low_bits = x.to(tl.int64) | g.to(tl.int64) | d.to(tl.int64) | v.to(tl.int64)
     low = None
+    keys = None
     if LOW:
-        low = _open_low(addresses, layout, n, units, i, start, step, ADAMW, STRETCHED)
+        low = _open_low(addresses, layout, n, units, i, start, ADAMW, STRETCHED)
+        keys = step_keys(column(layout, KEY, units, i), step)
         low_bits |= tl.where(low.has_remainder, low.remainder.to(tl.int64), 0)
-    return Elements(x, g, d, v, low), (low_bits & 15) == 0
+    return Elements(x, g, d, v, low, keys), (low_bits & 15) == 0
 
 
 # ---- tiles ----------------------------------------------------------------------------
@@ -328,13 +328,12 @@ def _store_param(e, at, value, VECTOR: tl.constexpr):
     low = e.low
     if e.x.dtype.element_ty.is_bf16():
         value = value.to(tl.float32)
+        random = _random(low, e.keys.param, at)
         if low.has_remainder:
-            random = _random(low, low.param_key, at)
             new, remainder = split(value, tl.where(low.rounds, random & 0xFF, 0x80))
             store_elements(e.x, at, new, VECTOR)
             store_elements(low.remainder, at, remainder, VECTOR)
         else:
-            random = _random(low, low.param_key, at)
             new = to_bfloat16(value, tl.where(low.rounds, random, to_nearest(value)))
             store_elements(e.x, at, new, VECTOR)
     else:
@@ -348,23 +347,31 @@ def square_as_stored(e, at, value, root):
     if e.low is None:
         stored = Stored(value, None)
     else:
-        random = _random(e.low, e.low.memories_key, at) >> 16
+        random = _random(e.low, e.keys.memories, at) >> 16
         stored = _memory_as_stored(value, root, e.low, random, e.v.dtype.element_ty)
     return stored
 
 
 @triton.jit
-def store(e, at, xs, ds, square, ADAMW: tl.constexpr, VECTOR: tl.constexpr):
-    """The new x and d, and v where ADAMW."""
+def store(e, at, xs, ds, square, VECTOR: tl.constexpr):
+    """The new x and d, and v if it is not None."""
     if e.low is None:
         store_elements(e.x, at, xs, VECTOR)
         store_elements(e.d, at, ds, VECTOR)
-        if ADAMW:
+        if square is not None:
             store_elements(e.v, at, square.value, VECTOR)
     else:
-        if ADAMW:
+        if square is not None:
             _store_memory(e.v, e.low.square_scales, e.low, at, square, VECTOR)
-        random = _random(e.low, e.low.memories_key, at)
+        random = _random(e.low, e.keys.memories, at)
         memory = _memory_as_stored(ds, ds, e.low, random, e.d.dtype.element_ty)
         _store_memory(e.d, e.low.scales, e.low, at, memory, VECTOR)
         _store_param(e, at, xs, VECTOR)
+
+
+@triton.jit
+def to_repair(e):
+    """The elements, to be stored for the second time in a step."""
+    if e.keys is not None:
+        e = Elements(e.x, e.g, e.d, e.v, e.low, repaired_keys(e.keys))
+    return e

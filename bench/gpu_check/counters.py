@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from adamem_fused.backends import BACKENDS
 from bench import gpu_cases
 from bench.gpu_check import gpu, times
 from bench.gpu_check.processes import Limited, find_tool, module
@@ -56,10 +55,6 @@ STALLS = (
 )
 
 
-def able(backends: Sequence[str], format: gpu_cases.Format) -> list[str]:
-    return [name for name in backends if not format.is_low or BACKENDS[name].packs]
-
-
 def take_steps(backends: Sequence[str]) -> None:
     lists = gpu_cases.cases(gpu.free_bytes())
     marker = torch.ones(1, device=gpu.device)
@@ -67,7 +62,7 @@ def take_steps(backends: Sequence[str]) -> None:
         params = times.make_params(lists[name].shapes, format.dtype)
         optimizers: list[Optimizer] = [
             times.make_ours("AMAdamW", params, backend, regime, format)
-            for backend in able(backends, format)
+            for backend in backends
             for regime in regimes
         ]
         if not format.is_low:
@@ -165,7 +160,7 @@ def run(results: Results, backends: Sequence[str], seconds: float) -> None:
                     longest_row=gpu_cases.LONGEST_ROW[backend] if regime == "row" else None,
                 ),
             )
-            for backend in able(backends, format)
+            for backend in backends
             for regime in regimes
         ]
         if not format.is_low:

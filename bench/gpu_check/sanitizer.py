@@ -3,14 +3,16 @@
     compute-sanitizer ... python -m bench.gpu_check.sanitizer BACKEND [planted]
 
 takes the steps, clipped: all of a backend's kernels and dtypes, aligned and not, tensors of one
-chunk and of several, and matrices with a beta a row. With `planted` one gradient has less memory
-than it says, which has to be found: else nothing was looked at.
+chunk and of several, matrices with a beta a row, and what is stored in few bits. With `planted`
+one gradient has less memory than it says, which has to be found: else nothing was looked at.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,10 +41,28 @@ def matrices(whole: Tensor) -> list[tuple[Tensor, bool]]:
     ]
 
 
+def blocks(whole: Tensor) -> list[tuple[Tensor, bool]]:
+    """Of rows of one block of 64, which a part of a warp takes, and of rows of three."""
+    return [(whole[:19200].view(-1, 64), True), (whole[1:19201].view(-1, 192), False)]
+
+
+LOW_DTYPES = (torch.float32, torch.bfloat16)
+INT8 = {"state_dtype": "int8", "store_param_remainders": True}
+BF16 = {"state_dtype": torch.bfloat16, "stochastic_rounding": True}
+# beta_scope, what is taken of each dtype's numbers, dtypes, options.
+CASES: tuple[tuple[str, Callable[..., Any], Sequence[torch.dtype], dict[str, Any]], ...] = (
+    ("tensor", vectors, DTYPES, {}),
+    ("global", vectors, DTYPES, {}),
+    ("row", matrices, DTYPES, {}),
+    ("row", blocks, LOW_DTYPES, INT8),
+    ("tensor", blocks, LOW_DTYPES, BF16),
+)
+
+
 def take_steps(backend: str, planted: bool) -> None:
     for cls in (AMAdamW, AMSGD):
-        for scope, parts in (("tensor", vectors), ("global", vectors), ("row", matrices)):
-            base = [torch.randn(20000, device=gpu.device).to(dtype) for dtype in DTYPES]
+        for scope, parts, dtypes, options in CASES:
+            base = [torch.randn(20000, device=gpu.device).to(dtype) for dtype in dtypes]
             params = [
                 part.clone() if aligned else part
                 for whole in base
@@ -50,7 +70,8 @@ def take_steps(backend: str, planted: bool) -> None:
             ]
             for param in params:
                 param.requires_grad_()
-            optimizer = cls(params, lr=0.01, backend=backend, beta_scope=scope, max_grad_norm=1.0)
+            common: dict[str, Any] = {"backend": backend, "beta_scope": scope, "max_grad_norm": 1.0}
+            optimizer = cls(params, lr=0.01, **common, **options)
             for _ in range(2):
                 grads = [torch.randn_like(param) for param in params]
                 if planted:

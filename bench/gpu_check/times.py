@@ -36,7 +36,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adamem_fused import AMSGD, AMAdamW
-from adamem_fused.backends import BACKENDS
 from bench import gpu_cases
 from bench.environment import gpu_clocks
 from bench.gpu_cases import ALL_BFLOAT16, BFLOAT16, BFLOAT16_INT8, FLOAT32, INT8_STATE, Format
@@ -61,13 +60,13 @@ CASES = (
     ("gpt2-small", "AMAdamW", FLOAT32, "cap"),
     ("gpt2-small", "AMAdamW", ALL_BFLOAT16, "cap"),
     ("gpt2-small", "AMAdamW", ALL_BFLOAT16, "row"),
+    ("gpt2-small", "AMAdamW", ALL_BFLOAT16, "mixture"),
     ("32x524288", "AMAdamW", ALL_BFLOAT16, "cap"),
     ("32x524288", "AMAdamW", ALL_BFLOAT16, "row"),
     ("gpt2-small", "AMAdamW", INT8_STATE, "cap"),
     ("gpt2-small", "AMAdamW", INT8_STATE, "row"),
     ("gpt2-small", "AMAdamW", BFLOAT16_INT8, "cap"),
     ("gpt2-small", "AMAdamW", BFLOAT16_INT8, "row"),
-    ("2^28", "AMAdamW", FLOAT32, "below"),
     ("gpt2-small", "AMAdamW", FLOAT32, "below"),
     ("8x2^25", "AMAdamW", FLOAT32, "mixture"),
     ("gpt2-small", "AMAdamW", FLOAT32, "mixture"),
@@ -85,11 +84,6 @@ CASES = (
     ("2^28", "AMSGD", FLOAT32, "cap"),
     ("gpt2-small", "AMSGD", FLOAT32, "cap"),
     ("llama-2-7b", "AMAdamW", FLOAT32, "mixture"),
-    ("5000x1000", "AMAdamW", FLOAT32, "mixture"),
-    ("resnet-50", "AMAdamW", FLOAT32, "mixture"),
-    ("llama-2-7b", "AMAdamW", BFLOAT16, "mixture"),
-    ("5000x1000", "AMAdamW", BFLOAT16, "mixture"),
-    ("gpt2-small", "AMSGD", FLOAT32, "below"),
     ("llama-2-7b", "AMAdamW anchored", FLOAT32, "row"),
     ("resnet-50", "AMAdamW anchored", FLOAT32, "row"),
     ("2^28", "AMAdamW", FLOAT32, "row"),
@@ -221,8 +215,6 @@ def time_case(
     needed, free = case.numel * gpu_cases.RESIDENT_BYTES, gpu.free_bytes()
     if needed > free:
         raise NotDone(f"needs {needed / 2**30:.0f} GiB of GPU memory, and {free / 2**30:.0f} are")
-    if format.is_low and not BACKENDS[backend].packs:
-        raise NotDone("it has no state in few bits")
     params = make_params(case.shapes, format.dtype)
     others = make_params(case.shapes, torch.float32) if format.is_low else params
     ours = make_ours(optimizer, params, backend, regime, format)
@@ -265,8 +257,6 @@ def time_case(
         "at_cap": [round(share, 4) for share in shares],
     }
     least, most = AT_CAP.get(regime, (0.0, 1.0))
-    if format.is_low:  # rounded memories differ from the gradient, and the work is one for any beta
-        least, most = 0.0, 1.0
     if not all(least <= share <= most for share in shares):
         found["failed"] = f"of the parameters {min(shares):.0%} to {max(shares):.0%} at the cap"
     return found
@@ -370,6 +360,6 @@ def write_png(stage: dict[str, Any], device: str, path: Path) -> None:
     axes.set_yticks(range(len(rows)), [f"{backend}: {name}" for backend, name, _ in rows])
     axes.margins(y=0.01)
     axes.axvline(1.0, color="gray", linewidth=0.8)
-    axes.set_xlabel("step time over torch's fused optimizer's; dots: pairs; red: the target")
+    axes.set_xlabel("step time over torch's fused optimizer's\ndots: pairs; red: the target")
     axes.set_title(device)
     figure.savefig(path, dpi=120)

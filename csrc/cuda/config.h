@@ -41,13 +41,16 @@
 // with 14,336 elements; rows of a number of elements that is no multiple of a vector are accessed
 // element by element, and may take twice as long.
 //
-// State in few bits is read twice but for rows: with bfloat16 parameters, gradients and memories 22
-// bytes an element (14 by row), with codes 16 (10); AM-SGD 16 and 13 (10 and 8). Random bits take
-// some 12 instructions an element for both memories and 12 for the parameter, codes some 50 for
-// both: with bfloat16 120 instructions an element in both readings, 57 % of what an H100 issues at
-// that bandwidth; with codes some 200, which is 40 % more than it issues. Predicted, over 28 bytes
-// with float32: 0.80 of the time with bfloat16 (0.55 by row), 0.75 with codes. Where there are
-// codes registers allow for 2 blocks, which ask for 24 KB.
+// State in few bits is read once by rows, and where AM-AdamW guesses: with bfloat16 memories 20
+// bytes an element, 14 where parameters and gradients are too, and 18 and 12 more where beta is
+// another. Else it is read twice: AM-AdamW's codes 16 bytes with these (10 by row); AM-SGD 16 with
+// bfloat16 and 13 with codes (10 and 8). Random bits take some 12 instructions an element for both
+// memories and 12 for the parameter, codes some 50 for both. A guess takes 70 instructions an
+// element with float32 parameters and 100 with bfloat16: 35 and 70 % of what an H100 issues at that
+// bandwidth; codes some 200 in both readings, which is 40 % more than it issues. Predicted, over 28
+// bytes with float32: 0.75 of the time with bfloat16 memories, 0.60 where parameters and gradients
+// are too (0.55 by row), 0.75 with codes. Where there are codes registers allow for 2 blocks, which
+// ask for 24 KB.
 //
 // Squared norms read gradients once, 4 bytes an element with float32 and 2 with 16-bit types, and
 // write 16 bytes a chunk. A thread asks for two times 16 bytes, and takes 32 registers at most: 8

@@ -152,8 +152,6 @@ struct Elements {
   static constexpr int kSpan = least(least(16 / kBytes[0], 16 / kBytes[1]), 16 / kBytes[2]);
 
   static constexpr bool kHasCodes = std::is_same_v<Memory, Codes>;
-  // Whether what is stored is not what was computed: nothing is guessed then.
-  static constexpr bool kIsPacked = kIsLow<Memory> || kIsLow<Param>;
 
   // The blocks that a multiprocessor is to hold.
   static constexpr bool kIsWide = sizeof(T) == 8 || std::is_same_v<Param, AnyType> || kHasCodes;

@@ -46,6 +46,12 @@ struct Rounding {
             layout_at(s, kRounds, unit),
             1.0 / static_cast<double>(stretch)};
   }
+
+  // For a repair of what has been rounded.
+  __device__ void set_repaired() {
+    keys.memories = keys.repaired_memories;
+    keys.param = keys.repaired_param;
+  }
 };
 
 template <int kCount>

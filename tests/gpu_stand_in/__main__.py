@@ -18,11 +18,11 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import cuda_emulator
 import pytest
 import torch
+from triton_interpreter import patch_language_once
 
 from adamem_fused.backends import BACKENDS, cuda_library
 from bench import gpu_cases
@@ -37,22 +37,6 @@ CASES = (
     ("gpt2-small", "AMSGD", gpu_cases.FLOAT32, "cap"),
     ("32x524288", "AMAdamW", gpu_cases.ALL_BFLOAT16, "row"),
 )
-
-
-def patch_language_once(patch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter puts its own in the place of triton.language at each call of each
-    function, and takes it away again: half of its time."""
-    from triton.runtime import interpreter
-
-    patch_lang, patched = interpreter._patch_lang, set()
-
-    def once(function):
-        if id(function.__globals__) not in patched:
-            patched.add(id(function.__globals__))
-            patch_lang(function)
-        return SimpleNamespace(restore=lambda: None)
-
-    patch.setattr(interpreter, "_patch_lang", once)
 
 
 def stand_in(patch: pytest.MonkeyPatch) -> None:
