@@ -311,7 +311,9 @@ def pack(work: Work, groups: list[Placed], all_groups: list[dict[str, Any]]) -> 
     key = (
         list(map(id, work.params)),
         list(map(sharding.spec_of, work.params)) if work.dtensors else [],
+        [param.dtype for param in work.params],
         [(group["seed"], options_of(group), size) for group, size in groups],
+        [len(group["params"]) for group in all_groups],  # which move a parameter's place
     )
     known = batch.cache.get("rounding")
     if known is None or known[0] != key:
@@ -335,12 +337,12 @@ def _rounding(
     params: list[Tensor], groups: list[Placed], all_groups: list[dict[str, Any]]
 ) -> Tensor:
     """`Packed.rounding`."""
-    places = {param: i for i, param in enumerate(chain(*(g["params"] for g in all_groups)))}
+    places = {id(param): i for i, param in enumerate(chain(*(g["params"] for g in all_groups)))}
     owners = [group for group, size in groups for _ in range(size)]
     columns = []
     for param, group in zip(params, owners, strict=True):
         own = storage_of(param, group)
-        key = formats.tensor_key(group["seed"], places[param])
+        key = formats.tensor_key(group["seed"], places[id(param)])
         place = (0, 0, 0) if own == PLAIN else sharding.place_of(param)
         columns.append((formats.as_signed(key), *place, int(own.rounds)))
     return torch.tensor(columns, dtype=torch.int64, device="cpu").reshape(-1, 5).t().contiguous()
