@@ -628,6 +628,17 @@ def test_bad_options_are_refused(cls, options, message):
 
 
 @both
+def test_a_seed_may_be_numpys(cls):
+    np = pytest.importorskip("numpy")
+    ours, theirs, changed = (new(cls, "all", seed=seed) for seed in (2**62, np.int64(2**62), 0))
+    assert type(theirs.param_groups[0]["seed"]) is int
+    changed.param_groups[0]["seed"] = np.int64(2**62)
+    for optimizer in (ours, theirs, changed):
+        take_steps(optimizer, 0)
+    assert snapshot(ours) == snapshot(theirs) == snapshot(changed)
+
+
+@both
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.complex64, torch.complex128])
 def test_a_state_dtype_is_for_float32_and_bfloat16_parameters(cls, dtype):
     param = Parameter(torch.zeros(64, 64, dtype=dtype))
