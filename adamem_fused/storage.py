@@ -20,7 +20,7 @@ import torch
 from torch import Size, Tensor
 
 from adamem_fused import formats, sharding
-from adamem_fused.backends.batch import check_in_place
+from adamem_fused.backends.batch import ROUNDS, check_in_place
 from adamem_fused.state import memory_dtype
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ def pack(work: Work, groups: list[Placed], all_groups: list[dict[str, Any]]) -> 
     known = batch.cache.get("rounding")
     if known is None or known[0] != key:
         known = batch.cache["rounding"] = key, _rounding(work.params, groups, all_groups)
-    batch.packed.rounding = known[1]
+    batch.packed.rounding, batch.packed.rounds = known[1]
     if all(map(Tensor.is_contiguous, chain(batch.params, batch.grads))):
         return
     for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
@@ -335,8 +335,8 @@ def pack(work: Work, groups: list[Placed], all_groups: list[dict[str, Any]]) -> 
 
 def _rounding(
     params: list[Tensor], groups: list[Placed], all_groups: list[dict[str, Any]]
-) -> Tensor:
-    """`Packed.rounding`."""
+) -> tuple[Tensor, list[bool]]:
+    """`Packed.rounding` and its flags."""
     places = {id(param): i for i, param in enumerate(chain(*(g["params"] for g in all_groups)))}
     owners = [group for group, size in groups for _ in range(size)]
     columns = []
@@ -345,4 +345,5 @@ def _rounding(
         key = formats.tensor_key(group["seed"], places[id(param)])
         place = (0, 0, 0) if own == PLAIN else sharding.place_of(param)
         columns.append((formats.as_signed(key), *place, int(own.rounds)))
-    return torch.tensor(columns, dtype=torch.int64, device="cpu").reshape(-1, 5).t().contiguous()
+    rounding = torch.tensor(columns, dtype=torch.int64, device="cpu").reshape(-1, 5)
+    return rounding.t().contiguous(), [bool(column[ROUNDS]) for column in columns]

@@ -12,6 +12,7 @@ import torch
 from cases import OPTIMIZERS, gradient, parameters
 from snapshot import snapshot
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -946,3 +947,22 @@ def test_options_may_change_between_compiled_steps(cls):
         set_gradients(compiled, index)
         step()
         assert snapshot(compiled) == snapshot(plain)
+
+
+@both
+def test_a_step_of_fake_tensors(cls):
+    """As tools that estimate memory take it."""
+    with FakeTensorMode():
+        rounded = [Parameter(torch.ones(64, 128, dtype=torch.bfloat16).t())]
+        small = [Parameter(torch.ones(64))]
+        groups = [
+            {"params": rounded, "stochastic_rounding": True},
+            {"params": small, "state_dtype": "int8"},
+            {"params": [Parameter(torch.ones(64))]},
+        ]
+        optimizer = cls(groups, backend="cpu")
+        for _ in range(2):
+            for param in parameters(optimizer):
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+    assert all(map(optimizer.state.get, parameters(optimizer)))
