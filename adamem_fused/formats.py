@@ -40,9 +40,12 @@ def mix(word: int) -> int:
     return word ^ (word >> 31)
 
 
+# torch.compile makes a symbol of a seed that was another one in an earlier step, and cannot hash
+# that: so it is told to take the number.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def tensor_key(seed: int, index: int) -> int:
     """The key of the optimizer's parameter of this index, over all groups in order."""
-    return mix(mix(seed) + index + 1)
+    return mix(mix(int(seed)) + index + 1)  # NumPy's would overflow
 
 
 def as_signed(word: int) -> int:

@@ -73,7 +73,7 @@ def as_real(tensor: Tensor) -> Tensor:
 
 
 # Of a parameter whose state has not been looked at.
-_UNSEEN: tuple[Any, frozenset[str]] = (None, frozenset())
+_UNSEEN: tuple[Any, Any, frozenset[str]] = (None, None, frozenset())
 
 
 @dataclass
@@ -85,6 +85,8 @@ class Kept:
     # The specs of the last step's DTensors and of which of them the sums cross ranks, as the
     # extension's `gather` takes it.
     crossing: tuple[list[Any], bytes] = ([], b"")
+    # How many parameters were in `_stored`, and in each group, when strangers were last let go.
+    stored: list[int] = field(default_factory=list)
 
 
 class AdaptiveMemoryOptimizer(Optimizer):
@@ -114,9 +116,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
     _readings: clipping.Readings | None
     _elements: dict[torch.device, Elements]
     # Parameters that were in groups with options of storage when they were last stepped or loaded:
-    # the options for which their state was seen to be right, and the names that it then has. Such
-    # state is looked at again where an option has changed.
-    _stored: dict[Tensor, tuple[Any, frozenset[str]]]
+    # the options and the dtype for which their state was seen to be right, and the names that it
+    # then has. Such state is looked at again where one of them has changed.
+    _stored: dict[Tensor, tuple[Any, Any, frozenset[str]]]
     # In a step: parameters whose state it has made or completed, and what they had before.
     _new_state: list[tuple[Tensor, dict[str, Any] | None]]
 
@@ -355,6 +357,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 f"{type(self).__name__} does not support sparse gradients: "
                 "make the module that gives them with sparse=False"
             )
+        if self._stored:
+            self._unpack([group])
         states: list[Any] = list(map(self.state.get, new_params))
         packed = storage.is_packed(group)
         if packed:
@@ -422,13 +426,14 @@ class AdaptiveMemoryOptimizer(Optimizer):
         options = *storage.options_of(group), group["beta_scope"]
         misfits = []
         for i, (param, state) in enumerate(zip(params, states, strict=True)):
-            known, names = self._stored.get(param, _UNSEEN)
-            if known == options and isinstance(state, dict) and names <= state.keys():
+            known, dtype, names = self._stored.get(param, _UNSEEN)
+            is_known = known == options and dtype == param.dtype
+            if is_known and isinstance(state, dict) and names <= state.keys():
                 continue
             self._stored[param] = _UNSEEN
             if isinstance(state, dict) and checkpoints.fits(self, param, state, group):
                 names = storage.state_names(self.memories, storage.storage_of(param, group))
-                self._stored[param] = options, names.union(self.scalars)
+                self._stored[param] = options, param.dtype, names.union(self.scalars)
             else:
                 misfits.append(i)
         return misfits
@@ -438,7 +443,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
         for group in groups:
             if storage.is_packed(group):
                 continue
-            for param in self._stored.keys() & set(group["params"]):
+            # Not by a set of them: torch.compile would compare the tensors' elements.
+            for param in [param for param in group["params"] if param in self._stored]:
                 state = self.state.get(param)
                 if (
                     isinstance(state, dict)
@@ -448,6 +454,16 @@ class AdaptiveMemoryOptimizer(Optimizer):
                     self._init_state(param, group)
                 else:
                     del self._stored[param]
+
+    def _let_go(self, kept: Kept) -> None:
+        """Drops parameters that are in no group any more from those whose storage is known, which
+        would keep them in memory: some methods replace theirs again and again."""
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if kept.stored != [len(self._stored), *sizes]:
+            own = {id(param) for group in self.param_groups for param in group["params"]}
+            for param in [param for param in self._stored if id(param) not in own]:
+                del self._stored[param]
+            kept.stored = [len(self._stored), *sizes]
 
     def _collect(
         self, groups: list[dict[str, Any]] | None = None, kept: Kept | None = None
@@ -461,8 +477,12 @@ class AdaptiveMemoryOptimizer(Optimizer):
             if self._maker is not None:
                 flattened.check_scope(self._maker, group)
         packed = list(filter(storage.is_packed, groups))
-        if self._stored:
+        # A compiled step does it in `_init_group`, which torch.compile calls ahead of the rest, and
+        # which so would not find what is made here.
+        if self._stored and not torch.compiler.is_compiling():
             self._unpack(groups)
+            if groups is self.param_groups:
+                self._let_go(kept)
         if not packed:
             return self._collect_ordinary(groups, kept) or self._collect_any(groups, kept)
         works: list[Work] = []
@@ -523,7 +543,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             if packed:
                 backends.check_packs(first)
                 batch.packed = Packed.of(lists[len(own) :])
-                if not storage.pack_known(work, placed):
+                if not storage.pack_known(work, placed, self.param_groups):
                     return []
             works.append(work)
         return works

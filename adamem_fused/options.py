@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -43,9 +43,14 @@ def plain(options: dict[str, Any]) -> dict[str, Any]:
         for key, value in options.items()
         if isinstance(value, Real) and not isinstance(value, (bool, int))
     }
+    integers = {
+        key: int(value)
+        for key, value in options.items()
+        if isinstance(value, Integral) and not isinstance(value, bool)
+    }
     betas = {"betas": tuple(map(float, options["betas"]))} if "betas" in options else {}
     dtypes = {key: BFLOAT16 for key, value in options.items() if value is torch.bfloat16}
-    return {**options, **numbers, **betas, **dtypes}
+    return {**options, **numbers, **integers, **betas, **dtypes}
 
 
 def check_lr(lr: Any, slack: float) -> None:
@@ -99,7 +104,8 @@ def check_options(group: dict[str, Any], slack: float) -> None:
         if not isinstance(group[key], bool):
             raise ValueError(f"Invalid {key}: {group[key]!r} (True or False)")
     seed = group["seed"]
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+    is_integer = isinstance(seed, (int, Integral)) and not isinstance(seed, bool)
+    if not is_integer or not 0 <= seed < 2**63:
         raise ValueError(f"Invalid seed: {seed!r} (an integer in [0, 2**63))")
     if group["gap"] == "loss" and group["beta_scope"] != "global":
         raise ValueError(

@@ -21,7 +21,7 @@ from torch import Size, Tensor
 
 from adamem_fused import formats, sharding
 from adamem_fused.backends import ops
-from adamem_fused.backends.batch import Batch, check_in_place
+from adamem_fused.backends.batch import ROUNDS, Batch, check_in_place
 from adamem_fused.state import memory_dtype
 
 if TYPE_CHECKING:
@@ -324,17 +324,17 @@ def pack(work: Work, groups: list[Placed], all_groups: list[dict[str, Any]]) -> 
 
     groups: those of the batch, each with how many of its tensors are in it.
     """
-    key, known = _key(work, groups), work.batch.cache.get("rounding")
+    key, known = _key(work, groups, all_groups), work.batch.cache.get("rounding")
     own = known[2] if known is not None and known[0] == key else None
     rounding = _rounding(work.params, groups, all_groups) if own is None else own
     work.batch.cache["rounding"] = key, _kinds(work.batch, b""), rounding
     _complete(work, rounding)
 
 
-def pack_known(work: Work, groups: list[Placed]) -> bool:
+def pack_known(work: Work, groups: list[Placed], all_groups: list[dict[str, Any]]) -> bool:
     """As `pack`, if the batch is one that was packed before, and its state still of that kind."""
     known = work.batch.cache.get("rounding")
-    if known is None or known[0] != _key(work, groups):
+    if known is None or known[0] != _key(work, groups, all_groups):
         return False
     if _kinds(work.batch, known[1]) != known[1]:
         return False
@@ -342,11 +342,13 @@ def pack_known(work: Work, groups: list[Placed]) -> bool:
     return True
 
 
-def _key(work: Work, groups: list[Placed]) -> Any:
+def _key(work: Work, groups: list[Placed], all_groups: list[dict[str, Any]]) -> Any:
     return (
         list(map(id, work.params)),
         list(map(sharding.spec_of, work.params)) if work.dtensors else [],
+        [param.dtype for param in work.params],
         [(group["seed"], options_of(group), size) for group, size in groups],
+        [len(group["params"]) for group in all_groups],  # which move a parameter's place
     )
 
 
@@ -360,9 +362,9 @@ def _kinds(batch: Batch, last: bytes) -> bytes:
     return structure
 
 
-def _complete(work: Work, rounding: Tensor) -> None:
+def _complete(work: Work, rounding: tuple[Tensor, list[bool]]) -> None:
     batch = work.batch
-    batch.packed.rounding = rounding
+    batch.packed.rounding, batch.packed.rounds = rounding
     if all(map(Tensor.is_contiguous, chain(batch.params, batch.grads))):
         return
     for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
@@ -379,14 +381,15 @@ def _complete(work: Work, rounding: Tensor) -> None:
 
 def _rounding(
     params: list[Tensor], groups: list[Placed], all_groups: list[dict[str, Any]]
-) -> Tensor:
-    """`Packed.rounding`."""
-    places = {param: i for i, param in enumerate(chain(*(g["params"] for g in all_groups)))}
+) -> tuple[Tensor, list[bool]]:
+    """`Packed.rounding` and its flags."""
+    places = {id(param): i for i, param in enumerate(chain(*(g["params"] for g in all_groups)))}
     owners = [group for group, size in groups for _ in range(size)]
     columns = []
     for param, group in zip(params, owners, strict=True):
         own = storage_of(param, group)
-        key = formats.tensor_key(group["seed"], places[param])
+        key = formats.tensor_key(group["seed"], places[id(param)])
         place = (0, 0, 0) if own == PLAIN else sharding.place_of(param)
         columns.append((formats.as_signed(key), *place, int(own.rounds)))
-    return torch.tensor(columns, dtype=torch.int64, device="cpu").reshape(-1, 5).t().contiguous()
+    rounding = torch.tensor(columns, dtype=torch.int64, device="cpu").reshape(-1, 5)
+    return rounding.t().contiguous(), [bool(column[ROUNDS]) for column in columns]

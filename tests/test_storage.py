@@ -1,15 +1,18 @@
 """Low-precision state and parameters: options, state, checkpoints, and what changes them."""
 
 import copy
+import gc
 import io
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
 from cases import OPTIMIZERS, gradient, parameters
 from snapshot import snapshot
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -52,10 +55,14 @@ def new(cls, form, dtype=torch.bfloat16, shapes=SHAPES, **options):
     return cls(params_of(dtype, shapes), **{**own, **options})
 
 
+def set_gradients(optimizer, step):
+    for index, param in enumerate(parameters(optimizer)):
+        param.grad = gradient(param.detach(), step, index=index)
+
+
 def take_steps(optimizer, *steps):
     for step in steps:
-        for index, param in enumerate(parameters(optimizer)):
-            param.grad = gradient(param.detach(), step, index=index)
+        set_gradients(optimizer, step)
         optimizer.step()
 
 
@@ -622,6 +629,17 @@ def test_bad_options_are_refused(cls, options, message):
 
 
 @both
+def test_a_seed_may_be_numpys(cls):
+    np = pytest.importorskip("numpy")
+    ours, theirs, changed = (new(cls, "all", seed=seed) for seed in (2**62, np.int64(2**62), 0))
+    assert type(theirs.param_groups[0]["seed"]) is int
+    changed.param_groups[0]["seed"] = np.int64(2**62)
+    for optimizer in (ours, theirs, changed):
+        take_steps(optimizer, 0)
+    assert snapshot(ours) == snapshot(theirs) == snapshot(changed)
+
+
+@both
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.complex64, torch.complex128])
 def test_a_state_dtype_is_for_float32_and_bfloat16_parameters(cls, dtype):
     param = Parameter(torch.zeros(64, 64, dtype=dtype))
@@ -837,3 +855,114 @@ def test_parameters_without_elements(cls, empty):
     alone = new(cls, "all", shapes=[(20, 256)])
     assert optimizer.state[parameters(optimizer)[0]].keys() > {"param_remainder"}
     assert not alone.state
+
+
+@both
+@pytest.mark.parametrize("form", ["remainders", "all"])
+def test_a_parameter_of_another_dtype_takes_what_is_for_it(cls, form):
+    optimizer = new(cls, form, torch.float32, [(20, 256), (64,)])
+    take_steps(optimizer, 0, 1)
+    for param in parameters(optimizer):
+        param.grad = None
+        param.data = param.data.bfloat16()
+    resumed = copy.deepcopy(optimizer)
+    for own in (optimizer, resumed):
+        take_steps(own, 2, 3)
+    assert snapshot(optimizer) == snapshot(resumed)
+    state = optimizer.state[parameters(optimizer)[0]]
+    assert state["param_remainder"].dtype == torch.int8
+    assert state["param_remainder"].any()
+
+
+@both
+def test_a_place_that_moves_gives_its_bits_at_once(cls):
+    """As it does after a checkpoint."""
+    groups = [{"params": params_of(shapes=[(20, 256)] * 2), **own} for own in ({}, FORMATS["all"])]
+    optimizer = cls(groups, lr=0.03, backend="reference")
+    take_steps(optimizer, 0, 1)
+    del optimizer.param_groups[0]["params"][0]
+    resumed = copy.deepcopy(optimizer)
+    for own in (optimizer, resumed):
+        take_steps(own, 2)
+    assert snapshot(optimizer) == snapshot(resumed)
+
+
+@both
+@each_format
+def test_a_parameter_that_is_replaced_is_let_go(cls, form):
+    optimizer = new(cls, form, shapes=[(20, 256), (64,)])
+    (group,) = optimizer.param_groups
+    take_steps(optimizer, 0, 1)
+    old = weakref.ref(group["params"][0])
+    state = optimizer.state.pop(old())
+    group["params"][0] = Parameter(torch.ones(20, 256, dtype=torch.bfloat16))
+    optimizer.state[group["params"][0]] = state
+    take_steps(optimizer, 2, 3)
+    gc.collect()
+    assert old() is None
+
+
+# ---- compiled steps -----------------------------------------------------------------------
+
+
+def two_of(cls, groups, **options):
+    for _ in range(2):
+        own = [{"params": params_of(shapes=shapes), **given} for shapes, given in groups]
+        yield cls(own, lr=0.03, backend="cpu", **options)
+
+
+@both
+def test_a_compiled_step_has_groups_with_and_without_options(cls):
+    groups = [([(20, 256), (64,)], FORMATS["all"]), ([(33, 128), (64,)], {})]
+    torch._dynamo.reset()
+    compiled, plain = two_of(cls, groups)
+    step = torch.compile(compiled.step, backend="eager")
+    for index in range(3):
+        take_steps(plain, index)
+        set_gradients(compiled, index)
+        step()
+    assert snapshot(compiled) == snapshot(plain)
+
+
+@both
+def test_compiled_steps_of_several_seeds(cls):
+    torch._dynamo.reset()
+    for seed in (1, 2, 3):
+        compiled, plain = two_of(cls, [([(20, 256)], FORMATS["all"])], seed=seed)
+        take_steps(plain, 0)
+        set_gradients(compiled, 0)
+        torch.compile(compiled.step, backend="eager")()
+        assert snapshot(compiled) == snapshot(plain)
+
+
+@both
+def test_options_may_change_between_compiled_steps(cls):
+    torch._dynamo.reset()
+    compiled, plain = two_of(cls, [([(20, 256), (64,)], FORMATS["all"])])
+    step = torch.compile(compiled.step, backend="eager")
+    for index, form in enumerate(["all", "bfloat16", "plain", "int8"]):
+        for optimizer in (compiled, plain):
+            give(optimizer, form)
+        take_steps(plain, index)
+        set_gradients(compiled, index)
+        step()
+        assert snapshot(compiled) == snapshot(plain)
+
+
+@both
+def test_a_step_of_fake_tensors(cls):
+    """As tools that estimate memory take it."""
+    with FakeTensorMode():
+        rounded = [Parameter(torch.ones(64, 128, dtype=torch.bfloat16).t())]
+        small = [Parameter(torch.ones(64))]
+        groups = [
+            {"params": rounded, "stochastic_rounding": True},
+            {"params": small, "state_dtype": "int8"},
+            {"params": [Parameter(torch.ones(64))]},
+        ]
+        optimizer = cls(groups, backend="cpu")
+        for _ in range(2):
+            for param in parameters(optimizer):
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+    assert all(map(optimizer.state.get, parameters(optimizer)))

@@ -83,6 +83,8 @@ class Packed:
     remainders: list[Tensor]
     # [5, tensors] int64, on the CPU; rows KEY ... below.
     rounding: Tensor
+    # Its row ROUNDS, where that has been kept: a tensor of FakeTensorMode cannot be read.
+    rounds: list[bool] | None = None
 
     @classmethod
     def of(cls, lists: Sequence[list[Tensor]]) -> Packed:
@@ -103,8 +105,12 @@ class Packed:
         return (
             any(own[i].dtype in LOW for own in batch.memories.values())
             or self.remainders[i].numel() > 0
-            or bool(self.rounding[ROUNDS, i])
+            or self.is_rounded(i)
         )
+
+    def is_rounded(self, i: int) -> bool:
+        """Whether parameter i is rounded stochastically."""
+        return bool(self.rounding[ROUNDS, i]) if self.rounds is None else self.rounds[i]
 
     def may_guess(self, batch: Batch, i: int) -> bool:
         """Whether tensor i, which is low, may be updated with the cap and repaired.
@@ -115,7 +121,7 @@ class Packed:
         the denominator. Rows need no guess.
         """
         param, remainder = batch.params[i], self.remainders[i]
-        rounds = bool(self.rounding[ROUNDS, i]) or remainder.numel() > 0
+        rounds = self.is_rounded(i) or remainder.numel() > 0
         codes = any(own[i].dtype in (torch.int8, torch.uint8) for own in batch.memories.values())
         return (param.dtype != torch.bfloat16 or rounds) and not codes and batch.betas[i].dim() == 0
 
