@@ -49,7 +49,8 @@ def plain(options: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, Integral) and not isinstance(value, bool)
     }
     betas = {"betas": tuple(map(float, options["betas"]))} if "betas" in options else {}
-    dtypes = {key: BFLOAT16 for key, value in options.items() if value is torch.bfloat16}
+    names = {torch.bfloat16: BFLOAT16, torch.int8: "int8"}
+    dtypes = {k: names[v] for k, v in options.items() if isinstance(v, torch.dtype) and v in names}
     return {**options, **numbers, **integers, **betas, **dtypes}
 
 

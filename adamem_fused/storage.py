@@ -1,6 +1,6 @@
 """How a parameter's state is kept: which of the formats of formats.py its group's options give it.
 
-    state_dtype              None, torch.bfloat16 ("bfloat16" in a group) or "int8": of the memories
+    state_dtype              None, torch.bfloat16 or "int8", a name in a group: of the memories
     stochastic_rounding      of a bfloat16 parameter
     store_param_remainders   8 further bits of a bfloat16 parameter, `param_remainder`
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Placed: TypeAlias = "tuple[dict[str, Any], int]"
 
 BFLOAT16 = "bfloat16"
-STATE_DTYPES = (None, torch.bfloat16, BFLOAT16, "int8")
+STATE_DTYPES = (None, torch.bfloat16, torch.int8, BFLOAT16, "int8")
 REMAINDER = "param_remainder"
 
 # Of the parameters that may have a state_dtype.
@@ -355,7 +355,8 @@ def _key(work: Work, groups: list[Placed], all_groups: list[dict[str, Any]]) -> 
 def _kinds(batch: Batch, last: bytes) -> bytes:
     """The dtypes and shapes of a batch's memories and of what is packed; without the extension,
     which asks for them, nothing."""
-    if ops.extension is None or torch.compiler.is_compiling() or batch.packed is None:
+    traced = torch.compiler.is_compiling() or ops.is_traced()
+    if ops.extension is None or traced or batch.packed is None:
         return b""
     lists = (*batch.memories.values(), *batch.packed.lists())
     structure: bytes = ops.extension.describe(lists, b"", last, False)[1]
