@@ -15,27 +15,33 @@
 // or over ranks. Where nothing is to happen in between, finish without rows does all of the step;
 // tensors of groups that are `shared` then take the sums over all such tensors.
 //
+// packed, rounding: `Packed` of adamem_fused/backends/batch.py, where something is stored in few
+// bits: the scales of each memory, one entry a tensor, and the remainders behind them. Else
+// nothing.
+//
 // squared_norms: the sum of each tensor's squares, [tensors] float64.
 #include <torch/library.h>
 
 #define AM_OPTIONS \
-  "Tensor lrs, int[] group_sizes, float[] hypers, Tensor? grad_scale, Tensor? found_inf"
+  "Tensor lrs, int[] group_sizes, float[] hypers, Tensor? grad_scale, Tensor? found_inf, "
 
 TORCH_LIBRARY(adamem_fused, m) {
   m.def(
       "adamw_begin_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor[] steps, Tensor[] beta_prods, Tensor[] prev_lrs, "
-      "Tensor[] betas, " AM_OPTIONS ") -> Tensor");
+      "Tensor[] betas, " AM_OPTIONS "Tensor[] packed, Tensor? rounding) -> Tensor");
   m.def(
       "adamw_finish_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] beta_prods, "
-      "Tensor(f!)[] prev_lrs, Tensor(g!)[] betas, " AM_OPTIONS ", Tensor? rows) -> ()");
+      "Tensor(f!)[] prev_lrs, Tensor(g!)[] betas, " AM_OPTIONS
+      "Tensor(h!)[] packed, Tensor? rounding, Tensor? rows) -> ()");
   m.def(
       "sgd_begin(Tensor[] params, Tensor[] grads, Tensor[] momentum_buffers, Tensor[] steps, "
-      "Tensor[] prev_lrs, Tensor[] betas, " AM_OPTIONS ") -> Tensor");
+      "Tensor[] prev_lrs, Tensor[] betas, " AM_OPTIONS
+      "Tensor[] packed, Tensor? rounding) -> Tensor");
   m.def(
       "sgd_finish_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
       "Tensor(c!)[] steps, Tensor(d!)[] prev_lrs, Tensor(e!)[] betas, " AM_OPTIONS
-      ", Tensor? rows) -> ()");
+      "Tensor(h!)[] packed, Tensor? rounding, Tensor? rows) -> ()");
   m.def("squared_norms(Tensor[] grads) -> Tensor");
 }

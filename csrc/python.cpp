@@ -477,15 +477,16 @@ py::object adamw_begin_(const py::list& params, const py::list& grads, const py:
                         const py::list& beta_prods, const py::list& prev_lrs, const py::list& betas,
                         const Tensor& lrs, const std::vector<int64_t>& group_sizes,
                         const std::vector<double>& hypers, const OptionalTensor& grad_scale,
-                        const OptionalTensor& found_inf) {
+                        const OptionalTensor& found_inf, const py::list& packed,
+                        const OptionalTensor& rounding) {
   bool plain = !any_modes();
-  const cpu::AdamWTensors tensors{refs_of(params, plain),   refs_of(grads, plain),
-                                  refs_of(exp_avgs, plain), refs_of(exp_avg_sqs, plain),
-                                  refs_of(steps, plain),    refs_of(beta_prods, plain),
-                                  refs_of(prev_lrs, plain), refs_of(betas, plain)};
+  const cpu::AdamWTensors tensors{
+      refs_of(params, plain),      refs_of(grads, plain), refs_of(exp_avgs, plain),
+      refs_of(exp_avg_sqs, plain), refs_of(steps, plain), refs_of(beta_prods, plain),
+      refs_of(prev_lrs, plain),    refs_of(betas, plain), refs_of(packed, plain)};
   if (!plain) return not_implemented();
   return py::cast(run("adamem_fused::adamw_begin_", [&] {
-    return cpu::adamw_begin_(tensors, {lrs, group_sizes, hypers, grad_scale, found_inf});
+    return cpu::adamw_begin_(tensors, {lrs, group_sizes, hypers, grad_scale, found_inf, rounding});
   }));
 }
 
@@ -495,15 +496,16 @@ py::object adamw_finish_(const py::list& params, const py::list& grads, const py
                          const py::list& betas, const Tensor& lrs,
                          const std::vector<int64_t>& group_sizes, const std::vector<double>& hypers,
                          const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                         const py::list& packed, const OptionalTensor& rounding,
                          const OptionalTensor& rows) {
   bool plain = !any_modes();
-  const cpu::AdamWTensors tensors{refs_of(params, plain),   refs_of(grads, plain),
-                                  refs_of(exp_avgs, plain), refs_of(exp_avg_sqs, plain),
-                                  refs_of(steps, plain),    refs_of(beta_prods, plain),
-                                  refs_of(prev_lrs, plain), refs_of(betas, plain)};
+  const cpu::AdamWTensors tensors{
+      refs_of(params, plain),      refs_of(grads, plain), refs_of(exp_avgs, plain),
+      refs_of(exp_avg_sqs, plain), refs_of(steps, plain), refs_of(beta_prods, plain),
+      refs_of(prev_lrs, plain),    refs_of(betas, plain), refs_of(packed, plain)};
   if (!plain) return not_implemented();
   run("adamem_fused::adamw_finish_", [&] {
-    cpu::adamw_finish_(tensors, {lrs, group_sizes, hypers, grad_scale, found_inf}, rows);
+    cpu::adamw_finish_(tensors, {lrs, group_sizes, hypers, grad_scale, found_inf, rounding}, rows);
   });
   return py::none();
 }
@@ -512,14 +514,16 @@ py::object sgd_begin(const py::list& params, const py::list& grads,
                      const py::list& momentum_buffers, const py::list& steps,
                      const py::list& prev_lrs, const py::list& betas, const Tensor& lrs,
                      const std::vector<int64_t>& group_sizes, const std::vector<double>& hypers,
-                     const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
+                     const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                     const py::list& packed, const OptionalTensor& rounding) {
   bool plain = !any_modes();
-  const cpu::SGDTensors tensors{refs_of(params, plain),           refs_of(grads, plain),
-                                refs_of(momentum_buffers, plain), refs_of(steps, plain),
-                                refs_of(prev_lrs, plain),         refs_of(betas, plain)};
+  const cpu::SGDTensors tensors{
+      refs_of(params, plain), refs_of(grads, plain),    refs_of(momentum_buffers, plain),
+      refs_of(steps, plain),  refs_of(prev_lrs, plain), refs_of(betas, plain),
+      refs_of(packed, plain)};
   if (!plain) return not_implemented();
   return py::cast(run("adamem_fused::sgd_begin", [&] {
-    return cpu::sgd_begin(tensors, {lrs, group_sizes, hypers, grad_scale, found_inf});
+    return cpu::sgd_begin(tensors, {lrs, group_sizes, hypers, grad_scale, found_inf, rounding});
   }));
 }
 
@@ -528,14 +532,17 @@ py::object sgd_finish_(const py::list& params, const py::list& grads,
                        const py::list& prev_lrs, const py::list& betas, const Tensor& lrs,
                        const std::vector<int64_t>& group_sizes, const std::vector<double>& hypers,
                        const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                       const py::list& packed, const OptionalTensor& rounding,
                        const OptionalTensor& rows) {
   bool plain = !any_modes();
-  const cpu::SGDTensors tensors{refs_of(params, plain),           refs_of(grads, plain),
-                                refs_of(momentum_buffers, plain), refs_of(steps, plain),
-                                refs_of(prev_lrs, plain),         refs_of(betas, plain)};
+  const cpu::SGDTensors tensors{
+      refs_of(params, plain), refs_of(grads, plain),    refs_of(momentum_buffers, plain),
+      refs_of(steps, plain),  refs_of(prev_lrs, plain), refs_of(betas, plain),
+      refs_of(packed, plain)};
   if (!plain) return not_implemented();
-  run("adamem_fused::sgd_finish_",
-      [&] { cpu::sgd_finish_(tensors, {lrs, group_sizes, hypers, grad_scale, found_inf}, rows); });
+  run("adamem_fused::sgd_finish_", [&] {
+    cpu::sgd_finish_(tensors, {lrs, group_sizes, hypers, grad_scale, found_inf, rounding}, rows);
+  });
   return py::none();
 }
 

@@ -225,7 +225,7 @@ def test_the_operators_pass_opcheck(cls, kind, begin):
 def test_the_operators_export(cls, kind, begin):
     arguments = operator_arguments(cls)
     operator = getattr(torch.ops.adamem_fused, begin)
-    tensors, options = arguments[:-5], arguments[-5:]
+    tensors, options = arguments[:-7], arguments[-7:]
 
     class Begin(torch.nn.Module):
         def forward(self, *tensors):

@@ -266,7 +266,7 @@ def test_a_step_is_named_in_a_profile(cls):
 
 def test_what_is_not_a_tensor_in_a_list_is_refused():
     with pytest.raises(TypeError, match="list of tensors holds a int"):
-        ops.call("sgd_begin", [1], [], [], [], [], [], torch.zeros(0), [], [], None, None)
+        ops.call("sgd_begin", [1], [], [], [], [], [], torch.zeros(0), [], [], None, None, [], None)
 
 
 # ---- descriptions ------------------------------------------------------------------

@@ -9,6 +9,7 @@ same bits with any number of threads, and AVX-512 those of AVX2.
 from __future__ import annotations
 
 from array import array
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from adamem_fused.backends.batch import check as check
 name = "cpu"
 fused = True
 shares_sums = True
-packs = False
+packs = True
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -62,8 +63,12 @@ def _arguments(
     batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> tuple[Any, ...]:
     """As the operators of csrc/ops.cpp take them."""
+    packed, rounding = [], None
+    if batch.packed is not None:
+        packed, rounding = list(chain(*batch.packed.lists())), batch.packed.rounding
     return (
-        *batch.lists(), _lrs(batch), batch.group_sizes, _hypers(batch), grad_scale, found_inf
+        *batch.lists(), _lrs(batch), batch.group_sizes, _hypers(batch), grad_scale, found_inf,
+        packed, rounding,
     )  # fmt: skip
 
 

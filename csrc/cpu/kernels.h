@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../am_math.h"
+#include "../formats.h"
 
 namespace am::cpu {
 
@@ -64,6 +65,48 @@ struct AdamWRows {
 // What a row's update takes that its sums have worked out is kept: two numbers an element.
 constexpr int64_t kRowScratch = 2;
 
+// What is stored in few bits, as adamem_fused/formats.py says.
+
+enum Format { kFloats, kShorts, kSignedCodes, kSquareCodes };  // float32, bfloat16, int8
+
+struct LowMemory {
+  void* data = nullptr;
+  Format format = kFloats;
+  float* scales = nullptr;
+  int64_t block = 0;  // elements of each scale
+};
+
+// A tensor, float32 or bfloat16, of which something is stored so.
+struct LowTensor {
+  DType dtype;  // of parameter and gradient
+  void* param;
+  const void* grad;
+  LowMemory memories[2];
+  uint8_t* remainder;             // of int8
+  bool rounds;                    // the parameter, stochastically
+  int64_t offset, stretch, skip;  // where it lies in the whole tensor, see formats.places
+  StepKeys keys;
+
+  // Whether the kernels are not to work on parameter and gradient in their place.
+  AM_MEMBER bool is_param_staged() const { return rounds || remainder != nullptr; }
+  AM_MEMBER DType kernel_dtype() const { return is_param_staged() ? kFloat32 : dtype; }
+};
+
+// From an element on, which is the first of a block.
+struct LowChunk {
+  const LowTensor* tensor;
+  int64_t begin, numel;
+};
+
+struct LowAdamWRows {
+  LowChunk first;   // its numel is that of a row
+  AdamWRows rows;   // without their data
+  int64_t at_once;  // as many rows are in float32 at a time
+  float* room;      // for them: kLowRoom numbers for each element, and room for a pack of each
+};
+
+constexpr int64_t kLowRoom = 4;
+
 struct Kernels {
   Sums (*adamw_sums[kNumDTypes])(const AdamWChunk&, const AdamWCoefficients<double>&);
   // The sums, and the update with the cap for beta.
@@ -78,6 +121,12 @@ struct Kernels {
   Sums (*sgd_sums[kNumDTypes])(const SGDChunk&, const SGDCoefficients<double>&);
   void (*sgd_update[kNumDTypes])(const SGDChunk&, const SGDCoefficients<double>&, double keep,
                                  double take);
+  // Of what is stored in few bits.
+  Sums (*low_adamw_sums)(const LowChunk&, const AdamWCoefficients<double>&);
+  void (*low_adamw_update)(const LowChunk&, const AdamWCoefficients<double>&, double take);
+  void (*low_adamw_rows)(const LowAdamWRows&, const AdamWCoefficients<double>&);
+  Sums (*low_sgd_sums)(const LowChunk&, const SGDCoefficients<double>&);
+  void (*low_sgd_update)(const LowChunk&, const SGDCoefficients<double>&, double keep, double take);
   // The sum of the elements' squares.
   double (*squares[kNumDTypes])(const void* data, int64_t numel);
 };

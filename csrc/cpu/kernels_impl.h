@@ -1,6 +1,8 @@
 // The chunk walk around am_math.h, compiled once for each instruction set by the
 // kernels_*.cpp beside it, which define AM_KERNELS, the name of the table.
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <type_traits>
 
 #include "kernels.h"
@@ -97,6 +99,29 @@ AM_INLINE void prefetch(P... p) {
   (prefetch_one<kBytes>(p), ...);
 }
 
+// What is stored in few bits is worked on piece by piece, and its kernels ask for the next piece
+// beside a pack of this one. Others ask for what is ahead of them themselves.
+struct Stream {
+  const char* next;
+  int64_t bytes;  // an element
+};
+
+template <int kStreams>
+struct Beside {
+  Stream streams[kStreams];
+
+  AM_MEMBER void operator()(int64_t i) const {
+    for (const Stream& s : streams) __builtin_prefetch(s.next + i * s.bytes);
+  }
+};
+
+struct Alone {
+  AM_MEMBER void operator()(int64_t) const {}
+};
+
+template <class B>
+constexpr bool kIsAlone = std::is_same_v<B, Alone>;
+
 // Calls finish(place, start(place), i) for every pack, which begins with element i, with start()
 // one pack ahead: while a square root is being taken the processor finds other work to do, of which
 // it sees only some hundred instructions ahead. 10 to 13 % of a step in cache (two cores, AVX2).
@@ -157,19 +182,20 @@ struct AdamW {
     return root;
   }
 
-  template <bool Scaled, bool Decay, bool Guess>
-  static Sums begin_chunk(const AdamWChunk& chunk, const Coefficients c) {
+  template <bool Scaled, bool Decay, bool Guess, class B = Alone>
+  static void begin_chunk(const AdamWChunk& chunk, const Coefficients c,
+                          Accumulator<T>& accumulator, const B beside = {}) {
     LaneSums<T> sums;
-    Accumulator<T> accumulator;
     walk(
         place(chunk), chunk.numel, kBlock,
         [&](const auto& p) AM_INLINE_LAMBDA {
-          prefetch(p.g, p.v);
+          if constexpr (kIsAlone<B>) prefetch(p.g, p.v);
           return new_root<Scaled, Guess>(p, c);
         },
-        [&](const auto& p, Pack<T> root, int64_t) AM_INLINE_LAMBDA {
-          prefetch(p.d);
-          if constexpr (Guess || Decay) prefetch(p.x);
+        [&](const auto& p, Pack<T> root, int64_t i) AM_INLINE_LAMBDA {
+          beside(i);
+          if constexpr (kIsAlone<B>) prefetch(p.d);
+          if constexpr (kIsAlone<B> && (Guess || Decay)) prefetch(p.x);
           Pack<T> d = load(p.d), x = Guess || Decay ? load(p.x) : Pack<T>(T(0));
           if constexpr (Guess) {
             adamw_guess<Scaled, Decay>(load(p.g), d, root, x, c, sums.num, sums.den);
@@ -180,19 +206,22 @@ struct AdamW {
           }
         },
         [&](int64_t lanes) { accumulator.take(sums, lanes); });
-    return accumulator.total();
   }
 
   static Sums sums(const AdamWChunk& chunk, const AdamWCoefficients<double>& c) {
-    return specialize(cast(c), [&](auto scaled, auto decay) {
-      return begin_chunk<scaled, decay, false>(chunk, cast(c));
+    Accumulator<T> accumulator;
+    specialize(cast(c), [&](auto scaled, auto decay) {
+      begin_chunk<scaled, decay, false>(chunk, cast(c), accumulator);
     });
+    return accumulator.total();
   }
 
   static Sums guess(const AdamWChunk& chunk, const AdamWCoefficients<double>& c) {
-    return specialize(cast(c), [&](auto scaled, auto decay) {
-      return begin_chunk<scaled, decay, true>(chunk, cast(c));
+    Accumulator<T> accumulator;
+    specialize(cast(c), [&](auto scaled, auto decay) {
+      begin_chunk<scaled, decay, true>(chunk, cast(c), accumulator);
     });
+    return accumulator.total();
   }
 
   // A row whose sums are there, and what its update takes: 1 - beta, and P and the weighted
@@ -221,19 +250,20 @@ struct AdamW {
   // The sums of a row, and beside them, where kFinishes, the update of the one before: it finds
   // time while a square root or a quotient is being taken. 13 % of a step in cache, rows of 816
   // elements (Zen 5).
-  template <bool Scaled, bool Decay, bool kFinishes>
+  template <bool Scaled, bool Decay, bool kFinishes, class B>
   static Sums begin_row(const Place& row, int64_t numel, const Coefficients& c, T* scratch,
-                        const BegunRow& before) {
+                        const BegunRow& before, int64_t first, const B& beside) {
     LaneSums<T> sums;
     Accumulator<T> accumulator;
     walk(
         row, numel, kBlock,
         [&](const auto& p) AM_INLINE_LAMBDA {
-          prefetch<kRowPrefetchBytes>(p.g, p.v);
+          if constexpr (kIsAlone<B>) prefetch<kRowPrefetchBytes>(p.g, p.v);
           return new_root<Scaled, true>(p, c);
         },
         [&](const auto& p, Pack<T> root, int64_t i) AM_INLINE_LAMBDA {
-          prefetch<kRowPrefetchBytes>(p.d, p.x);
+          beside(first + i);
+          if constexpr (kIsAlone<B>) prefetch<kRowPrefetchBytes>(p.d, p.x);
           const Pack<T> g = gradient<Scaled>(load(p.g), c);
           const Pack<T> x = Decay ? load(p.x) : Pack<T>(T(0));
           const auto terms = adamw_terms(g, load(p.d), root, c);
@@ -247,8 +277,9 @@ struct AdamW {
     return accumulator.total();
   }
 
-  template <bool Scaled, bool Decay>
-  static void step_rows(const AdamWRows& run, const AdamWCoefficients<double>& base) {
+  template <bool Scaled, bool Decay, class B>
+  static void step_rows(const AdamWRows& run, const AdamWCoefficients<double>& base,
+                        const B& beside) {
     const int64_t numel = run.first.numel;
     T* scratch[] = {static_cast<T*>(run.scratch),
                     static_cast<T*>(run.scratch) + kRowScratch * (numel + Pack<T>::kLanes)};
@@ -261,8 +292,9 @@ struct AdamW {
       c.root_scale = T(corrected.root_scale);
       c.eps = T(corrected.eps);
       T* const own = scratch[k % 2];
-      const Sums sums = k == 0 ? begin_row<Scaled, Decay, false>(row, numel, c, own, begun)
-                               : begin_row<Scaled, Decay, true>(row, numel, c, own, begun);
+      const Sums sums =
+          k == 0 ? begin_row<Scaled, Decay, false>(row, numel, c, own, begun, 0, beside)
+                 : begin_row<Scaled, Decay, true>(row, numel, c, own, begun, k * numel, beside);
       const double beta = adamw_beta(sums.num, sums.den, run.beta_max, run.step);
       run.beta_prods.write(beta_prod * beta, run.index + k);
       run.betas.write(beta, run.index + k);
@@ -274,18 +306,26 @@ struct AdamW {
         [](int64_t) {});
   }
 
+  template <class B>
+  static void rows_beside(const AdamWRows& run, const AdamWCoefficients<double>& c,
+                          const B& beside) {
+    specialize(cast(c), [&](auto scaled, auto decay) { step_rows<scaled, decay>(run, c, beside); });
+  }
+
   static void rows(const AdamWRows& run, const AdamWCoefficients<double>& c) {
-    specialize(cast(c), [&](auto scaled, auto decay) { step_rows<scaled, decay>(run, c); });
+    rows_beside(run, c, Alone());
   }
 
   // amount: 1 - beta, or, for a repair, what the guess has missed by.
-  template <bool Scaled, bool Repair>
-  static void finish_chunk(const AdamWChunk& chunk, const Coefficients c, T amount) {
+  template <bool Scaled, bool Repair, class B = Alone>
+  static void finish_chunk(const AdamWChunk& chunk, const Coefficients c, T amount,
+                           const B beside = {}) {
     walk(
         place(chunk), chunk.numel, chunk.numel,
         [&](const auto& p)
             AM_INLINE_LAMBDA { return Repair ? sqrt(load(p.v)) : new_root<Scaled, true>(p, c); },
-        [&](const auto& p, Pack<T> root, int64_t) AM_INLINE_LAMBDA {
+        [&](const auto& p, Pack<T> root, int64_t i) AM_INLINE_LAMBDA {
+          beside(i);
           Pack<T> d = load(p.d), x = load(p.x);
           if constexpr (Repair) {
             adamw_repair<Scaled>(load(p.g), d, root, x, amount, c);
@@ -298,9 +338,16 @@ struct AdamW {
         [](int64_t) {});
   }
 
+  template <class B>
+  static void update_beside(const AdamWChunk& chunk, const AdamWCoefficients<double>& c,
+                            double take, const B& beside) {
+    specialize(cast(c), [&](auto scaled, auto) {
+      finish_chunk<scaled, false>(chunk, cast(c), T(take), beside);
+    });
+  }
+
   static void update(const AdamWChunk& chunk, const AdamWCoefficients<double>& c, double take) {
-    specialize(cast(c),
-               [&](auto scaled, auto) { finish_chunk<scaled, false>(chunk, cast(c), T(take)); });
+    update_beside(chunk, c, take, Alone());
   }
 
   static void repair(const AdamWChunk& chunk, const AdamWCoefficients<double>& c, double miss) {
@@ -324,32 +371,37 @@ struct SGD {
             static_cast<T*>(chunk.momentum_buffer), nullptr};
   }
 
-  template <bool Scaled, bool Decay>
-  static Sums sum_chunk(const SGDChunk& chunk, const Coefficients c) {
+  template <bool Scaled, bool Decay, class B = Alone>
+  static void sum_chunk(const SGDChunk& chunk, const Coefficients c, Accumulator<T>& accumulator,
+                        const B beside = {}) {
     LaneSums<T> sums;
-    Accumulator<T> accumulator;
     walk(
         place(chunk), chunk.numel, kBlock, [](const auto&) { return 0; },
-        [&](const auto& p, int, int64_t) AM_INLINE_LAMBDA {
-          prefetch(p.g, p.d);
-          if constexpr (Decay) prefetch(p.x);
+        [&](const auto& p, int, int64_t i) AM_INLINE_LAMBDA {
+          beside(i);
+          if constexpr (kIsAlone<B>) prefetch(p.g, p.d);
+          if constexpr (kIsAlone<B> && Decay) prefetch(p.x);
           const Pack<T> x = Decay ? load(p.x) : Pack<T>(T(0));
           sgd_sums<Scaled, Decay>(load(p.g), load(p.d), x, c, sums.num, sums.den);
         },
         [&](int64_t lanes) { accumulator.take(sums, lanes); });
-    return accumulator.total();
   }
 
   static Sums sums(const SGDChunk& chunk, const SGDCoefficients<double>& c) {
-    return specialize(
-        cast(c), [&](auto scaled, auto decay) { return sum_chunk<scaled, decay>(chunk, cast(c)); });
+    Accumulator<T> accumulator;
+    specialize(cast(c), [&](auto scaled, auto decay) {
+      sum_chunk<scaled, decay>(chunk, cast(c), accumulator);
+    });
+    return accumulator.total();
   }
 
-  template <bool Scaled, bool Decay>
-  static void update_chunk(const SGDChunk& chunk, const Coefficients c, T keep, T take) {
+  template <bool Scaled, bool Decay, class B>
+  static void update_chunk(const SGDChunk& chunk, const Coefficients c, T keep, T take,
+                           const B beside) {
     walk(
         place(chunk), chunk.numel, chunk.numel, [](const auto&) { return 0; },
-        [&](const auto& p, int, int64_t) AM_INLINE_LAMBDA {
+        [&](const auto& p, int, int64_t i) AM_INLINE_LAMBDA {
+          beside(i);
           Pack<T> d = load(p.d), x = load(p.x);
           sgd_update<Scaled, Decay>(load(p.g), d, x, keep, take, c);
           store(p.d, d);
@@ -358,11 +410,17 @@ struct SGD {
         [](int64_t) {});
   }
 
+  template <class B>
+  static void update_beside(const SGDChunk& chunk, const SGDCoefficients<double>& c, double keep,
+                            double take, const B& beside) {
+    specialize(cast(c), [&](auto scaled, auto decay) {
+      update_chunk<scaled, decay>(chunk, cast(c), T(keep), T(take), beside);
+    });
+  }
+
   static void update(const SGDChunk& chunk, const SGDCoefficients<double>& c, double keep,
                      double take) {
-    specialize(cast(c), [&](auto scaled, auto decay) {
-      update_chunk<scaled, decay>(chunk, cast(c), T(keep), T(take));
-    });
+    update_beside(chunk, c, keep, take, Alone());
   }
 };
 
@@ -435,6 +493,126 @@ struct Norm {
 
 }  // namespace
 
+#include "formats_impl.h"
+
+namespace {
+
+// ---- what is stored in few bits: piece by piece in float32 --------------------------------
+
+// Calls f(staged, n, next) for pieces of a chunk, with their elements in float32; next: the first
+// element behind them.
+template <class F>
+AM_INLINE void for_pieces(const LowChunk& chunk, bool reads_param, bool stores, F f) {
+  alignas(64) float room[kLowRoom * (kPiece + kEach)];
+  for (int64_t done = 0; done < chunk.numel; done += kPiece) {
+    const int64_t begin = chunk.begin + done, n = std::min(kPiece, chunk.numel - done);
+    const Staged staged = stage(*chunk.tensor, begin, n, reads_param, room);
+    f(staged, n, begin + n);
+    if (stores) store_piece(*chunk.tensor, begin, n, staged, begin + n);
+  }
+}
+
+template <int kMemories>
+AM_INLINE Beside<kMemories> memories_beside(const LowTensor& t, int64_t next) {
+  Beside<kMemories> result;
+  for (int k = 0; k < kMemories; ++k) result.streams[k] = memory_stream(t.memories[k], next);
+  return result;
+}
+
+template <int kMemories, bool kWithParam>
+AM_INLINE auto all_beside(const LowTensor& t, int64_t next) {
+  Beside<kMemories + 1 + kWithParam> result;
+  for (int k = 0; k < kMemories; ++k) result.streams[k] = memory_stream(t.memories[k], next);
+  result.streams[kMemories] = stream(t, t.grad, next);
+  if constexpr (kWithParam) result.streams[kMemories + 1] = stream(t, t.param, next);
+  return result;
+}
+
+// Calls f with the optimizer's kernels that take what is staged.
+template <template <class, class> class Optimizer, class F>
+AM_INLINE void with_kernels(const LowTensor& tensor, F f) {
+  if (tensor.kernel_dtype() == kBFloat16) {
+    f(Optimizer<BFloat16, float>{});
+  } else {
+    f(Optimizer<float, float>{});
+  }
+}
+
+AM_INLINE AdamWChunk adamw_chunk(const Staged& staged, int64_t n) {
+  return {staged.param, staged.grad, staged.memories[0], staged.memories[1], n};
+}
+
+AM_INLINE SGDChunk sgd_chunk(const Staged& staged, int64_t n) {
+  return {staged.param, staged.grad, staged.memories[0], n};
+}
+
+Sums low_adamw_sums(const LowChunk& chunk, const AdamWCoefficients<double>& c) {
+  Accumulator<float> accumulator;
+  with_kernels<AdamW>(*chunk.tensor, [&](auto kernels) {
+    using Own = decltype(kernels);
+    specialize(Own::cast(c), [&](auto scaled, auto decay) {
+      for_pieces(chunk, decay, false, [&](const Staged& staged, int64_t n, int64_t next) {
+        Own::template begin_chunk<scaled, decay, false>(adamw_chunk(staged, n), Own::cast(c),
+                                                        accumulator,
+                                                        all_beside<2, decay>(*chunk.tensor, next));
+      });
+    });
+  });
+  return accumulator.total();
+}
+
+void low_adamw_update(const LowChunk& chunk, const AdamWCoefficients<double>& c, double take) {
+  with_kernels<AdamW>(*chunk.tensor, [&](auto kernels) {
+    for_pieces(chunk, true, true, [&](const Staged& staged, int64_t n, int64_t next) {
+      const auto beside = memories_beside<2>(*chunk.tensor, next);
+      decltype(kernels)::update_beside(adamw_chunk(staged, n), c, take, beside);
+    });
+  });
+}
+
+void low_adamw_rows(const LowAdamWRows& run, const AdamWCoefficients<double>& c) {
+  const LowTensor& tensor = *run.first.tensor;
+  const int64_t numel = run.first.numel;
+  with_kernels<AdamW>(tensor, [&](auto kernels) {
+    AdamWRows own = run.rows;
+    for (int64_t done = 0; done < run.rows.rows; done += own.rows) {
+      own.rows = std::min(run.at_once, run.rows.rows - done);
+      own.index = run.rows.index + done;
+      const int64_t begin = run.first.begin + done * numel, n = own.rows * numel;
+      const Staged staged = stage(tensor, begin, n, true, run.room);
+      own.first = adamw_chunk(staged, numel);
+      decltype(kernels)::rows_beside(own, c, memories_beside<2>(tensor, begin + n));
+      store_staged(tensor, begin, n, staged);
+    }
+  });
+}
+
+Sums low_sgd_sums(const LowChunk& chunk, const SGDCoefficients<double>& c) {
+  Accumulator<float> accumulator;
+  with_kernels<SGD>(*chunk.tensor, [&](auto kernels) {
+    using Own = decltype(kernels);
+    specialize(Own::cast(c), [&](auto scaled, auto decay) {
+      for_pieces(chunk, decay, false, [&](const Staged& staged, int64_t n, int64_t next) {
+        Own::template sum_chunk<scaled, decay>(sgd_chunk(staged, n), Own::cast(c), accumulator,
+                                               all_beside<1, decay>(*chunk.tensor, next));
+      });
+    });
+  });
+  return accumulator.total();
+}
+
+void low_sgd_update(const LowChunk& chunk, const SGDCoefficients<double>& c, double keep,
+                    double take) {
+  with_kernels<SGD>(*chunk.tensor, [&](auto kernels) {
+    for_pieces(chunk, true, true, [&](const Staged& staged, int64_t n, int64_t next) {
+      const auto beside = memories_beside<1>(*chunk.tensor, next);
+      decltype(kernels)::update_beside(sgd_chunk(staged, n), c, keep, take, beside);
+    });
+  });
+}
+
+}  // namespace
+
 namespace am::cpu {
 
 // A function for each DType, in their order.
@@ -443,9 +621,19 @@ namespace am::cpu {
    Optimizer<BFloat16, float>::function, Optimizer<Float16, float>::function}
 
 extern const Kernels AM_KERNELS = {
-    AM_FOR_DTYPES(AdamW, sums), AM_FOR_DTYPES(AdamW, guess),  AM_FOR_DTYPES(AdamW, update),
-    AM_FOR_DTYPES(AdamW, rows), AM_FOR_DTYPES(AdamW, repair), AM_FOR_DTYPES(SGD, sums),
-    AM_FOR_DTYPES(SGD, update), AM_FOR_DTYPES(Norm, squares),
+    AM_FOR_DTYPES(AdamW, sums),
+    AM_FOR_DTYPES(AdamW, guess),
+    AM_FOR_DTYPES(AdamW, update),
+    AM_FOR_DTYPES(AdamW, rows),
+    AM_FOR_DTYPES(AdamW, repair),
+    AM_FOR_DTYPES(SGD, sums),
+    AM_FOR_DTYPES(SGD, update),
+    low_adamw_sums,
+    low_adamw_update,
+    low_adamw_rows,
+    low_sgd_sums,
+    low_sgd_update,
+    AM_FOR_DTYPES(Norm, squares),
 };
 
 }  // namespace am::cpu

@@ -14,11 +14,12 @@ Tensor adamw_begin_op(TensorList params, TensorList grads, TensorList exp_avgs,
                       TensorList exp_avg_sqs, TensorList steps, TensorList beta_prods,
                       TensorList prev_lrs, TensorList betas, const Tensor& lrs,
                       at::IntArrayRef group_sizes, at::ArrayRef<double> hypers,
-                      const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
-  return adamw_begin_(
-      {TensorRefs(params), TensorRefs(grads), TensorRefs(exp_avgs), TensorRefs(exp_avg_sqs),
-       TensorRefs(steps), TensorRefs(beta_prods), TensorRefs(prev_lrs), TensorRefs(betas)},
-      {lrs, group_sizes, hypers, grad_scale, found_inf});
+                      const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                      TensorList packed, const OptionalTensor& rounding) {
+  return adamw_begin_({TensorRefs(params), TensorRefs(grads), TensorRefs(exp_avgs),
+                       TensorRefs(exp_avg_sqs), TensorRefs(steps), TensorRefs(beta_prods),
+                       TensorRefs(prev_lrs), TensorRefs(betas), TensorRefs(packed)},
+                      {lrs, group_sizes, hypers, grad_scale, found_inf, rounding});
 }
 
 void adamw_finish_op(TensorList params, TensorList grads, TensorList exp_avgs,
@@ -26,30 +27,32 @@ void adamw_finish_op(TensorList params, TensorList grads, TensorList exp_avgs,
                      TensorList prev_lrs, TensorList betas, const Tensor& lrs,
                      at::IntArrayRef group_sizes, at::ArrayRef<double> hypers,
                      const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                     TensorList packed, const OptionalTensor& rounding,
                      const OptionalTensor& rows) {
-  adamw_finish_(
-      {TensorRefs(params), TensorRefs(grads), TensorRefs(exp_avgs), TensorRefs(exp_avg_sqs),
-       TensorRefs(steps), TensorRefs(beta_prods), TensorRefs(prev_lrs), TensorRefs(betas)},
-      {lrs, group_sizes, hypers, grad_scale, found_inf}, rows);
+  adamw_finish_({TensorRefs(params), TensorRefs(grads), TensorRefs(exp_avgs),
+                 TensorRefs(exp_avg_sqs), TensorRefs(steps), TensorRefs(beta_prods),
+                 TensorRefs(prev_lrs), TensorRefs(betas), TensorRefs(packed)},
+                {lrs, group_sizes, hypers, grad_scale, found_inf, rounding}, rows);
 }
 
 Tensor sgd_begin_op(TensorList params, TensorList grads, TensorList momentum_buffers,
                     TensorList steps, TensorList prev_lrs, TensorList betas, const Tensor& lrs,
                     at::IntArrayRef group_sizes, at::ArrayRef<double> hypers,
-                    const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
+                    const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                    TensorList packed, const OptionalTensor& rounding) {
   return sgd_begin({TensorRefs(params), TensorRefs(grads), TensorRefs(momentum_buffers),
-                    TensorRefs(steps), TensorRefs(prev_lrs), TensorRefs(betas)},
-                   {lrs, group_sizes, hypers, grad_scale, found_inf});
+                    TensorRefs(steps), TensorRefs(prev_lrs), TensorRefs(betas), TensorRefs(packed)},
+                   {lrs, group_sizes, hypers, grad_scale, found_inf, rounding});
 }
 
 void sgd_finish_op(TensorList params, TensorList grads, TensorList momentum_buffers,
                    TensorList steps, TensorList prev_lrs, TensorList betas, const Tensor& lrs,
                    at::IntArrayRef group_sizes, at::ArrayRef<double> hypers,
                    const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-                   const OptionalTensor& rows) {
+                   TensorList packed, const OptionalTensor& rounding, const OptionalTensor& rows) {
   sgd_finish_({TensorRefs(params), TensorRefs(grads), TensorRefs(momentum_buffers),
-               TensorRefs(steps), TensorRefs(prev_lrs), TensorRefs(betas)},
-              {lrs, group_sizes, hypers, grad_scale, found_inf}, rows);
+               TensorRefs(steps), TensorRefs(prev_lrs), TensorRefs(betas), TensorRefs(packed)},
+              {lrs, group_sizes, hypers, grad_scale, found_inf, rounding}, rows);
 }
 
 Tensor squared_norms_op(TensorList grads) { return squared_norms(TensorRefs(grads)); }

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "low.h"
 #include "schedule.h"
 #include "tensors.h"
 
@@ -105,6 +106,16 @@ struct Views {
   // tensor: a repair reads it once more, when the parameter has been written to.
   bool is_exact = false;
   std::shared_ptr<const Copies> copies;
+  // In the place of all pointers where something is stored in few bits, and the view's first
+  // element.
+  const LowTensor* low = nullptr;
+  int64_t first = 0;
+
+  void open(const LowTensor& tensor, int64_t size) {
+    dtype = tensor.dtype;
+    numel = size;
+    low = &tensor;
+  }
 
   // by_row: rows have to lie one behind the other.
   void open(const Tensor& p, const Tensor& g, const Tensor* const (&m)[kMemories],
@@ -147,6 +158,8 @@ struct Views {
   // From an element on.
   Views from(int64_t begin) const {
     Views views = *this;
+    views.first += begin;
+    if (low != nullptr) return views;
     views.param = param_at(begin);
     views.grad = grad_at(begin);
     for (size_t k = 0; k < kMemories; ++k) views.memories[k] = memory_at(k, begin);
@@ -160,6 +173,7 @@ struct Views {
       if (!m[k]->is_same(copies->memories[k])) m[k]->copy_(copies->memories[k]);
   }
 
+  LowChunk low_chunk(int64_t begin, int64_t n) const { return {low, first + begin, n}; }
   // A chunk's pointers. The sums only read through them.
   char* param_at(int64_t begin) const { return param + begin * bytes_of(dtype); }
   char* grad_at(int64_t begin) const { return grad + begin * bytes_of(dtype); }
@@ -175,6 +189,17 @@ struct Views {
     for (size_t k = 0; k < kMemories; ++k) memories[k] = static_cast<char*>(memory(k).data_ptr());
   }
 };
+
+template <size_t kMemories>
+void open_views(Views<kMemories>& views, const Tensor& p, const Tensor& g,
+                const Tensor* const (&m)[kMemories], const char* const (&names)[kMemories],
+                LowTensors<kMemories>& low, double step, bool by_row, size_t i) {
+  if (const LowTensor* tensor = low.open(p, g, m, names, step, by_row, i)) {
+    views.open(*tensor, p.numel());
+  } else {
+    views.open(p, g, m, names, by_row, i);
+  }
+}
 
 // ---- hyperparameters --------------------------------------------------------------
 
@@ -214,6 +239,8 @@ std::vector<size_t> group_of_tensors(const Options& options, size_t tensors, siz
 
 // Elements of a row whose step one thread does from its caches.
 constexpr int64_t kLongestRow = 1 << 15;
+// Elements of the rows, of what is stored in few bits, that are in float32 together.
+constexpr int64_t kStagedRows = 1 << 10;
 
 // What both optimizers' jobs have.
 template <size_t kMemories>
@@ -257,8 +284,8 @@ struct AdamWJob : JobBase<2> {
             views.memory_at(1, begin), n};
   }
   Sums begin_chunk(int64_t begin, int64_t n) const {
-    const auto& kernel = guesses ? kernels().adamw_guess : kernels().adamw_sums;
-    return kernel[views.dtype](chunk(begin, n), coefficients);
+    if (guesses) return kernels().adamw_guess[views.dtype](chunk(begin, n), coefficients);
+    return take_sums(begin, n, coefficients);
   }
   void set_beta() { beta = adamw_beta(sums.num, sums.den, beta_max, step); }
   bool is_done() const {
@@ -269,21 +296,29 @@ struct AdamWJob : JobBase<2> {
       kernels().adamw_repair[views.dtype](chunk(begin, n), coefficients,
                                           (beta_max - beta) / beta_max);
     } else {
-      kernels().adamw_update[views.dtype](chunk(begin, n), coefficients, 1.0 - beta);
+      update(begin, n, coefficients, 1.0 - beta);
     }
+  }
+
+  Sums take_sums(int64_t begin, int64_t n, const AdamWCoefficients<double>& c) const {
+    if (views.low != nullptr) return kernels().low_adamw_sums(views.low_chunk(begin, n), c);
+    return kernels().adamw_sums[views.dtype](chunk(begin, n), c);
+  }
+  void update(int64_t begin, int64_t n, const AdamWCoefficients<double>& c, double take) const {
+    if (views.low != nullptr) return kernels().low_adamw_update(views.low_chunk(begin, n), c, take);
+    kernels().adamw_update[views.dtype](chunk(begin, n), c, take);
   }
 
   AdamWCoefficients<double> corrected(int64_t row) const {
     return adamw_corrected(coefficients, beta_max, beta_prods.read(row));
   }
   Sums begin_row(int64_t row) const {
-    return kernels().adamw_sums[views.dtype](chunk(row * row_numel, row_numel), corrected(row));
+    return take_sums(row * row_numel, row_numel, corrected(row));
   }
   bool finish_row(int64_t row, const Sums& own) const {
     if (is_idle(own)) return false;
     const double own_beta = adamw_beta(own.num, own.den, beta_max, step);
-    kernels().adamw_update[views.dtype](chunk(row * row_numel, row_numel), corrected(row),
-                                        1.0 - own_beta);
+    update(row * row_numel, row_numel, corrected(row), 1.0 - own_beta);
     write_beta(row, beta_prods.read(row), own_beta);
     return true;
   }
@@ -305,9 +340,18 @@ struct AdamWJob : JobBase<2> {
     static thread_local std::vector<double> scratch;
     const size_t most = 2 * kRowScratch * (row_numel + 16);
     if (scratch.size() < most) scratch.resize(most);
-    kernels().adamw_rows[views.dtype]({chunk(first * row_numel, row_numel), n, beta_prods, betas,
-                                       first, beta_max, step, scratch.data()},
-                                      coefficients);
+    AdamWRows run{{}, n, beta_prods, betas, first, beta_max, step, scratch.data()};
+    if (views.low == nullptr) {
+      run.first = chunk(first * row_numel, row_numel);
+      kernels().adamw_rows[views.dtype](run, coefficients);
+      return true;
+    }
+    static thread_local std::vector<float> room;
+    const int64_t at_once = std::max<int64_t>(1, kStagedRows / row_numel);
+    const size_t most_room = kLowRoom * (at_once * row_numel + 16);
+    if (room.size() < most_room) room.resize(most_room);
+    const LowChunk row = views.low_chunk(first * row_numel, row_numel);
+    kernels().low_adamw_rows({row, run, at_once, room.data()}, coefficients);
     return true;
   }
 };
@@ -318,13 +362,17 @@ struct SGDJob : JobBase<1> {
   SGDChunk chunk(int64_t begin, int64_t n) const {
     return {views.param_at(begin), views.grad_at(begin), views.memory_at(0, begin), n};
   }
+  Sums take_sums(int64_t begin, int64_t n, const SGDCoefficients<double>& c) const {
+    if (views.low != nullptr) return kernels().low_sgd_sums(views.low_chunk(begin, n), c);
+    return kernels().sgd_sums[views.dtype](chunk(begin, n), c);
+  }
   // A first step has no memory: d = g, and both sums are zero, or next to it.
   Sums begin_chunk(int64_t begin, int64_t n) const {
-    if (step != 0.0) return kernels().sgd_sums[views.dtype](chunk(begin, n), coefficients);
+    if (step != 0.0) return take_sums(begin, n, coefficients);
     if (lr != 0.0) return {0.0, 0.0};
     SGDCoefficients<double> c = coefficients;
     c.weight_decay = 0.0;
-    return {0.0, sgd_first_den(kernels().sgd_sums[views.dtype](chunk(begin, n), c).den)};
+    return {0.0, sgd_first_den(take_sums(begin, n, c).den)};
   }
   void set_beta() { beta = sgd_beta(sums.num, sums.den, beta_max, step); }
   bool is_done() const { return is_idle(sums); }
@@ -332,7 +380,11 @@ struct SGDJob : JobBase<1> {
   void update(int64_t begin, int64_t n, double own_beta) const {
     double keep, take;
     sgd_mixture(own_beta, coefficients.memory_lambda, step, &keep, &take);
-    kernels().sgd_update[views.dtype](chunk(begin, n), coefficients, keep, take);
+    if (views.low != nullptr) {
+      kernels().low_sgd_update(views.low_chunk(begin, n), coefficients, keep, take);
+    } else {
+      kernels().sgd_update[views.dtype](chunk(begin, n), coefficients, keep, take);
+    }
   }
 
   Sums begin_row(int64_t row) const { return begin_chunk(row * row_numel, row_numel); }
@@ -499,9 +551,16 @@ void write_state(const std::vector<Job>& jobs, Store store, Bump bump) {
   });
 }
 
+// Tensor i's of each list in `packed`, of n tensors.
+void bump_packed(const TensorRefs& packed, size_t n, size_t i) {
+  for (size_t k = i; k < packed.size(); k += n) bump_version(packed[k]);
+}
+
 // ---- AM-AdamW ---------------------------------------------------------------------
 
-std::vector<AdamWJob> adamw_jobs(const AdamWTensors& t, const Options& options) {
+// low: of these tensors, which the jobs refer to.
+std::vector<AdamWJob> adamw_jobs(const AdamWTensors& t, const Options& options,
+                                 LowTensors<2>& low) {
   const size_t n = t.params.size();
   TORCH_CHECK_VALUE(t.grads.size() == n && t.exp_avgs.size() == n && t.exp_avg_sqs.size() == n,
                     "params, grads, exp_avgs and exp_avg_sqs differ in length: ", n, ", ",
@@ -521,15 +580,15 @@ std::vector<AdamWJob> adamw_jobs(const AdamWTensors& t, const Options& options) 
     const bool by_row = t.betas[i].dim() > 0;
     job.beta_prods = open_row_scalar(t.beta_prods[i], param, by_row, "beta_prod", i);
     job.betas = open_row_scalar(t.betas[i], param, by_row, "beta", i);
-    job.views.open(param, t.grads[i], {&t.exp_avgs[i], &t.exp_avg_sqs[i]},
-                   {"exp_avg", "exp_avg_sq"}, by_row, i);
+    job.steps = open_scalar(t.steps[i], "step", i);
+    job.step = job.steps.read();
+    open_views(job.views, param, t.grads[i], {&t.exp_avgs[i], &t.exp_avg_sqs[i]},
+               {"exp_avg", "exp_avg_sq"}, low, job.step, by_row, i);
     job.tensor = i;
     const double* row = &options.hypers[group_of[i] * kAdamWColumns];
     job.shared = row[kAdamWColumns - 1] != 0.0;
     set_rows(job, t.betas[i]);
-    job.steps = open_scalar(t.steps[i], "step", i);
     job.prev_lrs = open_scalar(t.prev_lrs[i], "prev_lr", i);
-    job.step = job.steps.read();
     const AdamWHyper hyper = adamw_hyper(row, lrs[group_of[i]]);
     job.lr = hyper.lr;
     job.beta_max = hyper.beta_max;
@@ -543,7 +602,8 @@ std::vector<AdamWJob> adamw_jobs(const AdamWTensors& t, const Options& options) 
 }  // namespace
 
 Tensor adamw_begin_(const AdamWTensors& t, const Options& options) {
-  std::vector<AdamWJob> jobs = adamw_jobs(t, options);
+  LowTensors<2> low(t.packed, options.rounding, t.params.size());
+  std::vector<AdamWJob> jobs = adamw_jobs(t, options, low);
   const Tensor rows = begin(jobs, is_skipped(options));
   if (is_skipped(options)) return rows;
   for_each_tensor(jobs.size(), [&](size_t i) {
@@ -556,7 +616,8 @@ Tensor adamw_begin_(const AdamWTensors& t, const Options& options) {
 
 void adamw_finish_(const AdamWTensors& t, const Options& options, const OptionalTensor& rows) {
   if (is_skipped(options)) return;
-  std::vector<AdamWJob> jobs = adamw_jobs(t, options);
+  LowTensors<2> low(t.packed, options.rounding, t.params.size());
+  std::vector<AdamWJob> jobs = adamw_jobs(t, options, low);
   finish(jobs, rows);
   write_state(
       jobs,
@@ -568,6 +629,7 @@ void adamw_finish_(const AdamWTensors& t, const Options& options, const Optional
         for (const TensorRefs* list : {&t.params, &t.exp_avgs, &t.exp_avg_sqs, &t.steps,
                                        &t.beta_prods, &t.prev_lrs, &t.betas})
           bump_version_ahead(*list, i);
+        bump_packed(t.packed, t.params.size(), i);
       });
 }
 
@@ -575,7 +637,7 @@ void adamw_finish_(const AdamWTensors& t, const Options& options, const Optional
 
 namespace {
 
-std::vector<SGDJob> sgd_jobs(const SGDTensors& t, const Options& options) {
+std::vector<SGDJob> sgd_jobs(const SGDTensors& t, const Options& options, LowTensors<1>& low) {
   const size_t n = t.params.size();
   TORCH_CHECK_VALUE(t.grads.size() == n && t.momentum_buffers.size() == n,
                     "params, grads and momentum_buffers differ in length: ", n, ", ",
@@ -592,15 +654,15 @@ std::vector<SGDJob> sgd_jobs(const SGDTensors& t, const Options& options) {
     SGDJob& job = jobs[i];
     const bool by_row = t.betas[i].dim() > 0;
     job.betas = open_row_scalar(t.betas[i], t.params[i], by_row, "beta", i);
-    job.views.open(t.params[i], t.grads[i], {&t.momentum_buffers[i]}, {"momentum_buffer"}, by_row,
-                   i);
+    job.steps = open_scalar(t.steps[i], "step", i);
+    job.step = job.steps.read();
+    open_views(job.views, t.params[i], t.grads[i], {&t.momentum_buffers[i]}, {"momentum_buffer"},
+               low, job.step, by_row, i);
     job.tensor = i;
     const double* row = &options.hypers[group_of[i] * kSGDColumns];
     job.shared = row[kSGDColumns - 1] != 0.0;
     set_rows(job, t.betas[i]);
-    job.steps = open_scalar(t.steps[i], "step", i);
     job.prev_lrs = open_scalar(t.prev_lrs[i], "prev_lr", i);
-    job.step = job.steps.read();
     const SGDHyper hyper = sgd_hyper(row, lrs[group_of[i]]);
     job.lr = hyper.lr;
     job.beta_max = hyper.beta_max;
@@ -612,13 +674,15 @@ std::vector<SGDJob> sgd_jobs(const SGDTensors& t, const Options& options) {
 }  // namespace
 
 Tensor sgd_begin(const SGDTensors& t, const Options& options) {
-  std::vector<SGDJob> jobs = sgd_jobs(t, options);
+  LowTensors<1> low(t.packed, options.rounding, t.params.size());
+  std::vector<SGDJob> jobs = sgd_jobs(t, options, low);
   return begin(jobs, false);
 }
 
 void sgd_finish_(const SGDTensors& t, const Options& options, const OptionalTensor& rows) {
   if (is_skipped(options)) return;
-  std::vector<SGDJob> jobs = sgd_jobs(t, options);
+  LowTensors<1> low(t.packed, options.rounding, t.params.size());
+  std::vector<SGDJob> jobs = sgd_jobs(t, options, low);
   finish(jobs, rows);
   write_state(
       jobs,
@@ -629,6 +693,7 @@ void sgd_finish_(const SGDTensors& t, const Options& options, const OptionalTens
         for (const TensorRefs* list :
              {&t.params, &t.momentum_buffers, &t.steps, &t.prev_lrs, &t.betas})
           bump_version_ahead(*list, i);
+        bump_packed(t.packed, t.params.size(), i);
       });
 }
 

@@ -12,20 +12,20 @@ namespace am::cpu {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// One entry a tensor in every list.
+// One entry a tensor in every list, but for `packed`.
 struct AdamWTensors {
-  TensorRefs params, grads, exp_avgs, exp_avg_sqs, steps, beta_prods, prev_lrs, betas;
+  TensorRefs params, grads, exp_avgs, exp_avg_sqs, steps, beta_prods, prev_lrs, betas, packed;
 };
 
 struct SGDTensors {
-  TensorRefs params, grads, momentum_buffers, steps, prev_lrs, betas;
+  TensorRefs params, grads, momentum_buffers, steps, prev_lrs, betas, packed;
 };
 
 struct Options {
   const at::Tensor& lrs;
   at::IntArrayRef group_sizes;
   at::ArrayRef<double> hypers;
-  const OptionalTensor &grad_scale, &found_inf;
+  const OptionalTensor &grad_scale, &found_inf, &rounding;
 };
 
 at::Tensor adamw_begin_(const AdamWTensors& tensors, const Options& options);
