@@ -606,7 +606,7 @@ def test_checkpoints_from_before_these_options_load(cls):
     [
         ({"state_dtype": torch.float16}, r"Invalid state_dtype: torch.float16 \(None, torch.bf"),
         ({"state_dtype": "int4"}, "Invalid state_dtype: 'int4'"),
-        ({"state_dtype": torch.int8}, "Invalid state_dtype"),
+        ({"state_dtype": torch.int32}, "Invalid state_dtype"),
         ({"stochastic_rounding": 1}, r"Invalid stochastic_rounding: 1 \(True or False\)"),
         ({"store_param_remainders": None}, "Invalid store_param_remainders: None"),
         ({"seed": -1}, r"Invalid seed: -1 \(an integer in \[0, 2\*\*63\)\)"),
