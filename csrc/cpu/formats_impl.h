@@ -74,6 +74,17 @@ AM_INLINE Word larger(Word a, Word b) { return (Word)_mm256_max_epi32((__m256i)a
 AM_INLINE Word larger(Word a, Word b) { return a > b ? a : b; }
 #endif
 
+// NaN stays.
+AM_INLINE Lanes::Float at_most(float most, Lanes::Float f) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(_mm512_set1_ps(most), f);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(_mm256_set1_ps(most), f);
+#else
+  return f > most ? Lanes::Float{} + most : f;
+#endif
+}
+
 template <class R, class P>
 AM_INLINE R read(const P* p) {
   R r;
@@ -245,8 +256,11 @@ void encode_codes(const float* values, int64_t n, const uint32_t* random, int64_
       const Word own = read<Word>(random + i);
       if constexpr (kSigned) {
         const auto level = Lanes::floats(Lanes::bits(value) & 0x7FFFFFFFu) * inverse;
-        const Word code = encode_signed<Lanes>(level, own);
-        write(codes + i, low_bytes(value < 0.0f ? Word{} - code : code));
+        // With its sign in the place of a sign. The low byte of what a NaN becomes is 0.
+        const auto code = at_most(127.0f, signed_code<Lanes>(level, own));
+        const Word sign = Lanes::bits(value) & 0x80000000u;
+        const Word whole = Lanes::to_word(Lanes::floats(Lanes::bits(code) | sign));
+        write(codes + i, low_bytes(whole));
       } else {
         const auto root = Lanes::sqrt(value) * inverse;
         write(codes + i, low_bytes(encode_square<Lanes>(root, own >> 16)));
