@@ -121,15 +121,25 @@ AM_INLINE typename O::Float chance(typename O::Word random) {
   return (O::to_float(random & 0xFFFFu) + 0.5f) * 0x1p-16f;
 }
 
-// The magnitude of a signed memory's code. level: |d| / scale, in [0, 1].
+// The magnitude of a signed memory's code is the whole part of this, and 127 at most; NaN stands
+// for 0. level: |d| / scale, in [0, 1].
+//
+// With t = 127^2 level and chance c it is the largest q, or 0, with
+//   (q - 1)^2 + c (q^2 - (q - 1)^2) < t     or     (q - 1 + c)^2 + c (1 - c) < t
+// and so the whole part of sqrt(t - c (1 - c)) + 1 - c.
+template <class O>
+AM_INLINE typename O::Float signed_code(typename O::Float level, typename O::Word random) {
+  using Float = typename O::Float;
+  const Float c = chance<O>(random), rest = 1.0f - c;
+  return O::sqrt(level * 16129.0f - c * rest) + rest;
+}
+
 template <class O>
 AM_INLINE typename O::Word encode_signed(typename O::Float level, typename O::Word random) {
   using Float = typename O::Float;
   using Word = typename O::Word;
-  const Word low = O::to_word(O::sqrt(level) * 127.0f);
-  const Float q = O::to_float(low);
-  const Float part = level * 16129.0f - q * q, gap = q + q + 1.0f;
-  const Word code = chance<O>(random) * gap < part ? low + 1u : low;
+  const Float own = signed_code<O>(level, random);
+  const Word code = O::to_word(own > 0.0f ? own : Float{});
   return code > 127u ? Word{} + 127u : code;
 }
 

@@ -29,7 +29,7 @@ TORCH_LIBRARY(adamem_fused, m) {
   m.def(
       "adamw_begin_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor[] steps, Tensor[] beta_prods, Tensor[] prev_lrs, "
-      "Tensor[] betas, " AM_OPTIONS "Tensor[] packed, Tensor? rounding) -> Tensor");
+      "Tensor[] betas, " AM_OPTIONS "Tensor(d!)[] packed, Tensor? rounding) -> Tensor");
   m.def(
       "adamw_finish_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] beta_prods, "

@@ -177,6 +177,42 @@ def test_tensors_of_all_sizes_agree(backend, cls, kind):
 
 
 @each_fused
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@each_format
+def test_a_repair_agrees_with_the_reference(backend, scope, kind):
+    """Of betas far below the cap and next to it."""
+    options = {"beta_scope": scope, "weight_decay": 0.1, "memory_lambda": 0.1}
+    pair = [make(AMAdamW, kind, backend=b, **options) for b in (backend, "reference")]
+    betas = []
+    for factor in (1.0, -0.1, 1.0, -0.5, 1.0):
+        set_gradients(*pair, step=0)
+        for param in itertools.chain(*map(parameters, pair)):
+            param.grad = param.grad * factor
+        if betas:
+            restore(pair[0], snapshot(pair[1]))
+        for optimizer in pair:
+            optimizer.step()
+        assert_agree(*pair)
+        betas.append(float(pair[1].state[parameters(pair[1])[0]]["beta"]))
+    assert min(betas) < 0.5 and any(0.5 < beta < 0.89 for beta in betas)
+
+
+@on_cpu
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+@each_format
+def test_what_the_first_half_updates(scope, kind):
+    """Where a repair can begin with what is stored, and only there."""
+    optimizer = stepped(AMAdamW, kind, steps=1, shapes=((40, 256), (3, 33_024)), beta_scope=scope)
+    set_gradients(optimizer, step=1)
+    before = everything(optimizer)
+    begin, _ = halves(AMAdamW, "cpu")
+    with torch.no_grad():
+        begin(work_of(optimizer).batch, None, None)
+    guesses = scope == "tensor" and kind in ("short", "rounded", "all_short")
+    assert (everything(optimizer) != before) == guesses
+
+
+@each_fused
 @both
 @each_format
 def test_scaled_gradients(backend, cls, kind):
@@ -487,8 +523,7 @@ def test_shards_have_the_bits_of_the_whole(backend, cls, kind, dim):
             own = work_of(optimizer).batch
             places = (i * 16 * 512, 0, 0) if dim == 0 else (i * 256, 256, 256)
             own.packed.rounding[OFFSET : SKIP + 1, 0] = torch.tensor(places)
-            if i > 0:
-                begin(own, None, None)
+            begin(own, None, None)
             finish(own, rows, None, None)
     for name, value in {"param": param.detach(), **whole.state[param]}.items():
         if value.dim() == 0:

@@ -74,6 +74,17 @@ AM_INLINE Word larger(Word a, Word b) { return (Word)_mm256_max_epi32((__m256i)a
 AM_INLINE Word larger(Word a, Word b) { return a > b ? a : b; }
 #endif
 
+// NaN stays.
+AM_INLINE Lanes::Float at_most(float most, Lanes::Float f) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(_mm512_set1_ps(most), f);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(_mm256_set1_ps(most), f);
+#else
+  return f > most ? Lanes::Float{} + most : f;
+#endif
+}
+
 template <class R, class P>
 AM_INLINE R read(const P* p) {
   R r;
@@ -245,8 +256,11 @@ void encode_codes(const float* values, int64_t n, const uint32_t* random, int64_
       const Word own = read<Word>(random + i);
       if constexpr (kSigned) {
         const auto level = Lanes::floats(Lanes::bits(value) & 0x7FFFFFFFu) * inverse;
-        const Word code = encode_signed<Lanes>(level, own);
-        write(codes + i, low_bytes(value < 0.0f ? Word{} - code : code));
+        // With its sign in the place of a sign. The low byte of what a NaN becomes is 0.
+        const auto code = at_most(127.0f, signed_code<Lanes>(level, own));
+        const Word sign = Lanes::bits(value) & 0x80000000u;
+        const Word whole = Lanes::to_word(Lanes::floats(Lanes::bits(code) | sign));
+        write(codes + i, low_bytes(whole));
       } else {
         const auto root = Lanes::sqrt(value) * inverse;
         write(codes + i, low_bytes(encode_square<Lanes>(root, own >> 16)));
@@ -324,16 +338,21 @@ AM_INLINE Stream memory_stream(const LowMemory& memory, int64_t next) {
   return {static_cast<const char*>(memory.data) + next * bytes, bytes};
 }
 
+// What of a piece is to be stored.
+enum class Stores { kNone, kAll, kRepair };  // a repair leaves exp_avg_sq
+
 // Stores the copies of n elements, of which `staged` begins with the first. next: the first
 // of as many that are staged next.
-inline void store_piece(const LowTensor& t, int64_t begin, int64_t n, const Staged& staged,
-                        int64_t next) {
+template <Stores kStores = Stores::kAll>
+void store_piece(const LowTensor& t, int64_t begin, int64_t n, const Staged& staged, int64_t next) {
+  constexpr bool kRepairs = kStores == Stores::kRepair;
+  constexpr int kMemories = kRepairs ? 1 : 2;
   alignas(64) uint32_t random[kPiece + kEach];
-  if (t.memories[0].format != kFloats || t.memories[1].format != kFloats)
-    fill_random(t, t.keys.memories, begin, n, random);
+  if (t.memories[0].format != kFloats || t.memories[kMemories - 1].format != kFloats)
+    fill_random(t, kRepairs ? t.keys.repaired_memories : t.keys.memories, begin, n, random);
   // Nothing else is read meanwhile: 10 to 15 % of a step with int8 memories (Zen 5, AVX-512).
   const Beside<1> beside[] = {{stream(t, t.grad, next)}, {stream(t, t.param, next)}};
-  for (int k = 0; k < 2; ++k) {
+  for (int k = 0; k < kMemories; ++k) {
     const LowMemory& memory = t.memories[k];
     const float* const values = staged.memories[k];
     auto* codes = static_cast<uint8_t*>(memory.data) + begin;
@@ -355,7 +374,7 @@ inline void store_piece(const LowTensor& t, int64_t begin, int64_t n, const Stag
     }
   }
   if (!t.is_param_staged()) return;
-  if (t.rounds) fill_random(t, t.keys.param, begin, n, random);
+  if (t.rounds) fill_random(t, kRepairs ? t.keys.repaired_param : t.keys.param, begin, n, random);
   const auto* values = static_cast<const float*>(staged.param);
   auto* param = static_cast<uint16_t*>(t.param) + begin;
   if (t.remainder != nullptr) {

@@ -84,6 +84,7 @@ struct LowTensor {
   LowMemory memories[2];
   uint8_t* remainder;             // of int8
   bool rounds;                    // the parameter, stochastically
+  bool may_guess;                 // see Packed.may_guess of adamem_fused/backends/batch.py
   int64_t offset, stretch, skip;  // where it lies in the whole tensor, see formats.places
   StepKeys keys;
 
@@ -123,7 +124,9 @@ struct Kernels {
                                  double take);
   // Of what is stored in few bits.
   Sums (*low_adamw_sums)(const LowChunk&, const AdamWCoefficients<double>&);
+  Sums (*low_adamw_guess)(const LowChunk&, const AdamWCoefficients<double>&);
   void (*low_adamw_update)(const LowChunk&, const AdamWCoefficients<double>&, double take);
+  void (*low_adamw_repair)(const LowChunk&, const AdamWCoefficients<double>&, double miss);
   void (*low_adamw_rows)(const LowAdamWRows&, const AdamWCoefficients<double>&);
   Sums (*low_sgd_sums)(const LowChunk&, const SGDCoefficients<double>&);
   void (*low_sgd_update)(const LowChunk&, const SGDCoefficients<double>&, double keep, double take);

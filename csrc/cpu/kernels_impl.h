@@ -350,9 +350,16 @@ struct AdamW {
     update_beside(chunk, c, take, Alone());
   }
 
+  template <class B>
+  static void repair_beside(const AdamWChunk& chunk, const AdamWCoefficients<double>& c,
+                            double miss, const B& beside) {
+    specialize(cast(c), [&](auto scaled, auto) {
+      finish_chunk<scaled, true>(chunk, cast(c), T(miss), beside);
+    });
+  }
+
   static void repair(const AdamWChunk& chunk, const AdamWCoefficients<double>& c, double miss) {
-    specialize(cast(c),
-               [&](auto scaled, auto) { finish_chunk<scaled, true>(chunk, cast(c), T(miss)); });
+    repair_beside(chunk, c, miss, Alone());
   }
 };
 
@@ -501,14 +508,15 @@ namespace {
 
 // Calls f(staged, n, next) for pieces of a chunk, with their elements in float32; next: the first
 // element behind them.
-template <class F>
-AM_INLINE void for_pieces(const LowChunk& chunk, bool reads_param, bool stores, F f) {
+template <Stores kStores, class F>
+AM_INLINE void for_pieces(const LowChunk& chunk, bool reads_param, F f) {
   alignas(64) float room[kLowRoom * (kPiece + kEach)];
   for (int64_t done = 0; done < chunk.numel; done += kPiece) {
     const int64_t begin = chunk.begin + done, n = std::min(kPiece, chunk.numel - done);
     const Staged staged = stage(*chunk.tensor, begin, n, reads_param, room);
     f(staged, n, begin + n);
-    if (stores) store_piece(*chunk.tensor, begin, n, staged, begin + n);
+    if constexpr (kStores != Stores::kNone)
+      store_piece<kStores>(*chunk.tensor, begin, n, staged, begin + n);
   }
 }
 
@@ -551,7 +559,7 @@ Sums low_adamw_sums(const LowChunk& chunk, const AdamWCoefficients<double>& c) {
   with_kernels<AdamW>(*chunk.tensor, [&](auto kernels) {
     using Own = decltype(kernels);
     specialize(Own::cast(c), [&](auto scaled, auto decay) {
-      for_pieces(chunk, decay, false, [&](const Staged& staged, int64_t n, int64_t next) {
+      for_pieces<Stores::kNone>(chunk, decay, [&](const Staged& staged, int64_t n, int64_t next) {
         Own::template begin_chunk<scaled, decay, false>(adamw_chunk(staged, n), Own::cast(c),
                                                         accumulator,
                                                         all_beside<2, decay>(*chunk.tensor, next));
@@ -561,12 +569,35 @@ Sums low_adamw_sums(const LowChunk& chunk, const AdamWCoefficients<double>& c) {
   return accumulator.total();
 }
 
+// What may be guessed is float32 where the kernels work.
+using GuessedAdamW = AdamW<float, float>;
+
+Sums low_adamw_guess(const LowChunk& chunk, const AdamWCoefficients<double>& c) {
+  const auto own = GuessedAdamW::cast(c);
+  Accumulator<float> accumulator;
+  specialize(own, [&](auto scaled, auto decay) {
+    for_pieces<Stores::kAll>(chunk, true, [&](const Staged& staged, int64_t n, int64_t next) {
+      const auto beside = memories_beside<2>(*chunk.tensor, next);
+      GuessedAdamW::begin_chunk<scaled, decay, true>(adamw_chunk(staged, n), own, accumulator,
+                                                     beside);
+    });
+  });
+  return accumulator.total();
+}
+
 void low_adamw_update(const LowChunk& chunk, const AdamWCoefficients<double>& c, double take) {
   with_kernels<AdamW>(*chunk.tensor, [&](auto kernels) {
-    for_pieces(chunk, true, true, [&](const Staged& staged, int64_t n, int64_t next) {
+    for_pieces<Stores::kAll>(chunk, true, [&](const Staged& staged, int64_t n, int64_t next) {
       const auto beside = memories_beside<2>(*chunk.tensor, next);
       decltype(kernels)::update_beside(adamw_chunk(staged, n), c, take, beside);
     });
+  });
+}
+
+void low_adamw_repair(const LowChunk& chunk, const AdamWCoefficients<double>& c, double miss) {
+  for_pieces<Stores::kRepair>(chunk, true, [&](const Staged& staged, int64_t n, int64_t next) {
+    const auto beside = memories_beside<2>(*chunk.tensor, next);
+    GuessedAdamW::repair_beside(adamw_chunk(staged, n), c, miss, beside);
   });
 }
 
@@ -592,7 +623,7 @@ Sums low_sgd_sums(const LowChunk& chunk, const SGDCoefficients<double>& c) {
   with_kernels<SGD>(*chunk.tensor, [&](auto kernels) {
     using Own = decltype(kernels);
     specialize(Own::cast(c), [&](auto scaled, auto decay) {
-      for_pieces(chunk, decay, false, [&](const Staged& staged, int64_t n, int64_t next) {
+      for_pieces<Stores::kNone>(chunk, decay, [&](const Staged& staged, int64_t n, int64_t next) {
         Own::template sum_chunk<scaled, decay>(sgd_chunk(staged, n), Own::cast(c), accumulator,
                                                all_beside<1, decay>(*chunk.tensor, next));
       });
@@ -604,7 +635,7 @@ Sums low_sgd_sums(const LowChunk& chunk, const SGDCoefficients<double>& c) {
 void low_sgd_update(const LowChunk& chunk, const SGDCoefficients<double>& c, double keep,
                     double take) {
   with_kernels<SGD>(*chunk.tensor, [&](auto kernels) {
-    for_pieces(chunk, true, true, [&](const Staged& staged, int64_t n, int64_t next) {
+    for_pieces<Stores::kAll>(chunk, true, [&](const Staged& staged, int64_t n, int64_t next) {
       const auto beside = memories_beside<1>(*chunk.tensor, next);
       decltype(kernels)::update_beside(sgd_chunk(staged, n), c, keep, take, beside);
     });
@@ -629,7 +660,9 @@ extern const Kernels AM_KERNELS = {
     AM_FOR_DTYPES(SGD, sums),
     AM_FOR_DTYPES(SGD, update),
     low_adamw_sums,
+    low_adamw_guess,
     low_adamw_update,
+    low_adamw_repair,
     low_adamw_rows,
     low_sgd_sums,
     low_sgd_update,

@@ -73,6 +73,9 @@ class LowTensors {
       low.remainder = static_cast<uint8_t*>(remainder.data_ptr());
     }
     low.rounds = row(kRounds, i) != 0 && low.dtype == kBFloat16;
+    low.may_guess = !by_row && low.param != low.grad &&
+                    (low.dtype == kFloat32 || low.is_param_staged()) &&
+                    !has_codes(low.memories[0]) && !has_codes(low.memories[1]);
     low.offset = row(kOffset, i);
     low.stretch = row(kStretch, i);
     low.skip = row(kSkip, i);
@@ -98,6 +101,10 @@ class LowTensors {
     }
   }
 
+  static bool has_codes(const LowMemory& memory) {
+    return memory.format == kSignedCodes || memory.format == kSquareCodes;
+  }
+
   static void check(const at::Tensor& t, const at::Tensor& param, const char* name, size_t i) {
     TORCH_CHECK_VALUE(t.sizes() == param.sizes(), name, " of tensor ", i, " has shape ", t.sizes(),
                       ", its parameter ", param.sizes());
@@ -107,7 +114,7 @@ class LowTensors {
 
   static void open_scales(LowMemory& memory, const at::Tensor& scales, const at::Tensor& param,
                           const char* name, size_t k, bool by_row, size_t i) {
-    if (memory.format != kSignedCodes && memory.format != kSquareCodes) return;
+    if (!has_codes(memory)) return;
     const int64_t numel = param.numel(), n = scales.numel();
     const int64_t block = n > 0 && numel % n == 0 ? numel / n : 0;
     const int64_t run = by_row ? numel / param.size(0) : numel;

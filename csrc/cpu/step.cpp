@@ -102,9 +102,9 @@ struct Views {
   char* param = nullptr;
   char* grad = nullptr;
   char* memories[kMemories] = {};
-  // Parameter and memories are stored in the type of the arithmetic, and the gradient is another
-  // tensor: a repair reads it once more, when the parameter has been written to.
-  bool is_exact = false;
+  // A repair may begin with what is stored, and the gradient is another tensor: a repair reads it
+  // once more, when the parameter has been written to.
+  bool may_guess = false;
   std::shared_ptr<const Copies> copies;
   // In the place of all pointers where something is stored in few bits, and the view's first
   // element.
@@ -114,6 +114,7 @@ struct Views {
   void open(const LowTensor& tensor, int64_t size) {
     dtype = tensor.dtype;
     numel = size;
+    may_guess = tensor.may_guess;
     low = &tensor;
   }
 
@@ -132,14 +133,14 @@ struct Views {
       direct = direct && m[k]->scalar_type() == memory_type(dtype) && same_layout(*m[k], p);
       type = at::promoteTypes(type, m[k]->scalar_type());
     }
-    is_exact = p.scalar_type() == type;
-    for (const Tensor* memory : m) is_exact = is_exact && memory->scalar_type() == type;
+    may_guess = p.scalar_type() == type;
+    for (const Tensor* memory : m) may_guess = may_guess && memory->scalar_type() == type;
     if (direct) {
       point(p, g, [&](size_t k) -> const Tensor& { return *m[k]; });
-      is_exact = is_exact && param != grad;
+      may_guess = may_guess && param != grad;
       return;
     }
-    is_exact = is_exact && p.const_data_ptr() != g.const_data_ptr();
+    may_guess = may_guess && p.const_data_ptr() != g.const_data_ptr();
     // The kernels would not mind, but copies could not be written back.
     TORCH_CHECK(c10::InferenceMode::is_enabled() || !p.is_inference(), "param ", i,
                 " was made in inference mode, and cannot be updated in place outside of it");
@@ -284,19 +285,22 @@ struct AdamWJob : JobBase<2> {
             views.memory_at(1, begin), n};
   }
   Sums begin_chunk(int64_t begin, int64_t n) const {
-    if (guesses) return kernels().adamw_guess[views.dtype](chunk(begin, n), coefficients);
-    return take_sums(begin, n, coefficients);
+    if (!guesses) return take_sums(begin, n, coefficients);
+    if (views.low != nullptr)
+      return kernels().low_adamw_guess(views.low_chunk(begin, n), coefficients);
+    return kernels().adamw_guess[views.dtype](chunk(begin, n), coefficients);
   }
   void set_beta() { beta = adamw_beta(sums.num, sums.den, beta_max, step); }
   bool is_done() const {
     return is_idle(sums) || (guesses && !adamw_missed(beta, sums.den, beta_max));
   }
   void finish_chunk(int64_t begin, int64_t n) const {
-    if (guesses) {
-      kernels().adamw_repair[views.dtype](chunk(begin, n), coefficients,
-                                          (beta_max - beta) / beta_max);
+    if (!guesses) return update(begin, n, coefficients, 1.0 - beta);
+    const double miss = (beta_max - beta) / beta_max;
+    if (views.low != nullptr) {
+      kernels().low_adamw_repair(views.low_chunk(begin, n), coefficients, miss);
     } else {
-      update(begin, n, coefficients, 1.0 - beta);
+      kernels().adamw_repair[views.dtype](chunk(begin, n), coefficients, miss);
     }
   }
 
@@ -592,7 +596,7 @@ std::vector<AdamWJob> adamw_jobs(const AdamWTensors& t, const Options& options,
     const AdamWHyper hyper = adamw_hyper(row, lrs[group_of[i]]);
     job.lr = hyper.lr;
     job.beta_max = hyper.beta_max;
-    job.guesses = adamw_guesses(hyper, job.step, job.views.is_exact);
+    job.guesses = adamw_guesses(hyper, job.step, job.views.may_guess);
     job.coefficients = adamw_coefficients<double>(hyper, job.step, job.prev_lrs.read(), scale);
     if (!by_row) job.open_segment();
   });
