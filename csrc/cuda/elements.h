@@ -257,10 +257,12 @@ struct Elements {
         }
       }
       if constexpr (kWritten > 0) {
+        // In this order registers suffice.
+        if constexpr (!kIsLow<Memory>) store_param(piece, x);
         const auto random = random_of_memories(piece);
 #pragma unroll
         for (int i = kWritten - 1; i >= 0; --i) store_memory(piece, i, m[i], random);
-        store_param(piece, x);
+        if constexpr (kIsLow<Memory>) store_param(piece, x);
       }
     });
   }
