@@ -48,10 +48,11 @@ CHUNK_KERNELS = [
 ]
 # Param, grad, memory, square and arithmetic, of what is stored in few bits; how many bytes of
 # stack, for scalars, begin may have, finish and rows of up to 1,024 elements, and rows of 4,096.
+# Triton 3.6 and 3.7 place registers differently: what the one takes that takes more.
 LOW = {
-    "float32-bfloat16": ((tl.float32, tl.float32, tl.bfloat16, tl.bfloat16, tl.float32), 0, 0, 32),
+    "float32-bfloat16": ((tl.float32, tl.float32, tl.bfloat16, tl.bfloat16, tl.float32), 0, 0, 160),
     "bfloat16-float32": ((tl.bfloat16, tl.bfloat16, tl.float32, tl.float32, tl.float32), 0, 16, 32),
-    "bfloat16": ((tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.float32), 0, 40, 320),
+    "bfloat16": ((tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.float32), 0, 80, 336),
     "float32-int8": ((tl.float32, tl.float32, tl.int8, tl.uint8, tl.float32), 0, 24, 120),
     "bfloat16-int8": ((tl.bfloat16, tl.bfloat16, tl.int8, tl.uint8, tl.float32), 32, 72, 320),
 }
@@ -215,7 +216,7 @@ def test_rows_that_a_program_holds_are_held_in_registers(kind, row, dtypes, targ
     compiled = compile_kernel(
         kind, "am_rows", target, DTYPES[dtypes], absent=("rows",), row=row or longest
     )
-    check_spills(compiled, target, tmp_path, stack=0 if row or dtypes != "float64" else 128)
+    check_spills(compiled, target, tmp_path, stack=0 if row or dtypes != "float64" else 136)
 
 
 @pytest.mark.parametrize("target", CUDA, ids=target_name)

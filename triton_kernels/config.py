@@ -77,8 +77,8 @@ class Config(NamedTuple):
 # with int8 memories 10 of rows, and 16 of other tensors, which do not guess and are read twice.
 # Random bits, rounding and codes are 40 to 80 instructions more an element: at 128 lanes a clock as
 # long as 14 bytes take, so a little less of the bandwidth is predicted. Compiled for sm_90 a thread
-# takes the 128 registers that it may, and has up to 72 bytes of scalars in L1, none of them in
-# begin where all is bfloat16; of rows beyond 1,024 elements, 16 a thread, up to 300 bytes.
+# takes the 128 registers that it may, and has up to 80 bytes of scalars in L1, none of them in
+# begin where all is bfloat16; of rows beyond 1,024 elements, 16 a thread, up to 340 bytes.
 #
 # Squared norms: 4 bytes an element in float32, 2 with 16-bit types, and 8 a chunk. Compiled for
 # sm_90 a thread takes 44 registers, or 40 with 16-bit types: 10 programs have 40 KB under way, or

@@ -3,6 +3,8 @@
 A step's arithmetic is the same for all of them. What a tensor keeps its memories in, and its
 parameter, are the types of the pointers; whether the parameter is rounded stochastically, and has a
 remainder, is looked up at run time, as are the lengths of blocks.
+
+What a tuple does not have is (), whose length is 0: Triton 3.6 returns none with None in it.
 """
 
 from typing import NamedTuple
@@ -60,7 +62,7 @@ class Low(NamedTuple):
     has_remainder: tl.tensor
     rounds: tl.tensor
     place: tl.tensor  # of the first element in the whole tensor
-    stretches: Stretches | None  # None: it does
+    stretches: Stretches | tuple[()]  # (): it does
 
 
 class Elements(NamedTuple):
@@ -70,15 +72,15 @@ class Elements(NamedTuple):
     g: tl.tensor
     d: tl.tensor
     v: tl.tensor
-    low: Low | None  # None: nothing is
-    keys: StepKeys | None  # with which what is low is rounded
+    low: Low | tuple[()]  # (): nothing is
+    keys: StepKeys | tuple[()]  # with which what is low is rounded
 
 
 class Tile(NamedTuple):
     """Which elements a program holds at a time: by their distance from the chunk's first."""
 
     offsets: tl.tensor
-    mask: tl.tensor  # None: all are there
+    mask: tl.tensor  # which are there; the compiler drops one that says all
     heads: tl.tensor  # the first of each 64
     heads_mask: tl.tensor
 
@@ -111,7 +113,7 @@ def _open_low(
         square_scales = data_pointer(addresses, SCALES + 1, n, tensor, tl.float32) + first_block
     remainder = data_pointer(addresses, SCALES + (2 if ADAMW else 1), n, tensor, tl.int8)
     place = column(layout, OFFSET, units, i) + start
-    stretches = None
+    stretches = ()
     if STRETCHED:
         stretches, skipped = _open_stretches(layout, units, i, start)
         place += skipped
@@ -142,8 +144,8 @@ def open_elements(
     if ADAMW:
         v = data_pointer(addresses, 3, n, tensor, SQUARE) + start
     low_bits = x.to(tl.int64) | g.to(tl.int64) | d.to(tl.int64) | v.to(tl.int64)
-    low = None
-    keys = None
+    low = ()
+    keys = ()
     if LOW:
         low = _open_low(addresses, layout, n, units, i, start, ADAMW, STRETCHED)
         keys = step_keys(column(layout, KEY, units, i), step)
@@ -159,11 +161,11 @@ def block_at(first, numel, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
     """BLOCK elements of an ordinary unit's chunk; all are there for 16-byte accesses."""
     offsets = first + tl.arange(0, BLOCK)
     heads = first + SHORTEST * tl.arange(0, BLOCK // SHORTEST)
+    mask, heads_mask = offsets < numel, heads < numel
     if VECTOR:
-        at = Tile(offsets, None, heads, None)
-    else:
-        at = Tile(offsets, offsets < numel, heads, heads < numel)
-    return at
+        mask = tl.full(mask.shape, True, tl.int1)
+        heads_mask = tl.full(heads_mask.shape, True, tl.int1)
+    return Tile(offsets, mask, heads, heads_mask)
 
 
 @triton.jit
@@ -197,12 +199,7 @@ def _pointers(pointer, at, VECTOR: tl.constexpr):
 
 @triton.jit
 def load_elements(pointer, at, VECTOR: tl.constexpr, T: tl.constexpr):
-    pointers = _pointers(pointer, at, VECTOR)
-    if at.mask is None:
-        value = tl.load(pointers)
-    else:
-        value = tl.load(pointers, mask=at.mask, other=0)
-    return value.to(T)
+    return tl.load(_pointers(pointer, at, VECTOR), mask=at.mask, other=0).to(T)
 
 
 @triton.jit
@@ -213,9 +210,7 @@ def store_elements(pointer, at, value, VECTOR: tl.constexpr):
 @triton.jit
 def masked(value, old, at):
     """The value, and the old one beyond the end, where the formulas may have divided by 0."""
-    if at.mask is not None:
-        value = tl.where(at.mask, value, old)
-    return value
+    return tl.where(at.mask, value, old)
 
 
 # ---- what is stored in few bits -------------------------------------------------------
@@ -224,7 +219,7 @@ def masked(value, old, at):
 @triton.jit
 def _random(low, key, at):
     places = low.place + at.offsets
-    if low.stretches is not None:
+    if len(low.stretches) > 0:
         own = low.stretches
         behind = at.offsets - own.until
         # Exact below 2^20.
@@ -242,11 +237,7 @@ def _scale_pointers(scales, low, at):
 @triton.jit
 def _load_scales(scales, low, at, factor):
     """One for each 64 elements, times a factor."""
-    pointers = _scale_pointers(scales, low, at)
-    if at.heads_mask is None:
-        value = tl.load(pointers)
-    else:
-        value = tl.load(pointers, mask=at.heads_mask, other=0.0)
+    value = tl.load(_scale_pointers(scales, low, at), mask=at.heads_mask, other=0.0)
     return tl.reshape(value, [value.numel]) * factor
 
 
@@ -262,7 +253,7 @@ def _load_memory(pointer, scales, low, at, VECTOR: tl.constexpr, T: tl.constexpr
 
 @triton.jit
 def load_memory(e, at, VECTOR: tl.constexpr, T: tl.constexpr):
-    if e.low is None:
+    if len(e.low) == 0:
         value = load_elements(e.d, at, VECTOR, T)
     else:
         value = _load_memory(e.d, e.low.scales, e.low, at, VECTOR, T)
@@ -271,7 +262,7 @@ def load_memory(e, at, VECTOR: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def load_square(e, at, VECTOR: tl.constexpr, T: tl.constexpr):
-    if e.low is None:
+    if len(e.low) == 0:
         value = load_elements(e.v, at, VECTOR, T)
     else:
         value = _load_memory(e.v, e.low.square_scales, e.low, at, VECTOR, T)
@@ -281,7 +272,7 @@ def load_square(e, at, VECTOR: tl.constexpr, T: tl.constexpr):
 @triton.jit
 def load_param(e, at, VECTOR: tl.constexpr, T: tl.constexpr):
     value = load_elements(e.x, at, VECTOR, T)
-    if e.low is not None:
+    if len(e.low) > 0:
         if e.x.dtype.element_ty.is_bf16():
             if e.low.has_remainder:
                 remainder = load_elements(e.low.remainder, at, VECTOR, tl.int8)
@@ -293,13 +284,13 @@ class Stored(NamedTuple):
     """A memory's new values as they are stored."""
 
     value: tl.tensor
-    scale: tl.tensor  # one for each 64 elements; None: there are none
+    scale: tl.tensor | tuple[()]  # of codes, one for each 64 elements
 
 
 @triton.jit
 def _memory_as_stored(value, root, low, random, DTYPE: tl.constexpr):
     """root: of exp_avg_sq, whose codes are uint8."""
-    scale = None
+    scale = ()
     if DTYPE.is_bf16():
         value = to_bfloat16(value.to(tl.float32), random)
     elif DTYPE.is_int8():
@@ -315,7 +306,7 @@ def _memory_as_stored(value, root, low, random, DTYPE: tl.constexpr):
 
 @triton.jit
 def _store_memory(pointer, scales, low, at, stored, VECTOR: tl.constexpr):
-    if stored.scale is not None:
+    if pointer.dtype.element_ty.is_int8() or pointer.dtype.element_ty.is_uint8():
         scale = tl.where(stored.scale < SMALLEST_SCALE, 0.0, stored.scale)
         tl.store(
             _scale_pointers(scales, low, at), tl.reshape(scale, at.heads.shape), mask=at.heads_mask
@@ -344,8 +335,8 @@ def _store_param(e, at, value, VECTOR: tl.constexpr):
 def square_as_stored(e, at, value, root):
     """The new v, with its square root, as `store` takes it. Rounded as soon as it is known, it
     takes fewer registers."""
-    if e.low is None:
-        stored = Stored(value, None)
+    if len(e.low) == 0:
+        stored = Stored(value, ())
     else:
         random = _random(e.low, e.keys.memories, at) >> 16
         stored = _memory_as_stored(value, root, e.low, random, e.v.dtype.element_ty)
@@ -355,7 +346,7 @@ def square_as_stored(e, at, value, root):
 @triton.jit
 def store(e, at, xs, ds, square, VECTOR: tl.constexpr):
     """The new x and d, and v if it is not None."""
-    if e.low is None:
+    if len(e.low) == 0:
         store_elements(e.x, at, xs, VECTOR)
         store_elements(e.d, at, ds, VECTOR)
         if square is not None:
@@ -372,6 +363,6 @@ def store(e, at, xs, ds, square, VECTOR: tl.constexpr):
 @triton.jit
 def to_repair(e):
     """The elements, to be stored for the second time in a step."""
-    if e.keys is not None:
+    if len(e.keys) > 0:
         e = Elements(e.x, e.g, e.d, e.v, e.low, repaired_keys(e.keys))
     return e
