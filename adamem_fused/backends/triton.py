@@ -14,10 +14,10 @@ Where no beta is shared, both ways give the same bits. No program waits for anot
 take copies. Nothing is read back from the device, a step can be captured in a CUDA graph, and two
 runs give the same bits.
 
-It has run on an H100 (bench/results/nvidia-h100-80gb-hbm3/notes.md), but for what is stored in
-few bits, and on no other GPU: for those it was tested under Triton's interpreter, which
-TRITON_INTERPRET=1 turns on and which takes tensors on the CPU, and compiled ahead of time for
-sm_80, sm_90, sm_100 and gfx942.
+It has run on an H100 (bench/results/nvidia-h100-80gb-hbm3/notes.md; what is stored in few bits
+for its results, and not yet for its time), and on no other GPU: for those it was tested under
+Triton's interpreter, which TRITON_INTERPRET=1 turns on and which takes tensors on the CPU, and
+compiled ahead of time for sm_80, sm_90, sm_100 and gfx942.
 """
 
 from __future__ import annotations
