@@ -54,6 +54,7 @@ bench-cpu: .venv/installed
 	$(BIN)/python -m bench kernels --device cpu
 	$(BIN)/python -m bench train --device cpu
 	$(BIN)/python -m bench phase --device cpu
+	$(BIN)/python -m bench low-precision --device cpu
 	$(BIN)/python -m bench host
 	$(BIN)/python -m bench readme
 
@@ -65,6 +66,7 @@ bench:
 	$(PYTHON) -m bench kernels --device cuda
 	$(PYTHON) -m bench train --device cuda
 	$(PYTHON) -m bench phase --device cuda
+	$(PYTHON) -m bench low-precision --device cuda
 
 # Takes the machine's own torch, which knows its GPU, and its nvcc where nothing is compiled yet.
 gpu-check:

@@ -57,8 +57,8 @@ class Contestant:
         compiled: its step goes through torch.compile.
         compiles_itself: it compiles its step on its own, for all tensors at once.
         quantized: its state is rounded to few bits, so that only a first step can be checked.
-        low: an Adaptive Memory optimizer whose memories or parameters are in few bits: it does not
-            guess.
+        low: an Adaptive Memory optimizer whose memories or parameters are in few bits.
+        low_guesses: and may guess its beta all the same (`Packed.may_guess`).
         tolerance: of a float32 step, relative to the largest change in the tensor.
     """
 
@@ -75,6 +75,7 @@ class Contestant:
     compiles_itself: bool = False
     quantized: bool = False
     low: bool = False
+    low_guesses: bool = False
     tolerance: float = 1e-3
 
 

@@ -55,8 +55,8 @@ def bytes_to_move(
     else:
         in_sums, together = element + memory, [(numel, 1)]
     second = in_sums
-    guesses = contestant.optimizer == "adamw" and not contestant.anchored and not contestant.low
-    if guesses and element >= 4:
+    exact = contestant.low_guesses if contestant.low else element >= 4
+    if contestant.optimizer == "adamw" and not contestant.anchored and exact:
         second = 3 * (element + memory) * (contestant.missed or 0.0)
     too_large = sum(n * count for n, count in together if n * in_sums > last_level)
     return one_pass + round(second * too_large)

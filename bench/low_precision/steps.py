@@ -140,6 +140,7 @@ def ours(optimizer: str, stored: str) -> Contestant:
         missed=None if by_row else 0.0,
         quantized=is_low,
         low=is_low,
+        low_guesses=is_low and FORMATS[stored].guesses,
     )
 
 
