@@ -21,9 +21,10 @@ help:
 	@echo "make check        linters, formatters and type checker"
 	@echo "make clean        removes what was built, .venv included"
 
-# A file's tests stay together: some share what takes long to make.
+# A file's tests stay together: some share what takes long to make. Files begin in the order of
+# tests/conftest.py.
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # With another torch, as PyPI has it (with CUDA, 3 GB), and the triton that it asks for. In a copy, as
 # the C++ extension lies in the package's folder and is tied to its torch. Left out are benchmarks,
@@ -35,7 +36,7 @@ LEFT_OUT := test_bench* test_experiments.py test_cuda_build.py
 
 test-torch: $(OTHER)/installed
 	$(copy)
-	cd $(OTHER)/copy && ../bin/python -m pytest -n 2 --dist loadfile $(LEFT_OUT:%=--ignore-glob='*/%')
+	cd $(OTHER)/copy && ../bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(LEFT_OUT:%=--ignore-glob='*/%')
 
 define copy
 mkdir -p $(OTHER)/copy

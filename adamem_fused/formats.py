@@ -42,10 +42,13 @@ def mix(word: int) -> int:
 
 # torch.compile makes a symbol of a seed that was another one in an earlier step, and cannot hash
 # that: so it is told to take the number.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def tensor_key(seed: int, index: int) -> int:
     """The key of the optimizer's parameter of this index, over all groups in order."""
     return mix(mix(int(seed)) + index + 1)  # NumPy's would overflow
+
+
+# torch.compiler.assume_constant_result, but without importing torch._dynamo, which takes seconds.
+tensor_key._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def as_signed(word: int) -> int:

@@ -21,6 +21,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("tests")
 
 
+# Files of few tests that take minutes. Begun last, one runs while other workers have nothing to do.
+LONG = ("test_triton.py", "test_gpu_check.py", "test_cuda.py", "test_cuda_build.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def pytest_report_header() -> list[str]:
     cpu = torch.device("cpu")
     reasons = {name: backend.unavailable(cpu) for name, backend in BACKENDS.items()}
