@@ -28,7 +28,6 @@ CXX_FLAGS = [
     # AVX2 and AVX-512 give the same bits.
     "-ffp-contract=off",
     "-fno-math-errno",
-    "-fopenmp",
     "-Wall",
     "-Wextra",
     "-Wno-psabi",
@@ -39,20 +38,12 @@ CXX_FLAGS = [
 # The kernels are C++17; torch's headers are C++20 from 2.14 on.
 KERNEL_STANDARD, TORCH_STANDARD = "-std=c++17", "-std=c++20"
 
-TORCH_SOURCES = [
-    "csrc/ops.cpp",
-    "csrc/python.cpp",
-    "csrc/cpu/kernels.cpp",
-    "csrc/cpu/norms.cpp",
-    "csrc/cpu/ops_cpu.cpp",
-    "csrc/cpu/step.cpp",
-]
-
-# The kernels, once for each instruction set that torch tells apart.
-KERNEL_SOURCES = {"csrc/cpu/kernels_default.cpp": []}
+# The kernels, a library without torch: what runs once, and, for each instruction set that torch
+# tells apart, the file that is compiled with these flags.
+CPU_SOURCES = {"kernels": [], "norms": [], "step": [], "threads": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    KERNEL_SOURCES["csrc/cpu/kernels_avx2.cpp"] = ["-mavx2", "-mfma", "-mf16c"]
-    KERNEL_SOURCES["csrc/cpu/kernels_avx512.cpp"] = [
+    CPU_SOURCES["kernels_avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    CPU_SOURCES["kernels_avx512"] = [
         "-mavx512f",
         "-mavx512bw",
         "-mavx512dq",
@@ -61,7 +52,9 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mfma",
         "-mf16c",
     ]
+CPU_SOURCES["kernels_neon" if platform.machine() == "aarch64" else "kernels_default"] = []
 
+CPU_NAME = "adamem_fused._cpu"
 CUDA_NAME = "adamem_fused._cuda"
 
 
@@ -117,6 +110,16 @@ def why_no_cuda():
     return None
 
 
+def check_compiler():
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler.split()[0]) is None:
+        sys.exit(
+            f"adamem_fused: no C++ compiler ({compiler}) was found. Install one (Debian, "
+            "Ubuntu: apt-get install g++) or set ADAMEM_NO_EXTENSION=1 to install without "
+            "the cpu backend."
+        )
+
+
 class BuildExtension(build_ext):
     """build_ext that compiles each kernel source with its own instruction set, and CUDA."""
 
@@ -135,17 +138,43 @@ class BuildExtension(build_ext):
             Path(self.build_lib, self.get_ext_filename(CUDA_NAME)).unlink(missing_ok=True)
         super().run()
 
+    def build_extensions(self):
+        # Not beside the others, which may be built in parallel: _C is linked against it.
+        everything = self.extensions
+        for ext in everything:
+            if ext.name == CPU_NAME:
+                self.build_extension(ext)
+        self.extensions = [ext for ext in everything if ext.name != CPU_NAME]
+        super().build_extensions()
+        self.extensions = everything
+
     def get_ext_filename(self, fullname):
-        # Not a Python module: tied to no version of Python.
-        if fullname.split(".")[-1] == CUDA_NAME.split(".")[-1]:
+        # Not Python modules: tied to no version of Python.
+        if f"adamem_fused.{fullname.split('.')[-1]}" in (CPU_NAME, CUDA_NAME):
             return str(Path(*fullname.split("."))) + ".so"
         return super().get_ext_filename(fullname)
 
     def build_extension(self, ext):
+        path = Path(self.get_ext_fullpath(ext.name))
         if ext.name == CUDA_NAME:
-            self.build_cuda(Path(self.get_ext_fullpath(ext.name)))
+            self.build_cuda(path)
+        elif ext.name == CPU_NAME:
+            self.build_cpu(path)
         else:
             self.build_cpp(ext)
+
+    def build_cpu(self, path):
+        check_compiler()
+        objects = []
+        for name, isa_flags in CPU_SOURCES.items():
+            flags = [*CXX_FLAGS, KERNEL_STANDARD, *isa_flags]
+            objects += self.compile([f"csrc/cpu/{name}.cpp"], flags)
+        self.compiler.link_shared_object(
+            objects,
+            str(path),
+            extra_postargs=["-pthread", f"-Wl,-soname,{path.name}", "-s"],
+            target_lang="c++",
+        )
 
     def build_cuda(self, path):
         nvcc = cuda_library.find_nvcc()
@@ -155,13 +184,6 @@ class BuildExtension(build_ext):
         cuda_library.compile_library(nvcc, path, numbers)
 
     def build_cpp(self, ext):
-        compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler.split()[0]) is None:
-            sys.exit(
-                f"adamem_fused: no C++ compiler ({compiler}) was found. Install one (Debian, "
-                "Ubuntu: apt-get install g++) or set ADAMEM_NO_EXTENSION=1 to install without "
-                "the cpu backend."
-            )
         torch_root = find_torch()
         if torch_root is None:
             sys.exit(
@@ -174,10 +196,11 @@ class BuildExtension(build_ext):
         include = torch_root / "include"
         includes = [include, include / "torch" / "csrc" / "api" / "include"]
         flags = [flag for path in includes for flag in ("-isystem", str(path))]
-        for source, isa_flags in KERNEL_SOURCES.items():
-            ext.extra_objects += self.compile([source], [*CXX_FLAGS, KERNEL_STANDARD, *isa_flags])
-        ext.extra_compile_args = [*CXX_FLAGS, TORCH_STANDARD, *flags]
-        ext.library_dirs = [str(torch_root / "lib")]
+        # For at::parallel_for; not linked against OpenMP: it is to be the one that torch brings.
+        ext.extra_compile_args = [*CXX_FLAGS, TORCH_STANDARD, "-fopenmp", *flags]
+        library = Path(self.get_ext_fullpath(CPU_NAME))
+        ext.library_dirs = [str(torch_root / "lib"), str(library.parent)]
+        ext.extra_link_args = [f"-l:{library.name}", "-Wl,-rpath,$ORIGIN", "-s"]
         super().build_extension(ext)
 
     def compile(self, sources, flags):
@@ -188,11 +211,11 @@ def extensions():
     if os.environ.get("ADAMEM_NO_EXTENSION") == "1":
         return []
     return [
+        Extension(CPU_NAME, [f"csrc/cpu/{name}.cpp" for name in CPU_SOURCES]),
         Extension(
             "adamem_fused._C",
-            TORCH_SOURCES,
+            sorted(glob("csrc/torch/*.cpp")),
             libraries=["c10", "torch_cpu", "torch", "torch_python"],
-            extra_link_args=["-fopenmp"],
             language="c++",
         ),
         Extension(CUDA_NAME, sorted(glob("csrc/cuda/*.cu"))),

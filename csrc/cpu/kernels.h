@@ -6,15 +6,16 @@
 
 #include "../am_math.h"
 #include "../formats.h"
+#include "library.h"
 
 namespace am::cpu {
 
 // As AM_INLINE.
 #define AM_MEMBER inline __attribute__((always_inline))
 
-// Type of parameter and gradient. The memory's type is double for float64 and float
-// for the others, and the arithmetic is done in it.
-enum DType { kFloat32, kFloat64, kBFloat16, kFloat16, kNumDTypes };
+constexpr int64_t bytes_of(DType dtype) {
+  return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
+}
 
 struct AdamWChunk {
   void* param;
@@ -66,8 +67,6 @@ struct AdamWRows {
 constexpr int64_t kRowScratch = 2;
 
 // What is stored in few bits, as adamem_fused/formats.py says.
-
-enum Format { kFloats, kShorts, kSignedCodes, kSquareCodes };  // float32, bfloat16, int8
 
 struct LowMemory {
   void* data = nullptr;
@@ -134,13 +133,17 @@ struct Kernels {
   double (*squares[kNumDTypes])(const void* data, int64_t numel);
 };
 
+#if defined(__aarch64__)
+extern const Kernels kernels_neon;
+#else
 extern const Kernels kernels_default;
+#endif
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 #endif
 
-// Those that torch would choose, so that ATEN_CPU_CAPABILITY rules this package too.
+// Those that were chosen.
 const Kernels& kernels();
 
 }  // namespace am::cpu

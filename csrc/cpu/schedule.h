@@ -1,6 +1,4 @@
-// Which thread works on which chunk, and when. Free of torch: the caller hands in
-// parallel_for(parts, f), which calls f(0) ... f(parts - 1), each once, on any
-// number of threads.
+// Which thread works on which chunk, and when.
 //
 // A step has two halves: what takes the sums, and what waits for beta. Where the second
 // has to read a tensor once more, it is as fast as it is served from cache. Hence three
@@ -22,6 +20,8 @@
 #include <vector>
 
 #include "kernels.h"
+#include "library.h"
+#include "threads.h"
 
 namespace am::cpu {
 
@@ -38,13 +38,11 @@ namespace am::cpu {
 //   Sums begin_row(int64_t row) const;
 //   bool finish_row(int64_t row, const Sums&) const;       whether it counts the step
 //   bool step_rows(int64_t first, int64_t rows) const;     both; whether one of them does
-constexpr int64_t kNoRows = -1;
-
-template <class Job, class ParallelFor>
+template <class Job>
 class Schedule {
  public:
-  Schedule(std::vector<Job*> jobs, int64_t threads, ParallelFor parallel_for)
-      : jobs_(std::move(jobs)), threads_(threads), parallel_for_(parallel_for) {}
+  Schedule(const Threads& threads, std::vector<Job*> jobs)
+      : threads_(threads), jobs_(std::move(jobs)) {}
 
   // The two sides of the seam.
   void begin() { begin_wave(jobs_); }
@@ -55,7 +53,7 @@ class Schedule {
     std::vector<Job*> small, wave;
     int64_t wave_numel = 0, total = 0;
     for (const Job* job : jobs_) total += job->numel;
-    const int64_t largest_small = std::min(kSmall, std::max(kMinCost, total / threads_));
+    const int64_t largest_small = std::min(kSmall, std::max(kMinCost, total / threads_.count));
     for (Job* job : jobs_) {
       if (job->rows != kNoRows || job->numel <= largest_small) {
         small.push_back(job);
@@ -102,13 +100,13 @@ class Schedule {
       middles[i] = total + costs[i] / 2;
       total += costs[i];
     }
-    const int64_t parts = std::max<int64_t>(1, std::min(threads_, total / kMinCost));
+    const int64_t parts = std::max<int64_t>(1, std::min(threads_.count, total / kMinCost));
     const auto boundary = [&](int64_t part) -> int64_t {
       if (part == parts) return static_cast<int64_t>(middles.size());
       return std::lower_bound(middles.begin(), middles.end(), total * part / parts) -
              middles.begin();
     };
-    parallel_for_(parts, [&](int64_t part) { f(boundary(part), boundary(part + 1)); });
+    parallel_for(threads_, parts, [&](int64_t part) { f(boundary(part), boundary(part + 1)); });
   }
 
   // A partial sum covers this many elements. A chunk costs some 40 ns beside its elements, and
@@ -239,9 +237,8 @@ class Schedule {
       job.finish_chunk(begin, std::min(chunk, job.numel - begin));
   }
 
+  const Threads& threads_;
   std::vector<Job*> jobs_;
-  int64_t threads_;
-  ParallelFor parallel_for_;
 };
 
 }  // namespace am::cpu

@@ -3,6 +3,7 @@
 // 0.35 us for each tensor in a list; here a tensor costs some 20 ns.
 #include <ATen/ops/cat.h>
 #include <ATen/ops/tensor.h>
+#include <ATen/Version.h>
 #include <ATen/record_function.h>
 #include <Python.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -17,8 +18,9 @@
 #include <string_view>
 #include <vector>
 
-#include "cpu/norms.h"
-#include "cpu/step.h"
+#include "../cpu/library.h"
+#include "norms.h"
+#include "step.h"
 #include "tensor_refs.h"
 
 namespace am {
@@ -685,6 +687,8 @@ py::object betas(const py::list& groups, const py::dict& state, const py::str& n
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  // As torch chooses its own kernels, so that ATEN_CPU_CAPABILITY rules these too.
+  adamem_cpu_choose(at::get_cpu_capability().c_str());
   // What the library is tied to; adamem_fused/backends/ops.py compares.
   m.attr("torch_version") = TORCH_VERSION;
   m.def("gather", torch::wrap_pybind_function(gather));

@@ -3,7 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "../tensor_refs.h"
+#include "tensor_refs.h"
 
 namespace am::cpu {
 

@@ -1,4 +1,4 @@
-// What a step is given of tensors that are stored in few bits: `Packed` of
+// The table of what a step is given of tensors that are stored in few bits: `Packed` of
 // adamem_fused/backends/batch.py, checked as it is there.
 #pragma once
 
@@ -8,16 +8,16 @@
 #include <optional>
 #include <vector>
 
-#include "../tensor_refs.h"
-#include "kernels.h"
+#include "../cpu/library.h"
+#include "tensor_refs.h"
 
 namespace am::cpu {
 
 template <size_t kMemories>
-class LowTensors {
+class PackedTable {
  public:
   // packed: the scales of each memory, n tensors, and the remainders; or nothing.
-  LowTensors(const TensorRefs& packed, const std::optional<at::Tensor>& rounding, size_t n)
+  PackedTable(const TensorRefs& packed, const std::optional<at::Tensor>& rounding, size_t n)
       : packed_(packed), n_(n) {
     if (packed.size() == 0 && !rounding.has_value()) return;
     TORCH_CHECK_VALUE(packed.size() == (kMemories + 1) * n, "packed holds ", packed.size(),
@@ -31,56 +31,53 @@ class LowTensors {
     tensors_.resize(n);
   }
 
-  // Tensor i, or null where all of it is stored as in other batches. by_row: each row has a beta.
-  const LowTensor* open(const at::Tensor& param, const at::Tensor& grad,
-                        const at::Tensor* const (&memories)[kMemories],
-                        const char* const (&names)[kMemories], double step, bool by_row, size_t i) {
+  // Opens tensor i, and returns its row here; or null, where all of it is stored as in other
+  // batches. by_row: each row has a beta.
+  const PackedTensor* open(StepTensor& tensor, const at::Tensor& param, const at::Tensor& grad,
+                           const at::Tensor* const (&memories)[kMemories],
+                           const char* const (&names)[kMemories], bool by_row, size_t i) {
     if (rounding_ == nullptr) return nullptr;
     const at::Tensor& remainder = packed_[kMemories * n_ + i];
     bool is_low = remainder.numel() > 0 || row(kRounds, i) != 0;
     for (const at::Tensor* memory : memories) is_low = is_low || format_of(*memory) != kFloats;
     if (!is_low) return nullptr;
 
-    LowTensor& low = tensors_[i];
+    PackedTensor& packed = tensors_[i];
     TORCH_CHECK_TYPE(param.scalar_type() == at::kFloat || param.scalar_type() == at::kBFloat16,
                      "param of tensor ", i, " is ", param.scalar_type(),
                      "; what is stored in few bits has to be float32 or bfloat16");
     TORCH_CHECK_TYPE(grad.scalar_type() == param.scalar_type(), "grad of tensor ", i, " is ",
                      grad.scalar_type(), "; where its parameter or state is stored in few bits it ",
                      "has to be ", param.scalar_type(), ", as its parameter is");
-    low.dtype = param.scalar_type() == at::kFloat ? kFloat32 : kBFloat16;
+    tensor.dtype = param.scalar_type() == at::kFloat ? kFloat32 : kBFloat16;
     check(param, param, "param", i);
     check(grad, param, "grad", i);
-    low.param = param.data_ptr();
-    low.grad = grad.const_data_ptr();
+    tensor.param = param.data_ptr();
+    tensor.grad = grad.const_data_ptr();
     for (size_t k = 0; k < kMemories; ++k) {
       check(*memories[k], param, names[k], i);
-      low.memories[k].data = memories[k]->data_ptr();
-      low.memories[k].format = format_of(*memories[k]);
+      tensor.memories[k] = memories[k]->data_ptr();
+      packed.formats[k] = format_of(*memories[k]);
       const bool is_float = memories[k]->scalar_type() == at::kFloat;
-      TORCH_CHECK_TYPE(low.memories[k].format != kFloats || is_float, names[k], " of tensor ", i,
-                       " is ", memories[k]->scalar_type(),
+      TORCH_CHECK_TYPE(packed.formats[k] != kFloats || is_float, names[k], " of tensor ", i, " is ",
+                       memories[k]->scalar_type(),
                        "; where something else of it is stored in few bits it has to be float32, "
                        "bfloat16 or int8");
-      open_scales(low.memories[k], packed_[k * n_ + i], param, names[k], k, by_row, i);
+      open_scales(packed, k, packed_[k * n_ + i], param, names[k], by_row, i);
     }
-    low.remainder = nullptr;
     if (remainder.numel() > 0) {
       check(remainder, param, "param_remainder", i);
-      TORCH_CHECK_VALUE(remainder.scalar_type() == at::kChar && low.dtype == kBFloat16,
+      TORCH_CHECK_VALUE(remainder.scalar_type() == at::kChar && tensor.dtype == kBFloat16,
                         "param_remainder of tensor ", i, " is ", remainder.scalar_type(),
                         "; it has to be int8, of a bfloat16 parameter");
-      low.remainder = static_cast<uint8_t*>(remainder.data_ptr());
+      packed.remainder = static_cast<uint8_t*>(remainder.data_ptr());
     }
-    low.rounds = row(kRounds, i) != 0 && low.dtype == kBFloat16;
-    low.may_guess = !by_row && low.param != low.grad &&
-                    (low.dtype == kFloat32 || low.is_param_staged()) &&
-                    !has_codes(low.memories[0]) && !has_codes(low.memories[1]);
-    low.offset = row(kOffset, i);
-    low.stretch = row(kStretch, i);
-    low.skip = row(kSkip, i);
-    low.keys = step_keys(row(kKey, i), step);
-    return &low;
+    packed.rounds = row(kRounds, i);
+    packed.key = row(kKey, i);
+    packed.offset = row(kOffset, i);
+    packed.stretch = row(kStretch, i);
+    packed.skip = row(kSkip, i);
+    return &packed;
   }
 
  private:
@@ -101,10 +98,6 @@ class LowTensors {
     }
   }
 
-  static bool has_codes(const LowMemory& memory) {
-    return memory.format == kSignedCodes || memory.format == kSquareCodes;
-  }
-
   static void check(const at::Tensor& t, const at::Tensor& param, const char* name, size_t i) {
     TORCH_CHECK_VALUE(t.sizes() == param.sizes(), name, " of tensor ", i, " has shape ", t.sizes(),
                       ", its parameter ", param.sizes());
@@ -112,29 +105,30 @@ class LowTensors {
                       " of tensor ", i, " has to be contiguous on the CPU");
   }
 
-  static void open_scales(LowMemory& memory, const at::Tensor& scales, const at::Tensor& param,
-                          const char* name, size_t k, bool by_row, size_t i) {
-    if (!has_codes(memory)) return;
+  static void open_scales(PackedTensor& packed, size_t k, const at::Tensor& scales,
+                          const at::Tensor& param, const char* name, bool by_row, size_t i) {
+    const int64_t format = packed.formats[k];
+    if (format != kSignedCodes && format != kSquareCodes) return;
     const int64_t numel = param.numel(), n = scales.numel();
     const int64_t block = n > 0 && numel % n == 0 ? numel / n : 0;
     const int64_t run = by_row ? numel / param.size(0) : numel;
     TORCH_CHECK_VALUE((block == 64 || block == 128 || block == 256) && run % block == 0 &&
                           scales.is_contiguous() && scales.is_cpu() &&
-                          memory.format == (k == 0 ? kSignedCodes : kSquareCodes),
+                          format == (k == 0 ? kSignedCodes : kSquareCodes),
                       name, "_scales of tensor ", i, " has ", n, " elements, and ", name, "_codes ",
                       numel,
                       "; it has to have one for each block, and exp_avg_sq's "
                       "codes are uint8, others int8");
     TORCH_CHECK_TYPE(scales.scalar_type() == at::kFloat, name, "_scales of tensor ", i, " is ",
                      scales.scalar_type(), ", not float32");
-    memory.scales = static_cast<float*>(scales.data_ptr());
-    memory.block = block;
+    packed.scales[k] = static_cast<float*>(scales.data_ptr());
+    packed.blocks[k] = block;
   }
 
   const TensorRefs& packed_;
   size_t n_;
   const int64_t* rounding_ = nullptr;
-  std::vector<LowTensor> tensors_;
+  std::vector<PackedTensor> tensors_;
 };
 
 }  // namespace am::cpu

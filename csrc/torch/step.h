@@ -1,12 +1,12 @@
 // A step on CPU tensors. Two callers: the operators (ops_cpu.cpp), and Python without
-// torch's dispatcher in between (../python.cpp). Arguments are those of ../ops.cpp.
+// torch's dispatcher in between (python.cpp). Arguments are those of ops.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <optional>
 
-#include "../tensor_refs.h"
+#include "tensor_refs.h"
 
 namespace am::cpu {
 

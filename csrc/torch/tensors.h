@@ -6,7 +6,7 @@
 #include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
 
-#include "kernels.h"
+#include "../cpu/library.h"
 
 namespace am::cpu {
 
@@ -26,8 +26,15 @@ inline DType dtype_of(const at::Tensor& t, const char* name, size_t i) {
   }
 }
 
-constexpr int64_t bytes_of(DType dtype) {
-  return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
+// torch's threads, as the kernels take them.
+inline Threads torch_threads() {
+  const auto parallel_for = [](int64_t parts, void (*f)(void* context, int64_t part),
+                               void* context) {
+    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) f(context, part);
+    });
+  };
+  return {at::get_num_threads(), parallel_for};
 }
 
 // Calls f(i) for every tensor. With thousands of them, looking each one up in memory is
