@@ -139,4 +139,4 @@ $(OTHER)/installed: $(OTHER)/requirements setup.py pyproject.toml $(wildcard csr
 	touch $@
 
 clean:
-	rm -rf .venv .venv-torch-* .venv-integrations build *.egg-info adamem_fused/*.so
+	rm -rf .venv .venv-torch-* .venv-integrations build dist *.egg-info adamem_fused/*.so

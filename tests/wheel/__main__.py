@@ -103,6 +103,7 @@ def use(environment: Environment, before: list[Environment], has_glue: bool) -> 
     report = environment.run("-I", "-m", "adamem_fused")
     for name in ALWAYS:
         assert name in available(report), report
+    assert ("called by ctypes" in report) != has_glue, report
     print(re.sub("^", "    ", report.strip(), flags=re.MULTILINE))
     arguments = [script, "--load", *(other.checkpoints for other in before)]
     if has_glue:
