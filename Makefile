@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: help test test-torch test-integrations demo bench bench-cpu experiments gpu-check gpu-bundle
-.PHONY: check clean
+.PHONY: wheel wheel-test check clean
 
 help:
 	@echo "make test         the tests"
@@ -18,6 +18,8 @@ help:
 	@echo "make experiments  small models trained with each optimizer, in minutes"
 	@echo "make gpu-check    the GPU backends tested and timed, with PYTHON's own torch and triton"
 	@echo "make gpu-bundle   their compiled parts for another machine: build/gpu-bundle"
+	@echo "make wheel        the wheel for every Python and torch, into dist"
+	@echo "make wheel-test   the wheel installed and used in environments of several Pythons and torches"
 	@echo "make check        linters, formatters and type checker"
 	@echo "make clean        removes what was built, .venv included"
 
@@ -89,6 +91,19 @@ build/gpu-venv/installed:
 		torch==2.11.0 setuptools==80.9.0
 	touch $@
 
+wheel: build/wheel-venv/installed
+	build/wheel-venv/bin/python packaging/make_wheel.py
+
+build/wheel-venv/installed: packaging/requirements.txt
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+# In fresh environments without a compiler. Pythons are those of PATH, or named by PYTHON310 and so on.
+WHEEL_TESTS := 3.10:2.9.1 3.11:2.13.0 3.12:2.11.0 3.13:2.15.0
+wheel-test:
+	$(PYTHON) tests/wheel $(wildcard dist/*.whl) $(WHEEL_TESTS)
+
 check: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -124,4 +139,4 @@ $(OTHER)/installed: $(OTHER)/requirements setup.py pyproject.toml $(wildcard csr
 	touch $@
 
 clean:
-	rm -rf .venv .venv-torch-* .venv-integrations build *.egg-info adamem_fused/*.so
+	rm -rf .venv .venv-torch-* .venv-integrations build dist *.egg-info adamem_fused/*.so
