@@ -32,7 +32,7 @@ test: .venv/installed
 TORCH ?= 2.11.0
 OTHER := .venv-torch-$(TORCH)
 COPIED := adamem_fused bench csrc docs tests triton_kernels $(wildcard *.* LICENSE Makefile)
-LEFT_OUT := test_bench* test_experiments.py test_cuda_build.py
+LEFT_OUT := test_bench* test_experiments.py test_cuda_build.py test_documents.py test_release_files.py
 
 test-torch: $(OTHER)/installed
 	$(copy)
@@ -94,6 +94,7 @@ check: .venv/installed
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.* tests/cuda_emulation/*.h)
 	$(BIN)/mypy
+	$(BIN)/zizmor --offline --strict-collection --quiet .github
 
 .venv/requirements: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "adamem_fused needs Python 3.10 or newer, and $(PYTHON) is " + sys.version.split()[0])'
