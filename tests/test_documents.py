@@ -88,8 +88,8 @@ def snippets(document, language):
 
 
 def test_the_readmes_python_runs(capsys):
-    """All of it in order, as one program."""
-    exec("\n".join(snippets("README.md", "python")), {})
+    """All of it in order, as one program, and what follows on it."""
+    exec("\n".join([*snippets("README.md", "python"), *snippets("docs/options.md", "python")]), {})
     assert "beta_mean" in capsys.readouterr().out
 
 
