@@ -82,18 +82,22 @@ def test_commands_are_there(document):
             assert importlib.util.find_spec(module), module
 
 
+needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason=f"{LIBRARY} was not compiled")
+
+
 def snippets(document, language):
     found = FENCED.findall((ROOT / document).read_text())
     return [block for indent, name, block in found if name == language and not indent]
 
 
+@needs_library
 def test_the_readmes_python_runs(capsys):
     """All of it in order, as one program, and what follows on it."""
     exec("\n".join([*snippets("README.md", "python"), *snippets("docs/options.md", "python")]), {})
     assert "beta_mean" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not LIBRARY.exists(), reason=f"{LIBRARY} was not compiled")
+@needs_library
 def test_the_kernels_are_called_without_torch_as_the_example_does(tmp_path):
     (source,) = snippets("docs/architecture.md", "cpp")
     program = tmp_path / "example"
