@@ -71,7 +71,7 @@ def _packed(packed: list[Tensor], rounding: Tensor | None, tensors: int) -> Pack
     return Packed(tuple(scales), remainders, rounding)
 
 
-def _open(batch_type: type[Batch], hyper_type: Any, args: Arguments) -> tuple[Any, Any, Any]:
+def _open(batch_type: Any, hyper_type: Any, args: Arguments) -> tuple[Any, Any, Any]:
     """The arguments of `*_begin` as a batch, grad_scale and found_inf."""
     *lists, lrs, group_sizes, hypers, grad_scale, found_inf, packed, rounding = args
     rows = list(_rows(lrs, hypers))
