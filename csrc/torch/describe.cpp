@@ -1,0 +1,115 @@
+// describe: what a step's tables are made of; and bump_versions.
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <string_view>
+#include <vector>
+
+#include "functions.h"
+#include "layouts.h"
+#include "python.h"
+#include "tensor_refs.h"
+
+namespace am {
+namespace {
+
+using at::Tensor;
+
+// Words that most often are those of the last time: then they are only compared, which takes less
+// time than writing them.
+class Words {
+ public:
+  // last: bytes.
+  explicit Words(PyObject* last) : last_(last) {
+    const std::string_view bytes = view_of(last);
+    TORCH_CHECK_VALUE(bytes.size() % sizeof(int64_t) == 0, "expected bytes of whole words");
+    begin_ = next_ = reinterpret_cast<const int64_t*>(bytes.data());
+    end_ = begin_ + bytes.size() / sizeof(int64_t);
+  }
+
+  void push(int64_t word) {
+    if (next_ != nullptr) {
+      if (next_ != end_ && *next_ == word) {
+        ++next_;
+        return;
+      }
+      begin_others();
+    }
+    others_.push_back(word);
+  }
+
+  // As bytes: the last ones themselves, if they are these.
+  Owned finish() {
+    if (next_ == end_ && next_ != nullptr) return Owned::share(last_);
+    if (next_ != nullptr) begin_others();
+    const char* bytes = reinterpret_cast<const char*>(others_.data());
+    return Owned::take(PyBytes_FromStringAndSize(
+        bytes, static_cast<Py_ssize_t>(others_.size() * sizeof(int64_t))));
+  }
+
+ private:
+  __attribute__((noinline)) void begin_others() {
+    others_.reserve(end_ - begin_ + 1);
+    others_.assign(begin_, next_);
+    next_ = nullptr;
+  }
+
+  PyObject* last_;
+  const int64_t *begin_, *next_, *end_;  // next_: null once there are others
+  std::vector<int64_t> others_;
+};
+
+// dtype, device, layout, number of dimensions, and whether it was made in inference mode, in a
+// word.
+int64_t kind_of(const Tensor& t) {
+  const auto byte = [](auto value) { return static_cast<int64_t>(value) & 0xff; };
+  return int64_t{t.is_inference()} << 48 | byte(t.scalar_type()) << 40 |
+         byte(t.device().type()) << 32 | byte(t.device().index()) << 24 | byte(t.layout()) << 16 |
+         t.dim();
+}
+
+}  // namespace
+
+// Tells autograd that tensors were written to, as torch.autograd.graph.increment_version does.
+PyObject* bump_versions(PyObject*, PyObject* const* args, Py_ssize_t size) {
+  return call([&] {
+    Arguments read("bump_versions", args, size, 1);
+    const TensorRefs refs = refs_of(read.list());
+    for (size_t i = 0; i < refs.size(); ++i) bump_version_ahead(refs, i);
+    return none();
+  });
+}
+
+// The addresses of the tensors, list by list, and all else about them that tables are made
+// of: dtypes, devices, layouts, shapes and strides. Where
+// they are what they were, the very objects that are given as the last ones.
+//
+// updated: bumps the versions of all but the gradients, in this walk: a walk of its own would
+// take as long as half of this one.
+PyObject* describe(PyObject*, PyObject* const* args, Py_ssize_t size) {
+  return call([&] {
+    constexpr Py_ssize_t kGrads = 1;
+    Arguments read("describe", args, size, 4);
+    PyObject* const lists = read.tuple();
+    Words addresses(read.bytes()), structure(read.bytes());
+    const bool updated = read.boolean();
+    for (Py_ssize_t k = 0; k < PyTuple_Size(lists); ++k) {
+      const TensorRefs refs = refs_of(PyTuple_GetItem(lists, k));
+      const bool bump = updated && k != kGrads;
+      for_each_ahead(refs, [&](size_t i) {
+        const Tensor& t = refs[i];
+        if (bump) bump_version_ahead(refs, i);
+        addresses.push(reinterpret_cast<int64_t>(t.data_ptr()));
+        structure.push(kind_of(t));
+        for (const int64_t size : t.sizes()) structure.push(size);
+        for (const int64_t stride : t.strides()) structure.push(stride);
+      });
+    }
+    std::vector<Owned> result;
+    result.push_back(addresses.finish());
+    result.push_back(structure.finish());
+    return tuple_of(std::move(result));
+  });
+}
+
+}  // namespace am
