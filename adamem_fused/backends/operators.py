@@ -18,7 +18,6 @@ from adamem_fused.backends import cpu_library, cuda, ops
 from adamem_fused.backends.batch import (
     AdamWBatch,
     AdamWHyper,
-    Batch,
     Packed,
     SGDBatch,
     SGDHyper,
