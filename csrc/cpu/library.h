@@ -79,6 +79,9 @@ struct Elements {
 
 }  // namespace am::cpu
 
+// All else in the library is hidden.
+#pragma GCC visibility push(default)
+
 extern "C" {
 
 int64_t adamem_cpu_interface();
@@ -100,3 +103,5 @@ void adamem_cpu_squares(const am::cpu::Elements* elements, int64_t size,
                         const am::cpu::Threads* threads, double* squares);
 
 }  // extern "C"
+
+#pragma GCC visibility pop
