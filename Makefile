@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: help test test-torch test-integrations demo bench bench-cpu experiments gpu-check gpu-bundle
-.PHONY: check clean
+.PHONY: wheel wheel-test check clean
 
 help:
 	@echo "make test         the tests"
@@ -13,11 +13,13 @@ help:
 	@echo "make test-integrations"
 	@echo "                  the tests with trainers, in an environment of their own"
 	@echo "make demo         a small GPT trained with AdamW and with AMAdamW: table and picture"
-	@echo "make bench-cpu    step times on the CPU against torch's AdamW and SGD, and README's section"
-	@echo "make bench        the same on the GPU, with PYTHON's own torch; README stays as it is"
+	@echo "make bench-cpu    step times on the CPU against torch's AdamW and SGD, and docs/performance.md"
+	@echo "make bench        the same on the GPU, with PYTHON's own torch; no document is written"
 	@echo "make experiments  small models trained with each optimizer, in minutes"
 	@echo "make gpu-check    the GPU backends tested and timed, with PYTHON's own torch and triton"
 	@echo "make gpu-bundle   their compiled parts for another machine: build/gpu-bundle"
+	@echo "make wheel        the wheel for every Python and torch, into dist"
+	@echo "make wheel-test   the wheel installed and used in environments of several Pythons and torches"
 	@echo "make check        linters, formatters and type checker"
 	@echo "make clean        removes what was built, .venv included"
 
@@ -32,7 +34,7 @@ test: .venv/installed
 TORCH ?= 2.11.0
 OTHER := .venv-torch-$(TORCH)
 COPIED := adamem_fused bench csrc docs tests triton_kernels $(wildcard *.* LICENSE Makefile)
-LEFT_OUT := test_bench* test_experiments.py test_cuda_build.py
+LEFT_OUT := test_bench* test_experiments.py test_cuda_build.py test_documents.py test_release_files.py
 
 test-torch: $(OTHER)/installed
 	$(copy)
@@ -89,11 +91,25 @@ build/gpu-venv/installed:
 		torch==2.11.0 setuptools==80.9.0
 	touch $@
 
+wheel: build/wheel-venv/installed
+	build/wheel-venv/bin/python packaging/make_wheel.py
+
+build/wheel-venv/installed: packaging/requirements.txt
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+# In fresh environments without a compiler. Pythons are those of PATH, or named by PYTHON310 and so on.
+WHEEL_TESTS := 3.10:2.9.1 3.11:2.13.0 3.12:2.11.0 3.13:2.15.0
+wheel-test:
+	$(PYTHON) tests/wheel $(wildcard dist/*.whl) $(WHEEL_TESTS)
+
 check: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.* tests/cuda_emulation/*.h)
 	$(BIN)/mypy
+	$(BIN)/zizmor --offline --strict-collection --quiet .github
 
 .venv/requirements: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "adamem_fused needs Python 3.10 or newer, and $(PYTHON) is " + sys.version.split()[0])'
@@ -124,4 +140,4 @@ $(OTHER)/installed: $(OTHER)/requirements setup.py pyproject.toml $(wildcard csr
 	touch $@
 
 clean:
-	rm -rf .venv .venv-torch-* .venv-integrations build *.egg-info adamem_fused/*.so
+	rm -rf .venv .venv-torch-* .venv-integrations build dist *.egg-info adamem_fused/*.so

@@ -1,9 +1,12 @@
-"""The build: the C++ extension, compiled against the torch that is installed, and the CUDA
-kernels, which are tied to no torch, where there is nvcc and torch is a CUDA build.
+"""The build: the CPU kernels, which know no torch; the glue, compiled against a torch; and the CUDA
+kernels, which know no torch either, where there is nvcc and torch is a CUDA build.
 
 ADAMEM_NO_EXTENSION=1 installs the pure-Python backends alone. ADAMEM_CUDA=0 leaves out the
 CUDA kernels, ADAMEM_CUDA=1 insists on them, with any torch. TORCH_CUDA_ARCH_LIST says what to
 compile them for; else it is the devices at hand, or 7.5, 8.0, 9.0 and 10.0.
+
+The glue is of the torch that is installed. `make wheel` has one of each torch: ADAMEM_TORCHES names
+their folders, with include and lib in each, separated as PATH is.
 """
 
 import importlib.util
@@ -56,6 +59,12 @@ CPU_SOURCES["kernels_neon" if platform.machine() == "aarch64" else "kernels_defa
 
 CPU_NAME = "adamem_fused._cpu"
 CUDA_NAME = "adamem_fused._cuda"
+# Followed by the torch that it is for, as in _C_2_13: those of several may lie beside each other.
+GLUE_NAME = "adamem_fused._C"
+# It is for any Python from 3.10 on: an extension of the limited API. Python without its lock has no
+# such thing, and takes the kernels without the glue.
+OLDEST_PYTHON = (3, 10)
+HAS_LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
 def find_torch():
@@ -73,6 +82,17 @@ def find_torch():
         if (root / "include").is_dir():
             return root
     return None
+
+
+def torch_version(root):
+    """As in 2_13, by the headers, for they are what is compiled against; None where torch is older
+    than 2.9 or has no headers."""
+    header = root / "include" / "torch" / "headeronly" / "version.h"
+    if not header.exists():
+        return None
+    text = header.read_text()
+    parts = [f"define TORCH_VERSION_{part} (\\d+)" for part in ("MAJOR", "MINOR")]
+    return "_".join(re.search(part, text)[1] for part in parts)
 
 
 def load_cuda_library():
@@ -120,6 +140,15 @@ def check_compiler():
         )
 
 
+class Glue(Extension):
+    """What is compiled against a torch, which lies in this folder, or None."""
+
+    def __init__(self, torch_root):
+        version = torch_version(torch_root) if torch_root is not None else None
+        super().__init__(f"{GLUE_NAME}_{version}", sorted(glob("csrc/torch/*.cpp")))
+        self.torch_root = torch_root if version is not None else None
+
+
 class BuildExtension(build_ext):
     """build_ext that compiles each kernel source with its own instruction set, and CUDA."""
 
@@ -134,12 +163,21 @@ class BuildExtension(build_ext):
         if reason is not None:
             print(f"adamem_fused: without the CUDA kernels: {reason}")
             self.extensions = [ext for ext in self.extensions if ext.name != CUDA_NAME]
-            # Or those of an earlier build would be installed.
-            Path(self.build_lib, self.get_ext_filename(CUDA_NAME)).unlink(missing_ok=True)
+        self.remove_earlier()
         super().run()
 
+    def remove_earlier(self):
+        """Or what an earlier build has left would be installed: the CUDA kernels, glue of a torch
+        that was upgraded."""
+        folders = {Path(self.build_lib, self.get_ext_filename(CPU_NAME)).parent}
+        if self.inplace:
+            folders.add(Path(__file__).parent / "adamem_fused")
+        for folder in folders:
+            for library in folder.glob("*.so"):
+                library.unlink()
+
     def build_extensions(self):
-        # Not beside the others, which may be built in parallel: _C is linked against it.
+        # Not beside the others, which may be built in parallel: the glue is linked against it.
         everything = self.extensions
         for ext in everything:
             if ext.name == CPU_NAME:
@@ -149,43 +187,37 @@ class BuildExtension(build_ext):
         self.extensions = everything
 
     def get_ext_filename(self, fullname):
-        # Not Python modules: tied to no version of Python.
-        if f"adamem_fused.{fullname.split('.')[-1]}" in (CPU_NAME, CUDA_NAME):
-            return str(Path(*fullname.split("."))) + ".so"
-        return super().get_ext_filename(fullname)
+        # None is tied to a version of Python, and only the glue is a Python module.
+        path = Path(*fullname.split("."))
+        return f"{path}.abi3.so" if path.name.startswith("_C") else f"{path}.so"
 
     def build_extension(self, ext):
         path = Path(self.get_ext_fullpath(ext.name))
+        path.parent.mkdir(parents=True, exist_ok=True)
         if ext.name == CUDA_NAME:
             self.build_cuda(path)
         elif ext.name == CPU_NAME:
             self.build_cpu(path)
         else:
-            self.build_cpp(ext)
+            self.build_glue(ext, path)
 
     def build_cpu(self, path):
         check_compiler()
         objects = []
         for name, isa_flags in CPU_SOURCES.items():
             flags = [*CXX_FLAGS, KERNEL_STANDARD, *isa_flags]
-            objects += self.compile([f"csrc/cpu/{name}.cpp"], flags)
-        self.compiler.link_shared_object(
-            objects,
-            str(path),
-            extra_postargs=["-pthread", f"-Wl,-soname,{path.name}", "-s"],
-            target_lang="c++",
-        )
+            objects += self.compile([f"csrc/cpu/{name}.cpp"], "cpu", flags)
+        self.link(objects, path, ["-pthread", f"-Wl,-soname,{path.name}"])
 
     def build_cuda(self, path):
         nvcc = cuda_library.find_nvcc()
         numbers = cuda_library.architectures(nvcc)
         print(f"adamem_fused: compiling the CUDA kernels for {numbers} with {nvcc}")
-        path.parent.mkdir(parents=True, exist_ok=True)
         cuda_library.compile_library(nvcc, path, numbers)
 
-    def build_cpp(self, ext):
-        torch_root = find_torch()
-        if torch_root is None:
+    def build_glue(self, ext, path):
+        root = ext.torch_root
+        if root is None:
             sys.exit(
                 "adamem_fused: the extension is compiled against an installed torch (2.9 or "
                 "newer), and none was found. Install torch first (where a build is isolated in "
@@ -193,33 +225,53 @@ class BuildExtension(build_ext):
                 "ADAMEM_NO_EXTENSION=1 to install without the cpu backend."
             )
         # As system headers, so that warnings are about this package's code.
-        include = torch_root / "include"
+        include = root / "include"
         includes = [include, include / "torch" / "csrc" / "api" / "include"]
-        flags = [flag for path in includes for flag in ("-isystem", str(path))]
-        # For at::parallel_for; not linked against OpenMP: it is to be the one that torch brings.
-        ext.extra_compile_args = [*CXX_FLAGS, TORCH_STANDARD, "-fopenmp", *flags]
-        library = Path(self.get_ext_fullpath(CPU_NAME))
-        ext.library_dirs = [str(torch_root / "lib"), str(library.parent)]
-        ext.extra_link_args = [f"-l:{library.name}", "-Wl,-rpath,$ORIGIN", "-s"]
-        super().build_extension(ext)
+        flags = [
+            *(flag for folder in includes for flag in ("-isystem", str(folder))),
+            "-DPy_LIMITED_API={:#04x}{:02x}0000".format(*OLDEST_PYTHON),
+            # For at::parallel_for; not linked against OpenMP, which is to be the one of torch.
+            "-fopenmp",
+        ]
+        objects = self.compile(ext.sources, path.name, [*CXX_FLAGS, TORCH_STANDARD, *flags])
+        libraries = [f"-l{name}" for name in ("c10", "torch_cpu", "torch", "torch_python")]
+        self.link(
+            objects,
+            path,
+            [
+                *(f"-L{folder}" for folder in (path.parent, root / "lib")),
+                f"-l:{Path(self.get_ext_filename(CPU_NAME)).name}",
+                *libraries,
+                "-Wl,-rpath,$ORIGIN",
+            ],
+        )
 
-    def compile(self, sources, flags):
-        return self.compiler.compile(sources, output_dir=self.build_temp, extra_postargs=flags)
+    def compile(self, sources, folder, flags):
+        """Into a folder of their own: those of several torches have the same names."""
+        output = str(Path(self.build_temp, folder))
+        return self.compiler.compile(sources, output_dir=output, extra_postargs=flags)
+
+    def link(self, objects, path, flags):
+        self.compiler.link_shared_object(
+            objects, str(path), extra_postargs=[*flags, "-s"], target_lang="c++"
+        )
 
 
 def extensions():
     if os.environ.get("ADAMEM_NO_EXTENSION") == "1":
         return []
+    torches = os.environ.get("ADAMEM_TORCHES")
+    roots = [Path(folder) for folder in torches.split(os.pathsep)] if torches else [find_torch()]
     return [
         Extension(CPU_NAME, [f"csrc/cpu/{name}.cpp" for name in CPU_SOURCES]),
-        Extension(
-            "adamem_fused._C",
-            sorted(glob("csrc/torch/*.cpp")),
-            libraries=["c10", "torch_cpu", "torch", "torch_python"],
-            language="c++",
-        ),
+        *(Glue(root) for root in roots if HAS_LIMITED_API),
         Extension(CUDA_NAME, sorted(glob("csrc/cuda/*.cu"))),
     ]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+tag = "cp{}{}".format(*OLDEST_PYTHON)
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": tag}} if HAS_LIMITED_API else {},
+)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from adamem_fused import __version__
-from adamem_fused.backends import BACKENDS
+from adamem_fused.backends import BACKENDS, Backend, cpu, ops
 
 
 def devices() -> Iterator[tuple[torch.device, str]]:
@@ -30,6 +30,19 @@ def devices() -> Iterator[tuple[torch.device, str]]:
         yield device, name
 
 
+def status(backend: Backend, device: torch.device) -> str:
+    """Whether the backend is there for tensors on `device`, or why not."""
+    reason = backend.unavailable(device)
+    if reason is not None:
+        return f"missing: {reason}"
+    if backend is not cpu:
+        return "available"
+    caller = "the C++ extension"
+    if ops.unavailable is not None:
+        caller = f"ctypes, which is slower with many small tensors: {ops.unavailable}"
+    return f"available: {cpu.kernels()} kernels, called by {caller}"
+
+
 def main() -> None:
     print(f"adamem_fused {__version__}")
     print(f"torch        {torch.__version__}")
@@ -37,8 +50,7 @@ def main() -> None:
     for device, description in devices():
         print(f"\n{device}: {description}")
         for backend in BACKENDS.values():
-            reason = backend.unavailable(device)
-            print(f"  {backend.name:<10} {'available' if reason is None else f'missing: {reason}'}")
+            print(f"  {backend.name:<10} {status(backend, device)}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from cases import (
 
 from adamem_fused import __main__ as overview
 from adamem_fused import backends
-from adamem_fused.backends import cpu, cuda, cuda_library, cuda_ops, ops, tables, triton
+from adamem_fused.backends import cpu, cuda, cuda_library, operators, ops, tables, triton
 
 HERE = Path(__file__).parent
 CHUNK = 8192
@@ -801,7 +801,7 @@ def test_the_operators_kernels_do_what_the_backend_does(monkeypatch, cls, lr):
         set_gradients(plain, through, step=step)
         plain.step()
         with monkeypatch.context() as patch:
-            patch.setattr(ops, "call", lambda name, *args: getattr(cuda_ops, name)(*args))
+            patch.setattr(ops, "call", lambda name, *args: operators.CUDA[name](*args))
             (work,) = through._collect()
             rows = begin(work.batch, None, None) if step == 1 else None
             finish(work.batch, rows, None, None)
@@ -815,7 +815,7 @@ def test_the_operators_norms_are_those_of_the_backend():
     set_gradients(optimizer, step=0)
     parameters(optimizer)[0].grad[1] = 1e30
     grads = [param.grad for param in parameters(optimizer)]
-    actual, expected = cuda_ops.squared_norms(grads), squared_norms(optimizer)
+    actual, expected = operators.CUDA["squared_norms"](grads), squared_norms(optimizer)
     torch.testing.assert_close(actual, expected, rtol=3e-7, atol=0.0)
 
 

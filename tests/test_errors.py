@@ -14,7 +14,7 @@ from snapshot import snapshot
 from torch.nn import Parameter
 
 from adamem_fused import AMSGD, AMAdamW
-from adamem_fused.backends import cpu, foreach, ops, reference
+from adamem_fused.backends import cpu, cpu_library, foreach, ops, reference
 from adamem_fused.backends.batch import AdamWBatch, AdamWHyper, SGDBatch, SGDHyper
 
 NAN, INF = math.nan, math.inf
@@ -231,6 +231,8 @@ ABSENT = "the C++ extension was not compiled; reinstall with a C++ compiler at h
 @pytest.fixture
 def no_extension(monkeypatch):
     monkeypatch.setattr(ops, "unavailable", ABSENT)
+    monkeypatch.setattr(ops, "extension", None)
+    monkeypatch.setattr(cpu_library, "unavailable", ABSENT)
 
 
 @both
@@ -241,10 +243,10 @@ def no_extension(monkeypatch):
         ({"fused": True}, f"fused=True: no fused backend is available (cpu: {ABSENT}; cuda: "),
     ],
 )
-def test_absent_backend_is_an_error_never_a_fallback(cls, options, message, monkeypatch):
+def test_absent_backend_is_an_error_never_a_fallback(cls, options, message, request):
     message = re.escape(message)
     optimizer = stepped(cls, **options)
-    monkeypatch.setattr(ops, "unavailable", ABSENT)
+    request.getfixturevalue("no_extension")
     with pytest.raises(RuntimeError, match=message):
         cls([parameter(2)], **options)
     # An optimizer made where it was there: loaded from a pickle, for one.
@@ -262,7 +264,7 @@ def test_absent_backend_is_an_error_never_a_fallback(cls, options, message, monk
 @pytest.mark.parametrize("is_source", [True, False])
 def test_source_without_the_extension_is_told_from_an_installed_package(tmp_path, is_source):
     package = Path(ops.__file__).parents[1]
-    without = shutil.ignore_patterns("_C*", "__pycache__", "_cuda*")
+    without = shutil.ignore_patterns("_C*", "__pycache__", "_cuda*", "_cpu*")
     shutil.copytree(package, tmp_path / package.name, ignore=without)
     if is_source:
         (tmp_path / "setup.py").touch()
@@ -270,7 +272,9 @@ def test_source_without_the_extension_is_told_from_an_installed_package(tmp_path
         "import sys\n"
         # An editable installation would find the extension all the same.
         "sys.meta_path = [f for f in sys.meta_path if 'Editable' not in repr(f)]\n"
-        "from adamem_fused.backends import ops\n"
+        "import torch\n"
+        "from adamem_fused.backends import cpu, ops\n"
+        "assert cpu.unavailable(torch.device('cpu')) == ops.unavailable\n"
         "print(ops.unavailable)"
     )
     run = [sys.executable, "-c", code]
@@ -282,8 +286,9 @@ def test_source_without_the_extension_is_told_from_an_installed_package(tmp_path
 @both
 def test_a_frozen_parameter_is_not_asked_for_its_backend(cls):
     frozen = torch.nn.Parameter(torch.ones(2, device="meta"), requires_grad=False)
-    optimizer = cls([frozen, parameter(3)], fused=ops.unavailable is None)
-    assert optimizer._step_supports_amp_scaling == (ops.unavailable is None)
+    fused = cpu.unavailable(torch.device("cpu")) is None
+    optimizer = cls([frozen, parameter(3)], fused=fused)
+    assert optimizer._step_supports_amp_scaling == fused
 
 
 @both

@@ -1,4 +1,7 @@
-"""A warning where backend=None takes foreach because a fused backend is missing, and only there."""
+"""A warning where backend=None takes what is slower, and only there.
+
+That is foreach where a fused backend is missing, and cpu where the compiled extension is.
+"""
 
 import inspect
 import warnings
@@ -9,19 +12,26 @@ import torch
 from cases import OPTIMIZERS, Group, make_optimizer, set_gradients
 
 from adamem_fused import AMAdamW, backends
-from adamem_fused.backends import cuda, ops, triton
+from adamem_fused.backends import cpu_library, cuda, ops, triton
 
 both = pytest.mark.parametrize("cls", OPTIMIZERS)
-ABSENT = "the C++ extension was compiled against torch 2.9.1, and this is torch 2.13.0; reinstall"
+ABSENT = "the C++ extension was compiled against torch 2.9, and this is torch 2.13.0; reinstall"
 ANY = {"backend": None, "foreach": None, "fused": None}
 
 
 @pytest.fixture(autouse=True)
 def no_extension(monkeypatch):
-    """As after torch was upgraded, in a process that has not warned yet."""
+    """As where nothing was compiled, in a process that has not warned yet."""
     monkeypatch.setattr(ops, "unavailable", ABSENT)
     monkeypatch.setattr(ops, "extension", None)
+    monkeypatch.setattr(cpu_library, "unavailable", ABSENT)
     monkeypatch.setattr(backends, "_warned", set())
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """As after torch was upgraded: the kernels are there, and can be called through ctypes."""
+    monkeypatch.setattr(cpu_library, "unavailable", None)
 
 
 def stepped(cls, **options):
@@ -31,10 +41,8 @@ def stepped(cls, **options):
     return optimizer
 
 
-def lines_that_warn(caught):
-    return [
-        (Path(w.filename).name, w.lineno) for w in caught if "foreach backend" in str(w.message)
-    ]
+def lines_that_warn(caught, words="foreach backend"):
+    return [(Path(w.filename).name, w.lineno) for w in caught if words in str(w.message)]
 
 
 @both
@@ -114,3 +122,45 @@ def test_a_compiled_step_does_not_warn(monkeypatch):
         warnings.simplefilter("always")
         torch.compile(optimizer.step, fullgraph=True, backend="eager")()
     assert lines_that_warn(caught) == []
+
+
+# ---- the cpu backend without the extension ------------------------------------------------
+
+
+@both
+@pytest.mark.usefixtures("library")
+def test_kernels_through_ctypes_warn_once_with_the_reason(cls):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = cls([torch.ones(2, requires_grad=True)])
+        line = inspect.currentframe().f_lineno - 1
+        for _ in range(2):
+            set_gradients(optimizer, step=0)
+            optimizer.step()
+        cls([torch.ones(2, requires_grad=True)])
+    assert lines_that_warn(caught, "ctypes") == [(Path(__file__).name, line)]
+    assert lines_that_warn(caught) == []
+    message = next(str(w.message) for w in caught if "ctypes" in str(w.message))
+    assert ABSENT in message and 'backend="cpu"' in message
+
+
+@both
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(
+    "options", [{"backend": "cpu"}, {"fused": True}, {"foreach": True}, {"foreach": False}], ids=str
+)
+def test_what_was_asked_for_does_not_warn_of_ctypes(cls, options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stepped(cls, **options)
+
+
+@pytest.mark.usefixtures("library")
+def test_a_compiled_step_does_not_warn_of_ctypes():
+    optimizer = stepped(AMAdamW, backend="cpu")
+    optimizer.param_groups[0]["backend"] = None
+    torch._dynamo.reset()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.compile(optimizer.step, fullgraph=True, backend="eager")()
+    assert lines_that_warn(caught, "ctypes") == []

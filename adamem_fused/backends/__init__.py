@@ -7,11 +7,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from adamem_fused.backends import cpu, cuda, cuda_ops, foreach, reference, triton
+from adamem_fused.backends import cpu, cuda, foreach, operators, ops, reference, triton
 from adamem_fused.backends.batch import AdamWBatch, Batch, SGDBatch
 from adamem_fused.warn import warn_user
 
-cuda_ops.register()
+operators.register()
 
 
 class Backend(Protocol):
@@ -109,7 +109,7 @@ def choose(options: dict[str, Any], device: torch.device) -> Backend:
         RuntimeError: one was asked for, by name or by fused=True, and is not there.
 
     Warns once for a type of device where none was asked for and foreach, which is slower, is all
-    that there is.
+    that there is, or where the cpu backend has to do without the compiled extension.
     """
     if options["backend"] is not None:
         backend = BACKENDS[options["backend"]]
@@ -126,6 +126,8 @@ def choose(options: dict[str, Any], device: torch.device) -> Backend:
                 continue
             reason = _unavailable(backend, device)
             if reason is None:
+                if backend is cpu and options["fused"] is None and ops.extension is None:
+                    _warn_of_ctypes()
                 return backend
             reasons.append(f"{backend.name}: {reason}")
     if options["fused"]:
@@ -167,7 +169,7 @@ _MADE_FOR: dict[str, tuple[Backend, ...]] = {
     "cpu": (cpu,),
     "cuda": (cuda, triton) if torch.version.hip is None else (triton,),
 }
-# Types of devices of which it was said that these are missing.
+# Types of devices of which something was said.
 _warned: set[str] = set()
 
 
@@ -181,3 +183,14 @@ def _warn_of_foreach(device: torch.device) -> None:
         f"backend is available ({reasons}). With foreach=True it does so without this warning."
     )
     _warned.add(device.type)
+
+
+def _warn_of_ctypes() -> None:
+    """Says once in a process that the cpu backend goes without the extension, and why."""
+    if torch.compiler.is_compiling() or cpu.name in _warned:
+        return
+    warn_user(
+        "The cpu backend calls its kernels through ctypes, which is slower with many small "
+        f'tensors: {ops.unavailable}. With backend="cpu" it does so without this warning.'
+    )
+    _warned.add(cpu.name)

@@ -358,8 +358,8 @@ def _squared_norms(batch: Batch) -> Tensor:
 
 
 # ---- the backend ----------------------------------------------------------------------
-# torch.compile and make_fx trace the operators of csrc/ops.cpp, as the cpu backend calls them.
-# Their kernels for CUDA tensors are in cuda_ops.py, and those for fake tensors in ops.py.
+# torch.compile and make_fx trace the operators of ops.py, as the cpu backend calls them. Their
+# kernels for CUDA tensors are in operators.py.
 
 
 def squared_norms(batch: Batch) -> Tensor:
