@@ -233,7 +233,12 @@ class BuildExtension(build_ext):
             # For at::parallel_for; not linked against OpenMP, which is to be the one of torch.
             "-fopenmp",
         ]
-        objects = self.compile(ext.sources, path.name, [*CXX_FLAGS, TORCH_STANDARD, *flags])
+        # All in one file: most of the time goes into torch's headers.
+        folder = Path(self.build_temp, path.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        unit = folder / "glue.cpp"
+        unit.write_text("".join(f'#include "{Path(file).resolve()}"\n' for file in ext.sources))
+        objects = self.compile([str(unit)], path.name, [*CXX_FLAGS, TORCH_STANDARD, *flags])
         libraries = [f"-l{name}" for name in ("c10", "torch_cpu", "torch", "torch_python")]
         self.link(
             objects,
