@@ -13,8 +13,8 @@ help:
 	@echo "make test-integrations"
 	@echo "                  the tests with trainers, in an environment of their own"
 	@echo "make demo         a small GPT trained with AdamW and with AMAdamW: table and picture"
-	@echo "make bench-cpu    step times on the CPU against torch's AdamW and SGD, and README's section"
-	@echo "make bench        the same on the GPU, with PYTHON's own torch; README stays as it is"
+	@echo "make bench-cpu    step times on the CPU against torch's AdamW and SGD, and docs/performance.md"
+	@echo "make bench        the same on the GPU, with PYTHON's own torch; no document is written"
 	@echo "make experiments  small models trained with each optimizer, in minutes"
 	@echo "make gpu-check    the GPU backends tested and timed, with PYTHON's own torch and triton"
 	@echo "make gpu-bundle   their compiled parts for another machine: build/gpu-bundle"
@@ -34,7 +34,7 @@ test: .venv/installed
 TORCH ?= 2.11.0
 OTHER := .venv-torch-$(TORCH)
 COPIED := adamem_fused bench csrc docs tests triton_kernels $(wildcard *.* LICENSE Makefile)
-LEFT_OUT := test_bench* test_experiments.py test_cuda_build.py
+LEFT_OUT := test_bench* test_experiments.py test_cuda_build.py test_documents.py test_release_files.py
 
 test-torch: $(OTHER)/installed
 	$(copy)
@@ -109,6 +109,7 @@ check: .venv/installed
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.* tests/cuda_emulation/*.h)
 	$(BIN)/mypy
+	$(BIN)/zizmor --offline --strict-collection --quiet .github
 
 .venv/requirements: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "adamem_fused needs Python 3.10 or newer, and $(PYTHON) is " + sys.version.split()[0])'

@@ -73,7 +73,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
         TypeError: parameters to train of a dtype that is not optimized, or that state_dtype is not
             for.
         RuntimeError: a backend that was asked for and is not there; parameters that FSDP1 has
-            flattened, or one beta for the model in a scheme that splits it (README, "Many ranks").
+            flattened, or one beta for the model in a scheme that splits it (docs/ranks.md).
     """
 
     memories = ("momentum_buffer",)

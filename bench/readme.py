@@ -1,4 +1,4 @@
-"""python -m bench readme: the README's performance section, made from the committed results."""
+"""python -m bench readme: the tables of docs/performance.md, made from the committed results."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from bench.low_precision.results import Trainings
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("bench/results")
+PAGE = Path("docs/performance.md")
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 
 PICTURES = {
@@ -45,8 +46,8 @@ def add_parser(commands: Any) -> None:
     """Adds the command to those of `python -m bench`."""
     parser = commands.add_parser(
         "readme",
-        help="writes the README's performance section from the committed results",
-        description=f"Writes what stands between {BEGIN} and {END} in README.md from every "
+        help=f"writes the tables of {PAGE} from the committed results",
+        description=f"Writes what stands between {BEGIN} and {END} in {PAGE} from every "
         f"{RESULTS}/*/kernels.json, and the train.json, phase.json, {steps.NAME}, host.json and "
         "pictures beside it.",
     )
@@ -54,15 +55,15 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Rewrites the section in README.md."""
-    path = ROOT / "README.md"
+    """Rewrites the section in the page."""
+    path = ROOT / PAGE
     path.write_text(replace_section(path.read_text(), performance(ROOT)))
-    print(f"Wrote the performance section of {path}")
+    print(f"Wrote the tables of {path}")
     return 0
 
 
 def replace_section(text: str, section: str) -> str:
-    """A README with another performance section.
+    """A page with another section.
 
     Raises:
         ValueError: there is no section in it, or more than one.
@@ -85,7 +86,7 @@ def performance(root: Path) -> str:
 
 def device_section(report: Report, folder: Path, root: Path) -> str:
     """What was measured on one device: paragraphs and tables, each with a line after it."""
-    link = folder.relative_to(root).as_posix()
+    link = f"../{folder.relative_to(root).as_posix()}"
     environment, settings = report.environment, report.settings
     threads = f", {settings['threads']} threads" if settings["device"] == "cpu" else ""
     parts = [
@@ -176,7 +177,7 @@ def _low_precision(result: dict[str, Any], link: str, root: Path) -> list[str]:
         words += (
             f" Losses are of {trainings.content['seeds']} seeds of a small GPT, and in brackets "
             "the difference to the same optimizer in float32, and whether it is within the seeds' "
-            f"spread ([report.md]({TRAININGS.as_posix()}/report.md))."
+            f"spread ([report.md](../{TRAININGS.as_posix()}/report.md))."
         )
     cells = steps.table_cells(result, trainings)
     lines = [f"- {reason}" for reason in steps.reasons(result)]

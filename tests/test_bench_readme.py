@@ -1,4 +1,4 @@
-"""The README's performance section is what the committed results say; and bench train."""
+"""The tables of docs/performance.md are what the committed results say; and bench train."""
 
 import json
 
@@ -8,13 +8,13 @@ from adamem_fused.backends import ops
 from bench import __main__ as commands
 from bench import readme, train
 from bench.kernels.results import Report, Row
-from bench.readme import BEGIN, END, ROOT, performance, replace_section
+from bench.readme import BEGIN, END, PAGE, ROOT, performance, replace_section
 
 needs_extension = pytest.mark.skipif(ops.unavailable is not None, reason=str(ops.unavailable))
 
 
 def test_the_section_is_what_the_committed_results_give():
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / PAGE).read_text()
     assert replace_section(text, performance(ROOT)) == text
 
 
@@ -97,7 +97,7 @@ def test_betas_by_row_are_in_the_section_where_they_were_measured(results):
 
 def test_pictures_that_are_there_are_in_the_section(results):
     (results / "bench/results/a-cpu/ratios.png").write_bytes(b"")
-    assert "](bench/results/a-cpu/ratios.png)" in performance(results)
+    assert "](../bench/results/a-cpu/ratios.png)" in performance(results)
 
 
 def test_without_results_there_are_no_numbers(tmp_path):
@@ -106,9 +106,11 @@ def test_without_results_there_are_no_numbers(tmp_path):
 
 def test_the_command_writes_the_section(results, monkeypatch):
     monkeypatch.setattr(readme, "ROOT", results)
-    (results / "README.md").write_text(f"a\n{BEGIN}\n{END}\nb\n")
+    page = results / PAGE
+    page.parent.mkdir()
+    page.write_text(f"a\n{BEGIN}\n{END}\nb\n")
     assert commands.main(["readme"]) == 0
-    text = (results / "README.md").read_text()
+    text = page.read_text()
     assert text == f"a\n{BEGIN}\n{performance(results)}{END}\nb\n"
 
 

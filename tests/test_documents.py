@@ -1,0 +1,115 @@
+"""What the documents say is there: links, paths, commands, examples."""
+
+import importlib.util
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from adamem_fused import AMAdamW
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "adamem_fused" / "_cpu.so"
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/results/*/*.md")]
+)
+# Where a path may begin; what is made is not there yet.
+FOLDERS = (ROOT, ROOT / "adamem_fused", ROOT / "bench")
+MADE = ("build/", "dist/")
+
+FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"^(?: {4}.*\n)+", re.MULTILINE)
+SPAN = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def words_of(text):
+    """A document without its code."""
+    return SPAN.sub("", FENCED.sub("", text))
+
+
+def code_of(text):
+    """A document's code, in spans and blocks."""
+    rest = FENCED.sub("", text)
+    blocks = [block for _, _, block in FENCED.findall(text)] + INDENTED.findall(rest)
+    return [*blocks, *SPAN.findall(rest)]
+
+
+def anchors_of(text):
+    """The headings' anchors, as GitHub makes them. One that is there twice would have a number."""
+    titles = re.findall(r"^#+ (.+)$", FENCED.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document):
+    for link in LINK.findall(words_of(document.read_text())):
+        if re.match(r"https?:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target.read_text()), link
+
+
+def is_there(path):
+    if path.startswith(MADE) or path.endswith(".so"):
+        return True
+    return any(any(folder.glob(path)) for folder in FOLDERS)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_paths_are_there(document):
+    tops = {path.name for folder in FOLDERS for path in folder.iterdir() if path.is_dir()}
+    for span in SPAN.findall(FENCED.sub("", document.read_text())):
+        if "/" not in span:
+            is_path = re.fullmatch(r"[\w.]+\.(md|toml|cff)|Makefile|setup\.py", span)
+        else:
+            is_path = re.fullmatch(r"[\w./*-]+", span) and span.split("/")[0] in tops
+        assert not is_path or is_there(span), span
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_are_there(document):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for code in code_of(document.read_text()):
+        for target in re.findall(r"(?:^|[`\s])make ([a-z][\w-]*)", code):
+            assert target in targets, f"make {target}"
+        for module in re.findall(r"python3? -m ((?:adamem_fused|bench)[\w.]*)", code):
+            assert importlib.util.find_spec(module), module
+
+
+needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason=f"{LIBRARY} was not compiled")
+
+
+def snippets(document, language):
+    found = FENCED.findall((ROOT / document).read_text())
+    return [block for indent, name, block in found if name == language and not indent]
+
+
+@needs_library
+def test_the_readmes_python_runs(capsys):
+    """All of it in order, as one program, and what follows on it."""
+    exec("\n".join([*snippets("README.md", "python"), *snippets("docs/options.md", "python")]), {})
+    assert "beta_mean" in capsys.readouterr().out
+
+
+@needs_library
+def test_the_kernels_are_called_without_torch_as_the_example_does(tmp_path):
+    (source,) = snippets("docs/architecture.md", "cpp")
+    program = tmp_path / "example"
+    (tmp_path / "example.cpp").write_text(source)
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-Wall", "-Wextra", "-Werror"]
+    command += [f"-I{ROOT}", tmp_path / "example.cpp", LIBRARY, f"-Wl,-rpath,{LIBRARY.parent}"]
+    subprocess.run([*command, "-o", program], check=True)
+    given = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+    param = torch.nn.Parameter(torch.ones(1000))
+    param.grad = torch.full_like(param, 0.5)
+    optimizer = AMAdamW([param], lr=1e-3, weight_decay=0.1, backend="reference")
+    for _ in range(3):
+        optimizer.step()
+    expected = [param[0], optimizer.state[param]["beta"]]
+    torch.testing.assert_close([torch.tensor(float(x)) for x in given.split()], expected)
