@@ -5,13 +5,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: help test test-torch test-integrations demo bench bench-cpu experiments gpu-check gpu-bundle
-.PHONY: wheel wheel-test check clean
+.PHONY: test-neon wheel wheel-test check clean
 
 help:
 	@echo "make test         the tests"
 	@echo "make test-torch   the tests with another torch, TORCH=2.11.0, in an environment of its own"
 	@echo "make test-integrations"
 	@echo "                  the tests with trainers, in an environment of their own"
+	@echo "make test-neon    the kernels for aarch64, cross-compiled and emulated: AVX2's bits"
 	@echo "make demo         a small GPT trained with AdamW and with AMAdamW: table and picture"
 	@echo "make bench-cpu    step times on the CPU against torch's AdamW and SGD, and docs/performance.md"
 	@echo "make bench        the same on the GPU, with PYTHON's own torch; no document is written"
@@ -49,6 +50,11 @@ endef
 # In an environment of its own: trainers bring much with them.
 test-integrations: .venv-integrations/installed
 	.venv-integrations/bin/python -m pytest -m integrations tests/integrations
+
+# Debian, Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user. Without them pytest would skip.
+test-neon: .venv/installed
+	cd tests && ../$(BIN)/python -c 'import sys, test_neon; sys.exit(test_neon.why_not())'
+	$(BIN)/python -m pytest -m neon tests/test_neon.py
 
 demo: .venv/installed
 	$(BIN)/python -m bench.demo

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from adamem_fused.backends import ops
 
@@ -120,10 +121,10 @@ def test_what_is_gathered_of_other_things(wrong):
     args = arguments("gather")
     assert call("gather", [[wrong], *args[1:]]) is None
     for param in args[0][0]:
-        assert call("gather", [args[0], {param: wrong}, *args[2:]]) is None
-        args[1][param]["step"] = wrong
-        assert call("gather", args) is None
-        args = arguments("gather")
+        state = args[1] | {param: wrong}
+        assert call("gather", [args[0], state, *args[2:]]) is None
+        state[param] = args[1][param] | {"step": wrong}
+        assert call("gather", [args[0], state, *args[2:]]) is None
     assert call("gather", [*args[:2], (*NAMES[:-1], "none"), *args[3:]]) is None
 
 
@@ -207,7 +208,7 @@ def test_a_subclass_and_a_mode_are_left_to_the_dispatcher():
         args = arguments(name)
         others = [[args[0][0].detach().as_subclass(Sub), *args[0][1:]], *args[1:]]
         assert call(name, others) is NotImplemented
-        with torch.utils.flop_counter.FlopCounterMode(display=False):
+        with FlopCounterMode(display=False):
             assert ops.extension.any_modes() is True
             assert call(name, args) is NotImplemented
     assert ops.extension.any_modes() is False
@@ -240,13 +241,18 @@ def assert_keeps_nothing(function, args):
             with contextlib.suppress(TypeError, ValueError, RuntimeError):
                 function(*args)
 
-    run(5)
-    gc.collect()
-    before, blocks = counts(objects), sys.getallocatedblocks()
-    run(200)
-    gc.collect()
+    def blocks_that_stay():
+        gc.collect()
+        before = sys.getallocatedblocks()
+        run(10)
+        gc.collect()  # frees what Python keeps for the next list
+        return sys.getallocatedblocks() - before
+
+    run(2)
+    before = counts(objects)
+    # Python's own caches may grow once.
+    assert any(blocks_that_stay() < 10 for _ in range(3))  # less than one a call
     assert counts(objects) == before
-    assert sys.getallocatedblocks() - blocks < 100  # less than one a call
 
 
 @every_function
@@ -254,15 +260,13 @@ def test_it_keeps_nothing(name):
     assert_keeps_nothing(getattr(ops.extension, name), arguments(name))
 
 
-@every_function
+@pytest.mark.parametrize("name", ["gather", "bump_versions", "describe", "betas", "adamw_finish_"])
 def test_it_keeps_nothing_of_what_it_does_not_take(name):
     """With a wrong thing in every place, in the middle of what has been read before it."""
     function, args = getattr(ops.extension, name), arguments(name)
     for i, arg in enumerate(args):
-        for wrong in (object(), [object()]):
-            assert_keeps_nothing(function, [*args[:i], wrong, *args[i + 1 :]])
-        if isinstance(arg, list) and arg:
-            assert_keeps_nothing(function, [*args[:i], [*arg[:-1], object()], *args[i + 1 :]])
+        wrong = [*arg[:-1], object()] if isinstance(arg, list) and arg else object()
+        assert_keeps_nothing(function, [*args[:i], wrong, *args[i + 1 :]])
 
 
 def test_it_keeps_nothing_of_what_is_not_ordinary():

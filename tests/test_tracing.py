@@ -6,9 +6,10 @@ from cases import OPTIMIZERS, Group, bits, make_optimizer, parameters, set_gradi
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from adamem_fused.backends import cuda, ops, triton
+from adamem_fused.backends import cpu, cuda, triton
 
-pytestmark = pytest.mark.skipif(ops.extension is None, reason=str(ops.unavailable))
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(cpu.unavailable(CPU) is not None, reason=str(cpu.unavailable(CPU)))
 
 both = pytest.mark.parametrize("cls", OPTIMIZERS)
 each_option = pytest.mark.parametrize(

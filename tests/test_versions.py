@@ -9,7 +9,7 @@ import torch
 from cases import OPTIMIZERS, Group, backends, make_optimizer, parameters, random_tensor, take_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adamem_fused.backends import ops
+from adamem_fused.backends import cpu, ops
 
 both = pytest.mark.parametrize("cls", OPTIMIZERS)
 each_backend = pytest.mark.parametrize("backend", backends())
@@ -135,8 +135,8 @@ def test_ordinary_parameters_are_stepped_in_inference_mode(cls, backend):
 @both
 def test_a_step_that_found_inf_skips_leaves_graphs_as_they_are(cls):
     """Where it is known on the host that nothing is written; on a GPU it is not."""
-    if ops.extension is None:
-        pytest.skip(str(ops.unavailable))
+    if (reason := cpu.unavailable(torch.device("cpu"))) is not None:
+        pytest.skip(reason)
     x = torch.tensor([1.0, 2.0], requires_grad=True)
     optimizer = cls([x], lr=0.1, backend="cpu")
     a, b = (x**2).sum(), (x**3).sum()
@@ -167,8 +167,8 @@ def test_under_a_dispatch_mode(cls, backend):
 @both
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_a_compiled_step(cls, compiler):
-    if ops.extension is None:
-        pytest.skip(str(ops.unavailable))
+    if (reason := cpu.unavailable(torch.device("cpu"))) is not None:
+        pytest.skip(reason)
     torch._dynamo.reset()
     optimizer = make_optimizer(cls, [Group([(3, 4), (5,)])], "cpu")
     assert_all_rise(optimizer, torch.compile(optimizer.step, backend=compiler))

@@ -18,7 +18,6 @@ from adamem_fused.backends import cpu_library, cuda, ops
 from adamem_fused.backends.batch import (
     AdamWBatch,
     AdamWHyper,
-    Batch,
     Packed,
     SGDBatch,
     SGDHyper,
@@ -71,7 +70,7 @@ def _packed(packed: list[Tensor], rounding: Tensor | None, tensors: int) -> Pack
     return Packed(tuple(scales), remainders, rounding)
 
 
-def _open(batch_type: type[Batch], hyper_type: Any, args: Arguments) -> tuple[Any, Any, Any]:
+def _open(batch_type: Any, hyper_type: Any, args: Arguments) -> tuple[Any, Any, Any]:
     """The arguments of `*_begin` as a batch, grad_scale and found_inf."""
     *lists, lrs, group_sizes, hypers, grad_scale, found_inf, packed, rounding = args
     rows = list(_rows(lrs, hypers))

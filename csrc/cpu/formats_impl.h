@@ -56,6 +56,19 @@ AM_INLINE Bytes low_bytes(Word w) {
   const __m128i halves = packed_halves(w & 0xFFu);
   return (Bytes)_mm_cvtsi128_si64(_mm_packus_epi16(halves, halves));
 }
+#elif defined(__aarch64__)
+AM_INLINE Word widen_unsigned(Bytes b) {
+  return (Word)vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8((uint32_t)b))));
+}
+AM_INLINE Word widen_signed(Bytes b) {
+  return (Word)vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8((uint32_t)b))));
+}
+AM_INLINE uint16x4_t packed_halves(Word w) { return vmovn_u32((uint32x4_t)w); }
+AM_INLINE Half low_halves(Word w) { return (Half)packed_halves(w); }
+AM_INLINE Bytes low_bytes(Word w) {
+  const uint16x4_t halves = packed_halves(w);
+  return (Bytes)vget_lane_u32((uint32x2_t)vmovn_u16(vcombine_u16(halves, halves)), 0);
+}
 #else
 AM_INLINE Word widen_unsigned(Bytes b) { return __builtin_convertvector(b, Word); }
 AM_INLINE Word widen_signed(Bytes b) {
@@ -70,6 +83,8 @@ AM_INLINE Half low_halves(Word w) { return __builtin_convertvector(w, Half); }
 AM_INLINE Word larger(Word a, Word b) { return (Word)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 #elif defined(__AVX2__)
 AM_INLINE Word larger(Word a, Word b) { return (Word)_mm256_max_epi32((__m256i)a, (__m256i)b); }
+#elif defined(__aarch64__)
+AM_INLINE Word larger(Word a, Word b) { return (Word)vmaxq_u32((uint32x4_t)a, (uint32x4_t)b); }
 #else
 AM_INLINE Word larger(Word a, Word b) { return a > b ? a : b; }
 #endif
@@ -80,6 +95,8 @@ AM_INLINE Lanes::Float at_most(float most, Lanes::Float f) {
   return _mm512_min_ps(_mm512_set1_ps(most), f);
 #elif defined(__AVX2__)
   return _mm256_min_ps(_mm256_set1_ps(most), f);
+#elif defined(__aarch64__)
+  return (Lanes::Float)vminq_f32(vdupq_n_f32(most), (float32x4_t)f);
 #else
   return f > most ? Lanes::Float{} + most : f;
 #endif

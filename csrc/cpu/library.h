@@ -40,12 +40,12 @@ struct PackedTensor {
 struct StepTensor {
   void* param;
   const void* grad;
-  void* memories[2];    // exp_avg and exp_avg_sq, or momentum_buffer
-  void* scalars[4];     // by Scalar, float32 or float64; beta_prod only of AM-AdamW
-  int64_t doubles;      // bit k: whether scalar k is float64
+  void* memories[2];  // exp_avg and exp_avg_sq, or momentum_buffer
+  void* scalars[4];   // by Scalar, float32 or float64; beta_prod only of AM-AdamW
+  int64_t doubles;    // bit k: whether scalar k is float64
   int64_t numel;
-  int64_t rows;         // each of which has a beta and beta_prod for itself; or kNoRows
-  int64_t dtype;        // DType
+  int64_t rows;   // each of which has a beta and beta_prod for itself; or kNoRows
+  int64_t dtype;  // DType
   // Whether memory and parameter are of one type and the gradient is another tensor: then a guess
   // can be repaired. Not looked at where `packed` is there.
   int64_t may_guess;
@@ -79,6 +79,9 @@ struct Elements {
 
 }  // namespace am::cpu
 
+// All else in the library is hidden.
+#pragma GCC visibility push(default)
+
 extern "C" {
 
 int64_t adamem_cpu_interface();
@@ -100,3 +103,5 @@ void adamem_cpu_squares(const am::cpu::Elements* elements, int64_t size,
                         const am::cpu::Threads* threads, double* squares);
 
 }  // extern "C"
+
+#pragma GCC visibility pop

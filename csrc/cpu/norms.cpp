@@ -21,8 +21,8 @@ struct Chunk {
 
 double squares(const Elements& elements, int64_t begin, int64_t n) {
   const auto dtype = static_cast<DType>(elements.dtype);
-  return kernels().squares[dtype](
-      static_cast<const char*>(elements.data) + begin * bytes_of(dtype), n);
+  return kernels().squares[dtype](static_cast<const char*>(elements.data) + begin * bytes_of(dtype),
+                                  n);
 }
 
 }  // namespace

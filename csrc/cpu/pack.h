@@ -1,6 +1,7 @@
-// Pack<T>: 64 bytes of lanes, as one AVX-512 register, two of AVX2 or four of the
-// baseline. The number of lanes is the same on each, and so AVX-512 and AVX2 give the
-// same bits; the baseline has no fused multiply-add and gives its own.
+// Pack<T>: 64 bytes of lanes, as one AVX-512 register, two of AVX2, or four of NEON or of
+// the baseline. The number of lanes is the same on each, and the first three have the same
+// operations, each rounded once: they give the same bits, but for the sign and the payload of
+// a NaN. The baseline has no fused multiply-add and gives its own.
 #pragma once
 
 #include <cmath>
@@ -9,6 +10,8 @@
 #include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 // Everything here has internal linkage, see AM_INLINE.
@@ -69,6 +72,17 @@ AM_INLINE __m256 register_sqrt(__m256 x) { return _mm256_sqrt_ps(x); }
 AM_INLINE __m256d register_sqrt(__m256d x) { return _mm256_sqrt_pd(x); }
 AM_INLINE __m256 register_fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 AM_INLINE __m256d register_fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+#elif defined(__aarch64__)
+using Floats = Register<float>;
+using Doubles = Register<double>;
+AM_INLINE Floats register_sqrt(Floats x) { return (Floats)vsqrtq_f32((float32x4_t)x); }
+AM_INLINE Doubles register_sqrt(Doubles x) { return (Doubles)vsqrtq_f64((float64x2_t)x); }
+AM_INLINE Floats register_fma(Floats a, Floats b, Floats c) {
+  return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+AM_INLINE Doubles register_fma(Doubles a, Doubles b, Doubles c) {
+  return (Doubles)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+}
 #else
 template <class R>
 AM_INLINE R register_sqrt(R x) {
@@ -105,11 +119,14 @@ struct Float16 {
 using Half = VectorOf<uint16_t, kRegisterBytes / 2>::type;  // a register's worth of 16 bits
 using Word = Register<uint32_t>;
 
-// GCC 12 makes several instructions of a conversion that is one: 6 % of a step with bfloat16.
+// GCC 12 makes several instructions of a conversion that is one: 6 % of a step with bfloat16
+// (AVX2; for NEON it takes lane by lane).
 #if defined(__AVX512F__)
 AM_INLINE Word as_words(Half h) { return (Word)_mm512_cvtepu16_epi32((__m256i)h); }
 #elif defined(__AVX2__)
 AM_INLINE Word as_words(Half h) { return (Word)_mm256_cvtepu16_epi32((__m128i)h); }
+#elif defined(__aarch64__)
+AM_INLINE Word as_words(Half h) { return (Word)vmovl_u16((uint16x4_t)h); }
 #else
 AM_INLINE Word as_words(Half h) { return __builtin_convertvector(h, Word); }
 #endif
@@ -120,7 +137,11 @@ AM_INLINE Half narrow(Register<float> f, BFloat16) {
   const Word u = (Word)f;
   const Word rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
   const Word quiet_nan = Word{} + 0x7FC0;
+#if defined(__aarch64__)
+  return (Half)vmovn_u32((uint32x4_t)(f == f ? rounded : quiet_nan));
+#else
   return __builtin_convertvector(f == f ? rounded : quiet_nan, Half);
+#endif
 }
 
 #if defined(__AVX512F__)
@@ -137,6 +158,11 @@ AM_INLINE Register<float> widen(Half h, Float16) {
 AM_INLINE Half narrow(Register<float> f, Float16) {
   return (Half)_mm256_cvtps_ph((__m256)f, _MM_FROUND_TO_NEAREST_INT);
 }
+#elif defined(__aarch64__)
+AM_INLINE Register<float> widen(Half h, Float16) {
+  return (Register<float>)vcvt_f32_f16((float16x4_t)h);
+}
+AM_INLINE Half narrow(Register<float> f, Float16) { return (Half)vcvt_f16_f32((float32x4_t)f); }
 #else
 AM_INLINE Register<float> widen(Half h, Float16) {
   const Word bits = __builtin_convertvector(h, Word);
@@ -279,17 +305,33 @@ template <class S>
 constexpr bool kIsCopied = true;
 #endif
 
+// Copies n elements, of fewer than 2 * kMost.
+#if defined(__aarch64__)
+// By the bits of n, in the place of a call.
+template <int kMost, class S>
+AM_INLINE void copy_first(S* to, const S* from, int64_t n) {
+  const int64_t part = n & kMost;
+  if (part != 0) std::memcpy(to, from, kMost * sizeof(S));
+  if constexpr (kMost > 1) copy_first<kMost / 2>(to + part, from + part, n);
+}
+#else
+template <int kMost, class S>
+AM_INLINE void copy_first(S* to, const S* from, int64_t n) {
+  std::memcpy(to, from, n * sizeof(S));
+}
+#endif
+
 template <class S, class = std::enable_if_t<kIsCopied<S> >, class = void>
 AM_INLINE auto load(First<const S> f) {
   S all[kLanesOf<S>] = {};
-  std::memcpy(all, f.p, f.n * sizeof(S));
+  copy_first<kLanesOf<S> >(all, f.p, f.n);
   return load(all);
 }
 template <class S, class T, class = std::enable_if_t<kIsCopied<S> > >
 AM_INLINE void store(First<S> f, Pack<T> a) {
   S all[kLanesOf<S>];
   store(all, a);
-  std::memcpy(f.p, all, f.n * sizeof(S));
+  copy_first<kLanesOf<S> >(f.p, all, f.n);
 }
 #endif
 

@@ -1,0 +1,2 @@
+#define AM_KERNELS kernels_neon
+#include "kernels_impl.h"
