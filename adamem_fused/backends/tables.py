@@ -123,8 +123,9 @@ def describe(batch: Batch, last: Description | None = None, updated: bool = Fals
     if updated:
         _tell_autograd(batch)
     addresses = b"".join(array("q", map(Tensor.data_ptr, tensors)) for tensors in lists)
-    attributes = attrgetter("dtype", "device", "layout", "shape")
-    others = [list(map(attributes, tensors)) for tensors in lists]
+    # By attribute and not by tensor: thousands of tuples would set off the garbage collector.
+    attributes = map(attrgetter, ("dtype", "device", "layout", "shape"))
+    others = [[list(map(get, tensors)) for tensors in lists] for get in attributes]
     strides = [list(map(Tensor.stride, tensors)) for tensors in lists]
     inference = [list(map(Tensor.is_inference, tensors)) for tensors in lists]
     return Description(addresses, (others, strides, inference), batch.group_sizes, rounding)

@@ -28,34 +28,53 @@ class Words {
   }
 
   void push(int64_t word) {
-    if (next_ != nullptr) {
-      if (next_ != end_ && *next_ == word) {
-        ++next_;
+    if (next_ != end_ && *next_ == word) {
+      ++next_;
+    } else {
+      begin_others();
+      others_.push_back(word);
+    }
+  }
+
+  // word, and then those of each span, which are of one length.
+  void push(int64_t word, at::IntArrayRef a, at::IntArrayRef b) {
+    const size_t n = a.size();
+    if (end_ - next_ > static_cast<std::ptrdiff_t>(2 * n)) {
+      const int64_t* const known = next_;
+      int64_t other = known[0] ^ word;
+      for (size_t i = 0; i < n; ++i) other |= (known[1 + i] ^ a[i]) | (known[1 + n + i] ^ b[i]);
+      if (other == 0) {
+        next_ += 1 + 2 * n;
         return;
       }
-      begin_others();
     }
+    begin_others();
     others_.push_back(word);
+    others_.insert(others_.end(), a.begin(), a.end());
+    others_.insert(others_.end(), b.begin(), b.end());
   }
 
   // As bytes: the last ones themselves, if they are these.
   Owned finish() {
-    if (next_ == end_ && next_ != nullptr) return Owned::share(last_);
-    if (next_ != nullptr) begin_others();
+    if (!differs_ && next_ == end_) return Owned::share(last_);
+    begin_others();
     const char* bytes = reinterpret_cast<const char*>(others_.data());
     return Owned::take(PyBytes_FromStringAndSize(
         bytes, static_cast<Py_ssize_t>(others_.size() * sizeof(int64_t))));
   }
 
  private:
-  __attribute__((noinline)) void begin_others() {
+  void begin_others() {
+    if (differs_) return;
+    differs_ = true;
     others_.reserve(end_ - begin_ + 1);
     others_.assign(begin_, next_);
-    next_ = nullptr;
+    next_ = end_;
   }
 
   PyObject* last_;
-  const int64_t *begin_, *next_, *end_;  // next_: null once there are others
+  const int64_t *begin_, *next_, *end_;
+  bool differs_ = false;  // then all are in others_, and next_ is end_
   std::vector<int64_t> others_;
 };
 
@@ -100,9 +119,7 @@ PyObject* describe(PyObject*, PyObject* const* args, Py_ssize_t size) {
         const Tensor& t = refs[i];
         if (bump) bump_version_ahead(refs, i);
         addresses.push(reinterpret_cast<int64_t>(t.data_ptr()));
-        structure.push(kind_of(t));
-        for (const int64_t size : t.sizes()) structure.push(size);
-        for (const int64_t stride : t.strides()) structure.push(stride);
+        structure.push(kind_of(t), t.sizes(), t.strides());
       });
     }
     std::vector<Owned> result;

@@ -1,5 +1,5 @@
 // A step on CPU tensors. Two callers: the operators (ops_cpu.cpp), and Python without
-// torch's dispatcher in between (python.cpp). Arguments are those of ops.cpp.
+// torch's dispatcher in between (calls.cpp). Arguments are those of the operators.
 #pragma once
 
 #include <ATen/core/Tensor.h>
