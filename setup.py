@@ -87,12 +87,14 @@ def find_torch():
 def torch_version(root):
     """As in 2_13, by the headers, for they are what is compiled against; None where torch is older
     than 2.9 or has no headers."""
-    header = root / "include" / "torch" / "headeronly" / "version.h"
-    if not header.exists():
-        return None
-    text = header.read_text()
-    parts = [f"define TORCH_VERSION_{part} (\\d+)" for part in ("MAJOR", "MINOR")]
-    return "_".join(re.search(part, text)[1] for part in parts)
+    headers = root / "include" / "torch"
+    # That of 2.9, and from 2.10 on.
+    for path in ("csrc/api/include/torch/version.h", "headeronly/version.h"):
+        text = (headers / path).read_text() if (headers / path).exists() else ""
+        numbers = re.findall(r"define TORCH_VERSION_(?:MAJOR|MINOR) (\d+)", text)
+        if len(numbers) == 2 and list(map(int, numbers)) >= [2, 9]:
+            return "_".join(numbers)
+    return None
 
 
 def load_cuda_library():
@@ -233,7 +235,12 @@ class BuildExtension(build_ext):
             # For at::parallel_for; not linked against OpenMP, which is to be the one of torch.
             "-fopenmp",
         ]
-        objects = self.compile(ext.sources, path.name, [*CXX_FLAGS, TORCH_STANDARD, *flags])
+        # All in one file: most of the time goes into torch's headers.
+        folder = Path(self.build_temp, path.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        unit = folder / "glue.cpp"
+        unit.write_text("".join(f'#include "{Path(file).resolve()}"\n' for file in ext.sources))
+        objects = self.compile([str(unit)], path.name, [*CXX_FLAGS, TORCH_STANDARD, *flags])
         libraries = [f"-l{name}" for name in ("c10", "torch_cpu", "torch", "torch_python")]
         self.link(
             objects,

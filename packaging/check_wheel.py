@@ -10,15 +10,16 @@ LARGEST = 30e6
 # What a library may be linked against, the glue also to torch and the kernels.
 SYSTEM = r"lib(c|m|dl|rt|pthread|gcc_s|stdc\+\+)\.so|ld-linux"
 GLUE_LINKED = rf"_cpu\.so|lib(c10|torch|torch_cpu|torch_python)\.so|{SYSTEM}"
-# Symbols of Python, of the OpenMP that torch brings, and weak ones of the compiler.
-ELSEWHERE = r"_?Py|GOMP_|omp_|_ITM_|__gmon_start__"
+# Symbols of Python and of the OpenMP that torch brings.
+ELSEWHERE = r"_?Py|GOMP_|omp_"
 
 
 def symbols(which: str, *paths: Path) -> set[str]:
-    """Of what nm calls "defined" or "undefined", without versions."""
-    command = ["nm", "--dynamic", f"--{which}-only", "--format=just-symbols", *paths]
+    """Of what nm calls "defined" or "undefined", but for what need not be there."""
+    command = ["nm", "--dynamic", f"--{which}-only", *paths]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {line for line in text.split() if not line.endswith(":")}
+    found = re.findall(r"^[ \da-f]* (\w) (\S+)$", text, re.MULTILINE)
+    return {name for kind, name in found if which == "defined" or kind == "U"}
 
 
 def needed(path: Path) -> set[str]:

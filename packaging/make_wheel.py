@@ -27,8 +27,10 @@ SYSROOT = BUILD / "sysroot"
 # A minor's patch releases are alike in what the glue uses.
 TORCHES = ["2.9.1", "2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0"]
 # The code of a major version's first minor runs on its later ones; those to come compile the PTX of
-# the last.
-ARCHITECTURES = ["7.5", "8.0", "9.0", "10.0", "11.0", "12.0"]
+# the last. Only machines with aarch64 have 11.
+ARCHITECTURES = ["7.5", "8.0", "9.0", "10.0", "12.0"]
+if platform.machine() == "aarch64":
+    ARCHITECTURES.insert(-1, "11.0")
 
 
 def run(*command: object, **options: object) -> None:
@@ -67,7 +69,7 @@ def build(flags: list[str]) -> Path:
     shutil.unpack_archive(archive, folder)
     env = {
         **os.environ,
-        "CXX": " ".join(["g++", *flags, "-include", str(ROOT / "packaging" / "older_glibc.h")]),
+        "CXX": " ".join(["g++", *flags, "-include", str(ROOT / "packaging" / "older_libraries.h")]),
         # Smallest, at the cost of some milliseconds at the first launch.
         "NVCC_APPEND_FLAGS": f"--compress-mode=size -Xcompiler={','.join(['-Wall', *flags])}",
         "ADAMEM_TORCHES": os.pathsep.join(str(torch_headers.FOLDER / each) for each in TORCHES),

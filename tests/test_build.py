@@ -18,7 +18,9 @@ COMPILER = """#!/bin/sh
 while [ $# -gt 0 ]; do
   case "$1" in
     -o) output="$2"; shift ;;
-    -isystem) text="$text $(cat "$2/torch/headeronly/version.h" 2>/dev/null)"; shift ;;
+    -isystem)
+      text="$text $(cat "$2"/torch/version.h "$2"/torch/headeronly/version.h 2>/dev/null)"
+      shift ;;
     *.o) text="$text $(cat "$1")" ;;
   esac
   shift
@@ -56,10 +58,11 @@ def checkout(tmp_path, monkeypatch):
 
 def unpack_torch(folder, version):
     """A torch of which there is nothing but its version; it may have been unpacked long ago."""
-    header = folder / "torch" / "include" / "torch" / "headeronly" / "version.h"
+    major, minor, _ = version.split(".")
+    place = "csrc/api/include/torch" if version.startswith("2.9.") else "headeronly"
+    header = folder / "torch" / "include" / "torch" / place / "version.h"
     header.parent.mkdir(parents=True, exist_ok=True)
     (folder / "torch" / "__init__.py").touch()
-    major, minor, _ = version.split(".")
     header.write_text(
         f"#define TORCH_VERSION_MAJOR {major}\n#define TORCH_VERSION_MINOR {minor}\n// {version}\n"
     )
