@@ -249,7 +249,7 @@ struct AdamW {
 
   // A row is updated beside the sums of the next one, where it finds time while a square root or a
   // quotient is being taken: 13 % of a step in cache, rows of 816 elements (Zen 5). With sixteen
-  // registers, half as large, there is no room for both: one after the other, 15 % of a step in
+  // registers, half as large, there is no room for both: one after the other, 13 % of a step in
   // cache, rows of 768 and 1,024 (Zen 3).
   static constexpr bool kUpdatesBeside = kRegisterBytes == 64;
 
@@ -290,12 +290,6 @@ struct AdamW {
     T* const scratch = static_cast<T*>(run.scratch);
     Coefficients c = cast(base);
     BegunRow begun{};
-    const auto finish = [&] {
-      walk(
-          begun.first, numel, numel, [](const auto&) { return 0; },
-          [&](const auto& p, int, int64_t i) AM_INLINE_LAMBDA { begun.finish(p, i, c); },
-          [](int64_t) {});
-    };
     Place row = place(run.first);
     for (int64_t k = 0; k < run.rows; ++k, row = row.at(row, numel)) {
       const double beta_prod = run.beta_prods.read(run.index + k);
@@ -312,7 +306,11 @@ struct AdamW {
       run.beta_prods.write(beta_prod * beta, run.index + k);
       run.betas.write(beta, run.index + k);
       begun = {row, own, T(1.0 - beta)};
-      if (!kUpdatesBeside || k + 1 == run.rows) finish();
+      if (kUpdatesBeside && k + 1 < run.rows) continue;
+      walk(
+          row, numel, numel, [](const auto&) { return 0; },
+          [&](const auto& p, int, int64_t i) AM_INLINE_LAMBDA { begun.finish(p, i, c); },
+          [](int64_t) {});
     }
   }
 
