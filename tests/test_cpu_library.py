@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import test_low_precision
 import test_ordinary
 import test_tracing
 import test_versions
@@ -438,7 +437,6 @@ def test_a_recorded_step(cls):
 @pytest.mark.usefixtures("hidden")
 def test_a_compiled_step(cls):
     test_versions.test_a_compiled_step(cls, "aot_eager")
-    test_low_precision.test_a_compiled_step_is_the_step(cls, "aot_eager")
 
 
 @both
