@@ -209,7 +209,7 @@ class BuildExtension(build_ext):
         for name, isa_flags in CPU_SOURCES.items():
             flags = [*CXX_FLAGS, KERNEL_STANDARD, *isa_flags]
             objects += self.compile([f"csrc/cpu/{name}.cpp"], "cpu", flags)
-        self.link(objects, path, ["-pthread", f"-Wl,-soname,{path.name}"])
+        self.link(objects, path, ["-pthread", "-ldl", f"-Wl,-soname,{path.name}"])
 
     def build_cuda(self, path):
         nvcc = cuda_library.find_nvcc()

@@ -13,7 +13,7 @@ COMPLEX = (torch.complex64, torch.complex128)
 
 # With beta_scope="row" a tensor whose rows have fewer elements than this has one beta: one that is
 # taken from a few elements follows their noise, and one an element trains far worse than AdamW.
-# python.cpp has it too.
+# gather.cpp has it too.
 MIN_ROW = 16
 
 

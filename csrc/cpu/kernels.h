@@ -60,7 +60,8 @@ struct AdamWRows {
   Column beta_prods, betas;
   int64_t index;  // of the first row, in these
   double beta_max, step;
-  void* scratch;  // for two rows, kRowScratch numbers for each element, and room for a pack
+  void* scratch;  // for two rows, kRowScratch numbers for each element, and room for two packs;
+                  // begins with a line of the cache
 };
 
 // What a row's update takes that its sums have worked out is kept: two numbers an element.

@@ -247,9 +247,13 @@ struct AdamW {
     }
   };
 
-  // The sums of a row, and beside them, where kFinishes, the update of the one before: it finds
-  // time while a square root or a quotient is being taken. 13 % of a step in cache, rows of 816
-  // elements (Zen 5).
+  // A row is updated beside the sums of the next one, where it finds time while a square root or a
+  // quotient is being taken: 13 % of a step in cache, rows of 816 elements (Zen 5). With sixteen
+  // registers, half as large, there is no room for both: one after the other, 13 % of a step in
+  // cache, rows of 768 and 1,024 (Zen 3).
+  static constexpr bool kUpdatesBeside = kRegisterBytes == 64;
+
+  // The sums of a row, and beside them, where kFinishes, the update of the one before.
   template <bool Scaled, bool Decay, bool kFinishes, class B>
   static Sums begin_row(const Place& row, int64_t numel, const Coefficients& c, T* scratch,
                         const BegunRow& before, int64_t first, const B& beside) {
@@ -281,8 +285,9 @@ struct AdamW {
   static void step_rows(const AdamWRows& run, const AdamWCoefficients<double>& base,
                         const B& beside) {
     const int64_t numel = run.first.numel;
-    T* scratch[] = {static_cast<T*>(run.scratch),
-                    static_cast<T*>(run.scratch) + kRowScratch * (numel + Pack<T>::kLanes)};
+    // That of each other row: their packs begin with a line of the cache, as `run`'s does.
+    const int64_t size = kRowScratch * (numel / Pack<T>::kLanes + 1) * Pack<T>::kLanes;
+    T* const scratch = static_cast<T*>(run.scratch);
     Coefficients c = cast(base);
     BegunRow begun{};
     Place row = place(run.first);
@@ -291,19 +296,22 @@ struct AdamW {
       const auto corrected = adamw_corrected(base, run.beta_max, beta_prod);
       c.root_scale = T(corrected.root_scale);
       c.eps = T(corrected.eps);
-      T* const own = scratch[k % 2];
+      T* const own = scratch + (kUpdatesBeside ? k % 2 * size : 0);
+      const int64_t first = k * numel;
       const Sums sums =
-          k == 0 ? begin_row<Scaled, Decay, false>(row, numel, c, own, begun, 0, beside)
-                 : begin_row<Scaled, Decay, true>(row, numel, c, own, begun, k * numel, beside);
+          kUpdatesBeside && k > 0
+              ? begin_row<Scaled, Decay, kUpdatesBeside>(row, numel, c, own, begun, first, beside)
+              : begin_row<Scaled, Decay, false>(row, numel, c, own, begun, first, beside);
       const double beta = adamw_beta(sums.num, sums.den, run.beta_max, run.step);
       run.beta_prods.write(beta_prod * beta, run.index + k);
       run.betas.write(beta, run.index + k);
       begun = {row, own, T(1.0 - beta)};
+      if (kUpdatesBeside && k + 1 < run.rows) continue;
+      walk(
+          row, numel, numel, [](const auto&) { return 0; },
+          [&](const auto& p, int, int64_t i) AM_INLINE_LAMBDA { begun.finish(p, i, c); },
+          [](int64_t) {});
     }
-    walk(
-        begun.first, numel, numel, [](const auto&) { return 0; },
-        [&](const auto& p, int, int64_t i) AM_INLINE_LAMBDA { begun.finish(p, i, c); },
-        [](int64_t) {});
   }
 
   template <class B>

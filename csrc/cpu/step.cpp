@@ -103,6 +103,13 @@ std::vector<int64_t> group_of_tensors(const Step& step) {
 
 // ---- jobs: a segment of a step, or rows of which each is one --------------------------
 
+// Packs that begin with a line of the cache: those of which each lies in two cost 7 % of a step of
+// rows (Zen 3, AVX2).
+constexpr size_t kLineBytes = 64;
+struct alignas(kLineBytes) CacheLine {
+  char bytes[kLineBytes];
+};
+
 // Elements of a row whose step one thread does from its caches.
 constexpr int64_t kLongestRow = 1 << 15;
 // Elements of the rows, of what is stored in few bits, that are in float32 together.
@@ -206,8 +213,8 @@ struct AdamWJob : JobBase<2> {
     // A step that may be none writes nothing before den is there.
     if (step == 0.0 && lr == 0.0) return step_each(*this, first, n);
     // Kept from step to step: memory that is new each time costs as much as the step.
-    static thread_local std::vector<double> scratch;
-    const size_t most = 2 * kRowScratch * (row_numel + 16);
+    static thread_local std::vector<CacheLine> scratch;
+    const size_t most = 2 * kRowScratch * (row_numel + 32) * kMemoryBytes[views.dtype] / kLineBytes;
     if (scratch.size() < most) scratch.resize(most);
     AdamWRows run{{}, n, beta_prods, betas, first, beta_max, step, scratch.data()};
     if (views.low == nullptr) {
