@@ -68,7 +68,8 @@ class Environment:
             f"PYTHON{self.python.replace('.', '')}", f"python{self.python}"
         )
         subprocess.run([interpreter, "-m", "venv", self.folder], check=True)
-        self.run("-m", "pip", "install", "--quiet", f"torch=={self.torch}", "numpy")
+        # For Triton's interpreter, of which that of 3.6 knows no newer one.
+        self.run("-m", "pip", "install", "--quiet", f"torch=={self.torch}", "numpy<2.4")
         made.touch()
 
     def install(self, wheel: Path) -> float:
