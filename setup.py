@@ -17,6 +17,7 @@ import shutil
 import site
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -41,11 +42,10 @@ CXX_FLAGS = [
 # The kernels are C++17; torch's headers are C++20 from 2.14 on.
 KERNEL_STANDARD, TORCH_STANDARD = "-std=c++17", "-std=c++20"
 
-# The kernels, a library without torch: what runs once, and, for each instruction set that torch
-# tells apart, the file that is compiled with these flags.
-CPU_SOURCES = {"kernels": [], "norms": [], "step": [], "threads": []}
+# The kernels, a library without torch: for each instruction set that torch tells apart, the file
+# that is compiled with these flags, and what there is one of. What takes longest comes first.
+CPU_SOURCES = {}
 if platform.machine() in ("x86_64", "AMD64"):
-    CPU_SOURCES["kernels_avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     CPU_SOURCES["kernels_avx512"] = [
         "-mavx512f",
         "-mavx512bw",
@@ -55,7 +55,9 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mfma",
         "-mf16c",
     ]
+    CPU_SOURCES["kernels_avx2"] = ["-mavx2", "-mfma", "-mf16c"]
 CPU_SOURCES["kernels_neon" if platform.machine() == "aarch64" else "kernels_default"] = []
+CPU_SOURCES |= {"kernels": [], "norms": [], "step": [], "threads": []}
 
 CPU_NAME = "adamem_fused._cpu"
 CUDA_NAME = "adamem_fused._cuda"
@@ -132,13 +134,21 @@ def why_no_cuda():
     return None
 
 
-def check_compiler():
+def check_compiler(torch_roots):
+    """Exits where the compiler or a torch is missing."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler.split()[0]) is None:
         sys.exit(
             f"adamem_fused: no C++ compiler ({compiler}) was found. Install one (Debian, "
             "Ubuntu: apt-get install g++) or set ADAMEM_NO_EXTENSION=1 to install without "
             "the cpu backend."
+        )
+    if None in torch_roots:
+        sys.exit(
+            "adamem_fused: the extension is compiled against an installed torch (2.9 or "
+            "newer), and none was found. Install torch first (where a build is isolated in "
+            "an environment of its own, as uv does it, add --no-build-isolation), or set "
+            "ADAMEM_NO_EXTENSION=1 to install without the cpu backend."
         )
 
 
@@ -181,6 +191,7 @@ class BuildExtension(build_ext):
     def build_extensions(self):
         # Not beside the others, which may be built in parallel: the glue is linked against it.
         everything = self.extensions
+        check_compiler([ext.torch_root for ext in everything if isinstance(ext, Glue)])
         for ext in everything:
             if ext.name == CPU_NAME:
                 self.build_extension(ext)
@@ -204,11 +215,13 @@ class BuildExtension(build_ext):
             self.build_glue(ext, path)
 
     def build_cpu(self, path):
-        check_compiler()
-        objects = []
-        for name, isa_flags in CPU_SOURCES.items():
-            flags = [*CXX_FLAGS, KERNEL_STANDARD, *isa_flags]
-            objects += self.compile([f"csrc/cpu/{name}.cpp"], "cpu", flags)
+        def compile_one(name):
+            flags = [*CXX_FLAGS, KERNEL_STANDARD, *CPU_SOURCES[name]]
+            return self.compile([f"csrc/cpu/{name}.cpp"], "cpu", flags)
+
+        # At once, as each instruction set's takes a minute or more.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [path for paths in pool.map(compile_one, CPU_SOURCES) for path in paths]
         self.link(objects, path, ["-pthread", "-ldl", f"-Wl,-soname,{path.name}"])
 
     def build_cuda(self, path):
@@ -219,13 +232,6 @@ class BuildExtension(build_ext):
 
     def build_glue(self, ext, path):
         root = ext.torch_root
-        if root is None:
-            sys.exit(
-                "adamem_fused: the extension is compiled against an installed torch (2.9 or "
-                "newer), and none was found. Install torch first (where a build is isolated in "
-                "an environment of its own, as uv does it, add --no-build-isolation), or set "
-                "ADAMEM_NO_EXTENSION=1 to install without the cpu backend."
-            )
         # As system headers, so that warnings are about this package's code.
         include = root / "include"
         includes = [include, include / "torch" / "csrc" / "api" / "include"]
