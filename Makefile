@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: help test test-torch test-integrations demo bench bench-cpu experiments gpu-check gpu-bundle
-.PHONY: test-neon wheel wheel-test check clean
+.PHONY: test-neon test-nvcc wheel wheel-test check clean
 
 help:
 	@echo "make test         the tests"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-integrations"
 	@echo "                  the tests with trainers, in an environment of their own"
 	@echo "make test-neon    the kernels for aarch64, cross-compiled and emulated: AVX2's bits"
+	@echo "make test-nvcc    the CUDA kernels compiled for all architectures: registers, spills, accesses"
 	@echo "make demo         a small GPT trained with AdamW and with AMAdamW: table and picture"
 	@echo "make bench-cpu    step times on the CPU against torch's AdamW and SGD, and docs/performance.md"
 	@echo "make bench        the same on the GPU, with PYTHON's own torch; no document is written"
@@ -55,6 +56,10 @@ test-integrations: .venv-integrations/installed
 test-neon: .venv/installed
 	cd tests && ../$(BIN)/python -c 'import sys, test_neon; sys.exit(test_neon.why_not())'
 	$(BIN)/python -m pytest -m neon tests/test_neon.py
+
+# make test compiles for one architecture.
+test-nvcc: .venv/installed
+	$(BIN)/python -m pytest -m nvcc tests/test_cuda_build.py
 
 demo: .venv/installed
 	$(BIN)/python -m bench.demo
