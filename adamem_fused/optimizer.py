@@ -223,7 +223,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
                     if not param.is_meta:
                         backend = backends.choose(group, param.device)
                         if storage.is_packed(group):
-                            backends.check_packs(backend)
+                            backends.check_packs(backend, param.device)
                 sharding.check_param(param)
         except Exception:
             del self.param_groups[known:]
@@ -541,7 +541,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 self._add_group(work, group, size)
             work.params, work.dtensors, work.ordinary = params, dtensors, True
             if packed:
-                backends.check_packs(first)
+                backends.check_packs(first, device)
                 batch.packed = Packed.of(lists[len(own) :])
                 if not storage.pack_known(work, placed, self.param_groups):
                     return []
@@ -572,7 +572,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             for (device, crosses), places in by_kind.items():
                 backend = backends.choose(group, device)
                 if packed:
-                    backends.check_packs(backend)
+                    backends.check_packs(backend, device)
                 key = backend.name, device, crosses
                 work = works.get(key)
                 if work is None:

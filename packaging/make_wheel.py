@@ -90,6 +90,11 @@ def main() -> None:
     )
     parser.add_argument("--own-libraries", action="store_true", help="link against this machine's")
     options = parser.parse_args()
+    needed = {"g++": True, "nvcc": "CUDA_HOME" not in os.environ}
+    needed["mmdebstrap"] = not options.own_libraries
+    missing = [tool for tool, asked in needed.items() if asked and shutil.which(tool) is None]
+    if missing:
+        sys.exit(f"make wheel needs {' and '.join(missing)}: see RELEASING.md")
     for version in TORCHES:
         torch_headers.fetch(version, python="3.11", machine=platform.machine())
     if not options.own_libraries:

@@ -139,13 +139,18 @@ def choose(options: dict[str, Any], device: torch.device) -> Backend:
     return reference
 
 
-def check_packs(backend: Backend) -> None:
+def check_packs(backend: Backend, device: torch.device) -> None:
     """Raises RuntimeError where a backend is asked for what it cannot store in few bits."""
     if not backend.packs:
-        able = ", ".join(name for name, other in BACKENDS.items() if other.packs)
+        able = {name: other for name, other in BACKENDS.items() if other.packs}
+        missing = [
+            f"{name}: {reason}"
+            for name, other in able.items()
+            if (reason := _unavailable(other, device)) is not None
+        ]
         raise RuntimeError(
             f"state_dtype, stochastic_rounding and store_param_remainders are not for the "
-            f"{backend.name} backend, but for {able}"
+            f"{backend.name} backend, but for {', '.join(able)} (not there: {'; '.join(missing)})"
         )
 
 

@@ -28,7 +28,7 @@ PACKAGE = Path(__file__).parents[1]
 _NAME = "adamem_fused._C"
 
 # pip keeps what it has compiled against another torch in its cache.
-_REINSTALL = "reinstall it (pip install --force-reinstall --no-deps --no-cache-dir)"
+_REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir <its wheel or source>"
 
 
 def not_compiled() -> str:
@@ -62,7 +62,7 @@ def _load() -> tuple[Any, str | None]:
         there = ", ".join(f"{major}.{minor}" for major, minor in versions)
         return None, (
             f"the C++ extension was compiled against torch {there}, and this is torch "
-            f"{torch.__version__}; install a newer adamem_fused, or, from its source, {_REINSTALL}"
+            f"{torch.__version__}; install a newer adamem_fused, or compile it anew: {_REINSTALL}"
         )
     spec = spec_from_file_location(_NAME, path, loader=ExtensionFileLoader(_NAME, str(path)))
     assert spec is not None and spec.loader is not None
@@ -72,7 +72,7 @@ def _load() -> tuple[Any, str | None]:
     except ImportError as error:
         return None, (
             f"the C++ extension does not load with torch {torch.__version__} ({error}); "
-            f"{_REINSTALL}"
+            f"reinstall it: {_REINSTALL}"
         )
     sys.modules[_NAME] = module
     return module, None
