@@ -175,6 +175,8 @@ class BuildExtension(build_ext):
         if reason is not None:
             print(f"adamem_fused: without the CUDA kernels: {reason}")
             self.extensions = [ext for ext in self.extensions if ext.name != CUDA_NAME]
+        if self.extensions:
+            check_compiler([ext.torch_root for ext in self.extensions if isinstance(ext, Glue)])
         self.remove_earlier()
         super().run()
 
@@ -191,7 +193,6 @@ class BuildExtension(build_ext):
     def build_extensions(self):
         # Not beside the others, which may be built in parallel: the glue is linked against it.
         everything = self.extensions
-        check_compiler([ext.torch_root for ext in everything if isinstance(ext, Glue)])
         for ext in everything:
             if ext.name == CPU_NAME:
                 self.build_extension(ext)
@@ -255,7 +256,8 @@ class BuildExtension(build_ext):
                 *(f"-L{folder}" for folder in (path.parent, root / "lib")),
                 f"-l:{Path(self.get_ext_filename(CPU_NAME)).name}",
                 *libraries,
-                "-Wl,-rpath,$ORIGIN",
+                # DT_RPATH: looked through before LD_LIBRARY_PATH.
+                "-Wl,-rpath,$ORIGIN,--disable-new-dtags",
             ],
         )
 

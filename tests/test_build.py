@@ -152,3 +152,13 @@ def test_the_source_archive_holds_all_that_a_build_needs(checkout):
     assert found(unpacked / "build") == {"_cpu.so": "", "_C_2_13.abi3.so": "2.13.0"}
     headers = [path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*.h")]
     assert [path for path in headers if not (unpacked / path).exists()] == []
+
+
+def test_a_build_that_cannot_begin_leaves_what_is_there(checkout, monkeypatch):
+    build(checkout, "build_ext", "--inplace")
+    before = found(checkout)
+    assert before
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = run(checkout, "build_ext", "--inplace")
+    assert done.returncode != 0 and "no C++ compiler (no-such-compiler)" in done.stderr
+    assert found(checkout) == before

@@ -2,7 +2,10 @@
 
 import contextlib
 import gc
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -330,6 +333,84 @@ def test_python_code_that_runs_meanwhile_may_change_what_is_read(name, what):
         with mock.patch.object(Tensor, "__hash__", hash_and_change):
             call(name, list(args))
         assert hashes >= when
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="which collects no garbage in between")
+@pytest.mark.parametrize("threshold", [1, 2, 3])
+def test_a_finalizer_may_change_what_is_still_to_be_met(threshold):
+    """The state of the parameter behind one that has neither a gradient nor a state."""
+    args = arguments("gather", n=65)
+    params, state = args[0][0], args[1]
+    del state[params[63]]
+    params[63].grad = None
+    other = {name: torch.full((2, 3) if name in MEMORIES else (), 77.0) for name in NAMES}
+
+    class Popping:
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            state.popitem()
+            args.append([dict(other) for _ in range(200)])  # where it was
+
+    before = gc.get_threshold()
+    given = tuple(args)
+    gc.disable()
+    Popping()
+    gc.set_threshold(threshold)
+    try:
+        gc.enable()
+        gathered = ops.extension.gather(*given)
+    finally:
+        gc.set_threshold(*before)
+        gc.enable()
+    memories = gathered[0][1][2]
+    assert len(memories) == 64 and memories[-1].sum() == 0.0
+
+
+def test_what_a_kernel_could_not_read_is_refused():
+    args = arguments("adamw_begin_", n=1)
+    args[0] = [torch.zeros(2, 3, device="meta")]
+    with pytest.raises(ValueError, match="param of tensor 0 is on meta"):
+        ops.extension.adamw_begin_(*args)
+
+
+def test_rows_of_no_rows_with_codes_are_refused():
+    empty, codes = torch.zeros(0, 64), torch.zeros(0, 64, dtype=torch.int8)
+    scalar = [torch.zeros(())]
+    args = [[empty], [empty.clone()], [codes], scalar, scalar, [torch.zeros(0)]]
+    args += [torch.zeros(1, dtype=torch.float64), [1], [0.9] + [0.0] * 6, None, None]
+    args += [[torch.zeros(0), codes.clone()], torch.zeros(5, 1, dtype=torch.int64), None]
+    with pytest.raises(ValueError, match="momentum_buffer_scales of tensor 0 has 0 elements"):
+        ops.extension.sgd_finish_(*args)
+
+
+def test_sizes_of_groups_that_are_too_large_are_refused():
+    for size in (2**36, 2**63 - 1):
+        args = arguments("adamw_begin_", n=1)
+        args[9] = [size]
+        with pytest.raises(ValueError, match="group_sizes add up to more than params holds: 1"):
+            ops.extension.adamw_begin_(*args)
+
+
+def test_kernels_of_another_version_are_not_taken(tmp_path):
+    """Beside the extension lies a library with all functions and another number."""
+    functions = ("choose", "adamw_begin", "adamw_finish", "sgd_begin", "sgd_finish", "squares")
+    source = tmp_path / "other.c"
+    source.write_text(
+        "long adamem_cpu_interface() { return 99; }\n"
+        + "".join(f"void adamem_cpu_{name}() {{}}\n" for name in functions)
+    )
+    command = ["g++", "-shared", "-fPIC", "-x", "c", "-Wl,-soname,_cpu.so"]
+    subprocess.run([*command, "-o", tmp_path / "_cpu.so", source], check=True)
+    shutil.copy(ops.extension.__file__, tmp_path)
+    path = str(tmp_path / Path(ops.extension.__file__).name)
+    load = (
+        "import torch, importlib.machinery as m, importlib.util as u\n"
+        f"u.module_from_spec(u.spec_from_file_location('_C', {path!r}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
+    assert "ImportError: _cpu.so is of another version of adamem_fused" in done.stderr
 
 
 def test_the_file_is_of_the_limited_api():

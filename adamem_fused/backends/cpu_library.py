@@ -45,27 +45,28 @@ INTERFACE = 1
 def load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
     """Loads the library; returns it, or None and why it cannot be used."""
     if not path.exists():
-        return None, ops.not_compiled()
+        return None, ops.unavailable or ops.not_compiled()
     try:
         library = ctypes.CDLL(str(path))
         interface = library.adamem_cpu_interface
+        interface.restype = ctypes.c_int64
+        if interface() != INTERFACE:
+            return None, (
+                f"its library, {path}, was compiled from another version of this package "
+                f"(interface {interface()}, not {INTERFACE}); reinstall, or compile anew in a "
+                "source checkout"
+            )
+        for name, pointers in (
+            ("adamw_begin", 3), ("adamw_finish", 3), ("sgd_begin", 2), ("sgd_finish", 3)
+        ):  # fmt: skip
+            function = getattr(library, f"adamem_cpu_{name}")
+            function.argtypes, function.restype = (ctypes.c_void_p,) * pointers, None
+        library.adamem_cpu_squares.argtypes = (
+            ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p
+        )  # fmt: skip
+        library.adamem_cpu_squares.restype = None
     except (AttributeError, OSError) as error:
         return None, f"its library does not load ({error}); reinstall"
-    interface.restype = ctypes.c_int64
-    if interface() != INTERFACE:
-        return None, (
-            f"its library, {path}, was compiled from another version of this package (interface "
-            f"{interface()}, not {INTERFACE}); reinstall, or compile anew in a source checkout"
-        )
-    for name, pointers in (
-        ("adamw_begin", 3), ("adamw_finish", 3), ("sgd_begin", 2), ("sgd_finish", 3)
-    ):  # fmt: skip
-        function = getattr(library, f"adamem_cpu_{name}")
-        function.argtypes, function.restype = (ctypes.c_void_p,) * pointers, None
-    library.adamem_cpu_squares.argtypes = (
-        ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p
-    )  # fmt: skip
-    library.adamem_cpu_squares.restype = None
     # As torch chooses its own kernels, so that ATEN_CPU_CAPABILITY rules these too.
     library.adamem_cpu_choose(torch.backends.cpu.get_cpu_capability().encode())
     return library, None
@@ -414,7 +415,7 @@ def _block_of(memory: Tensor, scales: Tensor, name: str, k: int, by_row: bool, i
         return 0
     numel, n = memory.numel(), scales.numel()
     block = numel // n if n > 0 and numel % n == 0 else 0
-    run = numel // memory.shape[0] if by_row else numel
+    run = numel // max(1, memory.shape[0]) if by_row else numel
     fits = block in BLOCKS and run % block == 0 and scales.is_contiguous() and scales.is_cpu
     if not fits or format_ != (_SIGNED_CODES if k == 0 else _SQUARE_CODES):
         raise ValueError(

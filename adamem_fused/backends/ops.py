@@ -50,12 +50,12 @@ def _load() -> tuple[Any, str | None]:
     """Loads the extension for this torch; returns it, or None and why it is not there."""
     if _NAME in sys.modules:
         return sys.modules[_NAME], None
+    if ".abi3.so" not in EXTENSION_SUFFIXES:
+        return None, "the C++ extension needs Python's stable ABI, which this Python does not have"
     names = re.findall(r"_C_(\d+)_(\d+)\.abi3\.so", "\n".join(p.name for p in PACKAGE.glob("_C_*")))
     versions = sorted((int(major), int(minor)) for major, minor in names)
     if not versions:
         return None, not_compiled()
-    if ".abi3.so" not in EXTENSION_SUFFIXES:
-        return None, "the C++ extension needs Python's stable ABI, which this Python does not have"
     major, minor = torch.__version__.split(".")[:2]
     path = PACKAGE / f"_C_{major}_{minor}.abi3.so"
     if not path.exists():
@@ -73,6 +73,11 @@ def _load() -> tuple[Any, str | None]:
         return None, (
             f"the C++ extension does not load with torch {torch.__version__} ({error}); "
             f"reinstall it: {_REINSTALL}"
+        )
+    if module.torch_version.split(".")[:2] != [major, minor]:
+        return None, (
+            f"{path} was compiled against torch {module.torch_version}, which is not what its name "
+            f"says; {_REINSTALL}"
         )
     sys.modules[_NAME] = module
     return module, None

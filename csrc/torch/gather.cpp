@@ -97,6 +97,7 @@ class Gatherer {
     entries_.clear();
     states_held_.clear();
     values_.clear();
+    values_held_.clear();
     for (size_t i = 0; i < n; ++i) {
       params_.push_back(Owned::share(params[i]));
       if (!is_exact(params[i])) {
@@ -137,17 +138,16 @@ class Gatherer {
     for (const Entry& entry : entries_) {
       Cursor values(entry.state);
       for (size_t k = 0; k < wanted_.names.size(); ++k) {
-        PyObject* value = values.find(wanted_.names[k]);
+        PyObject* value = find(values, wanted_.names[k]);
         PyObject* const other = wanted_.others[k];
         if (value == nullptr && other != Py_None)
-          value = PyUnicode_Check(other) ? values.find(other) : other;
+          value = PyUnicode_Check(other) ? find(values, other) : other;
         if (value == nullptr) return false;
         __builtin_prefetch(value, 1);
         values_.push_back(value);
       }
     }
-    values_held_.clear();
-    for (PyObject* const value : values_) values_held_.push_back(Owned::share(value));
+    hold_values();
     Owned* value = values_held_.data();
     for (Entry& entry : entries_) {
       if (!put(entry, value)) return false;
@@ -183,6 +183,19 @@ class Gatherer {
   void hold_states() {
     for (size_t i = states_held_.size(); i < entries_.size(); ++i)
       states_held_.push_back(Owned::share(entries_[i].state));
+  }
+
+  // And while what is in them is.
+  void hold_values() {
+    for (size_t i = values_held_.size(); i < values_.size(); ++i)
+      values_held_.push_back(Owned::share(values_[i]));
+  }
+
+  PyObject* find(Cursor& values, PyObject* name) {
+    if (PyObject* const value = values.next(name)) return value;
+    hold_states();
+    hold_values();
+    return values.look_up(name);
   }
 
   // Notes what decides whether a parameter's sums cross ranks.

@@ -41,10 +41,15 @@ PyModuleDef definition = {
 PyMODINIT_FUNC PyInit__C() {
   return am::call([] {
     am::check_layouts();
+    // It lies beside this file, and may be of another version all the same.
+    if (adamem_cpu_interface() != am::cpu::kInterface) {
+      PyErr_SetString(PyExc_ImportError, "_cpu.so is of another version of adamem_fused");
+      throw am::PythonError();
+    }
     // As torch chooses its own kernels, so that ATEN_CPU_CAPABILITY rules these too.
     adamem_cpu_choose(at::get_cpu_capability().c_str());
     am::Owned module = am::Owned::take(PyModule_Create(&am::definition));
-    // What the library is tied to; adamem_fused/backends/ops.py compares.
+    // What this file is tied to; adamem_fused/backends/ops.py compares.
     if (PyModule_AddStringConstant(module.get(), "torch_version", TORCH_VERSION) != 0)
       throw am::PythonError();
     return module;

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -111,7 +112,7 @@ class PackedTable {
     if (format != kSignedCodes && format != kSquareCodes) return;
     const int64_t numel = param.numel(), n = scales.numel();
     const int64_t block = n > 0 && numel % n == 0 ? numel / n : 0;
-    const int64_t run = by_row ? numel / param.size(0) : numel;
+    const int64_t run = by_row ? numel / std::max<int64_t>(1, param.size(0)) : numel;
     TORCH_CHECK_VALUE((block == 64 || block == 128 || block == 256) && run % block == 0 &&
                           scales.is_contiguous() && scales.is_cpu() &&
                           format == (k == 0 ? kSignedCodes : kSquareCodes),

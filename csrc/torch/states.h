@@ -3,6 +3,8 @@
 
 #include <c10/util/Exception.h>
 
+#include <utility>
+
 #include "layouts.h"
 #include "python.h"
 
@@ -17,14 +19,18 @@ class Cursor {
   // The value, if the key is the next one that is met; else null. Runs no Python code.
   PyObject* next(PyObject* key) {
     if (!ahead_ && !PyDict_Next(dict_, &position_, &key_, &value_)) key_ = nullptr;
-    ahead_ = key != key_;
-    return ahead_ ? nullptr : value_;
+    const bool was_ahead = std::exchange(ahead_, key != key_);
+    if (!ahead_) return value_;
+    // Python code may take from the dict what is still to be met.
+    if (!was_ahead && key_ != nullptr) {
+      held_key_ = Owned::share(key_);
+      held_value_ = Owned::share(value_);
+    }
+    return nullptr;
   }
 
   // The value, or null. For a tensor runs Python code.
   PyObject* look_up(PyObject* key) {
-    // It may take from the dict what is still to be met.
-    if (key_ != nullptr) kept_ = Owned::share(value_);
     PyObject* value = PyDict_GetItemWithError(dict_, key);
     if (value == nullptr && PyErr_Occurred()) throw PythonError();
     return value;
@@ -40,7 +46,7 @@ class Cursor {
   Py_ssize_t position_ = 0;
   PyObject *key_ = nullptr, *value_ = nullptr;
   bool ahead_ = false;  // key_ is still to be met
-  Owned kept_;
+  Owned held_key_, held_value_;
 };
 
 // Reads a DTensor's parts where torch's class keeps them, in slots.

@@ -113,6 +113,7 @@ std::unique_ptr<Copies<kMemories>> open_data(StepTensor& row, const Tensor& p, c
                                              size_t i) {
   const DType dtype = dtype_of(p, "param", i);
   row.dtype = dtype;
+  check_like(p, p, "param", i);
   check_like(g, p, "grad", i);
   bool direct =
       g.scalar_type() == p.scalar_type() && p.is_non_overlapping_and_dense() && same_layout(g, p);
@@ -166,6 +167,8 @@ std::vector<bool> shared_of_tensors(const Options& options, size_t tensors, size
   for (size_t group = 0; group < n; ++group) {
     TORCH_CHECK_VALUE(options.group_sizes[group] >= 0, "group_sizes holds ",
                       options.group_sizes[group]);
+    TORCH_CHECK_VALUE(options.group_sizes[group] <= static_cast<int64_t>(tensors - shared.size()),
+                      "group_sizes add up to more than params holds: ", tensors);
     shared.insert(shared.end(), options.group_sizes[group],
                   options.hypers[(group + 1) * columns - 1] != 0.0);
   }
