@@ -5,13 +5,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: help test test-torch test-integrations demo bench bench-cpu experiments gpu-check gpu-bundle
-.PHONY: test-neon test-nvcc wheel wheel-test check clean
+.PHONY: test-emulated test-neon test-nvcc wheel wheel-test check clean
 
 help:
 	@echo "make test         the tests"
 	@echo "make test-torch   the tests with another torch, TORCH=2.11.0, in an environment of its own"
 	@echo "make test-integrations"
 	@echo "                  the tests with trainers, in an environment of their own"
+	@echo "make test-emulated"
+	@echo "                  GPU kernels of rows and of few bits, interpreted and emulated on the CPU"
 	@echo "make test-neon    the kernels for aarch64, cross-compiled and emulated: AVX2's bits"
 	@echo "make test-nvcc    the CUDA kernels compiled for all architectures: registers, spills, accesses"
 	@echo "make demo         a small GPT trained with AdamW and with AMAdamW: table and picture"
@@ -53,6 +55,10 @@ test-integrations: .venv-integrations/installed
 	.venv-integrations/bin/python -m pytest -m integrations tests/integrations
 
 # Debian, Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user. Without them pytest would skip.
+# What make test leaves out of them: some five minutes.
+test-emulated: .venv/installed
+	$(BIN)/python -m pytest -n 2 -m emulated tests/test_triton.py tests/test_cuda.py
+
 test-neon: .venv/installed
 	cd tests && ../$(BIN)/python -c 'import sys, test_neon; sys.exit(test_neon.why_not())'
 	$(BIN)/python -m pytest -m neon tests/test_neon.py

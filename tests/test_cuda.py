@@ -48,7 +48,7 @@ def emulated(monkeypatch):
     "selection",
     [
         ["test_gpu_cases.py", "test_gpu_norms.py"],
-        ["test_gpu_low_precision.py", "-k", "not many"],
+        pytest.param(["test_gpu_low_precision.py", "-k", "not many"], marks=pytest.mark.emulated),
         ["test_versions.py", "-k", "cuda"],
         # Without what takes the emulation longest.
         ["test_amp.py", "test_layouts.py", "test_determinism.py", "-k", "cuda and not hundreds"],

@@ -25,8 +25,8 @@ HERE = Path(__file__).parent
     "selection",
     [
         ["test_gpu_cases.py"],
-        ["test_gpu_rows.py"],
-        ["test_gpu_low_precision.py"],
+        pytest.param(["test_gpu_rows.py"], marks=pytest.mark.emulated),
+        pytest.param(["test_gpu_low_precision.py"], marks=pytest.mark.emulated),
         ["test_gpu_norms.py"],
         ["test_versions.py", "-k", "triton"],
     ],
