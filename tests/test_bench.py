@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 
-from adamem_fused.backends import ops
+from adamem_fused.backends import cpu_library, ops
 from bench import demo
 from bench.arguments import output_folder
 from bench.demo_report import Comparison, Run, format_table, steps_to_reach
@@ -38,7 +38,8 @@ def demo_run(tmp_path_factory):
 
 
 def test_the_demo_says_at_once_that_it_needs_the_extension(monkeypatch, tmp_path):
-    monkeypatch.setattr(ops, "unavailable", "it was not compiled")
+    monkeypatch.setattr(ops, "extension", None)
+    monkeypatch.setattr(cpu_library, "unavailable", "it was not compiled")
     with pytest.raises(SystemExit, match="needs the cpu backend: it was not compiled"):
         demo.main([*SHORT, "--out", str(tmp_path)])
 

@@ -425,7 +425,7 @@ def test_the_table_is_in_the_readme(tmp_path):
     assert "low-precision.json" not in performance(tmp_path)
     (folder / "low-precision.json").write_text(json.dumps(RESULT))
     text = performance(tmp_path)
-    assert "([low-precision.json](bench/results/a-cpu/low-precision.json))" in text
+    assert "([low-precision.json](../bench/results/a-cpu/low-precision.json))" in text
     assert "1.40 (1.40 to 1.40) of 1.30, not met" in text
     assert "- bitsandbytes AdamW8bit: RuntimeError: no\n" in text
     assert "report.md" not in text
@@ -433,7 +433,7 @@ def test_the_table_is_in_the_readme(tmp_path):
     trainings.mkdir()
     made_up().write(trainings)
     text = performance(tmp_path)
-    assert "([report.md](bench/results/low-precision/report.md))" in text
+    assert "([report.md](../bench/results/low-precision/report.md))" in text
     assert "1.300 (+0.200: within)" in text
 
 

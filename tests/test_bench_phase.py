@@ -262,7 +262,7 @@ def test_the_tables_are_in_the_readme(stubs, tmp_path):
     assert "phase.json" not in performance(tmp_path)
     (folder / "phase.json").write_text(json.dumps(RESULT))
     text = performance(tmp_path)
-    assert text.count("([phase.json](bench/results/a-cpu/phase.json)):") == 3
+    assert text.count("([phase.json](../bench/results/a-cpu/phase.json)):") == 3
     assert "| 0.90 (0.90 to 0.90) of 0.85, not met |" in text
     assert "| 0.80 (0.80 to 0.80) of at least 0.90, not met |" in text
     assert "| made up | 1 MB   |" in text

@@ -51,7 +51,16 @@ def emulated(monkeypatch):
         pytest.param(["test_gpu_low_precision.py", "-k", "not many"], marks=pytest.mark.emulated),
         ["test_versions.py", "-k", "cuda"],
         # Without what takes the emulation longest.
-        ["test_amp.py", "test_layouts.py", "test_determinism.py", "-k", "cuda and not hundreds"],
+        pytest.param(
+            [
+                "test_amp.py",
+                "test_layouts.py",
+                "test_determinism.py",
+                "-k",
+                "cuda and not hundreds",
+            ],
+            marks=pytest.mark.emulated,
+        ),
         [
             "test_backends.py",
             "-k",
@@ -59,7 +68,7 @@ def emulated(monkeypatch):
             "or two_million and dtype0)",
         ],
         ["test_idle_steps.py", "test_lifetimes.py", "-k", "cuda"],
-        ["test_rows.py", "-k", "cuda and not random"],
+        pytest.param(["test_rows.py", "-k", "cuda and not random"], marks=pytest.mark.emulated),
     ],
     ids=lambda selection: selection[0],
 )
