@@ -68,7 +68,7 @@ def wrap(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         native = "memory_plane" in saved and "differentiable" not in saved
         group = {**saved, **options, "params": saved["params"]}
         optimizer._check_group(group, ROUNDING)
-        flattened.check_new(own, own["params"], optimizer.param_groups, optimizer._given)
+        flattened.check_new(optimizer, own, own["params"])
         groups.append(group)
         for key, param in zip(saved["params"], own["params"], strict=True):
             if key in state:
@@ -172,7 +172,7 @@ def _loaded(
         for memory in optimizer.memories:
             loaded.update(_loaded_memory(param, memory, own, state))
         for name in optimizer.scalars:
-            value = _checked(optimizer, param, name, state)
+            value = _checked(optimizer, param, name, state, group)
             loaded[name] = _place(optimizer, param, name, value, group)
         if own.has_remainder:
             loaded.update(storage.remainder_state(param, state))
@@ -231,10 +231,8 @@ def missing_state(
     if not known:
         for memory in optimizer.memories:
             missing.update(storage.memory_state(param, memory, own, None))
-        shape = beta_shape(param.shape, group["beta_scope"])
         for name, first in optimizer.scalars.items():
-            by_row = name in optimizer.row_scalars
-            missing[name] = full(param, shape if by_row else torch.Size([]), first)
+            missing[name] = full(param, optimizer._scalar_shape(param, name, group), first)
         return missing
     needed = [name for name in optimizer.memories if name not in known]
     if needed:
@@ -252,10 +250,10 @@ def missing_state(
         if not (are_users and memory in state) and not storage.fits(param, memory, state, own):
             value = _checked_memory(param, memory, whole[memory])
             missing.update(storage.memory_state(param, memory, own, value))
-    misfits = () if fits_scope(optimizer, param, state, group) else optimizer.row_scalars
+    misfits = _misfits(optimizer, param, state, group)
     for name in optimizer.scalars:
         if name not in known or name in misfits:
-            value = _checked(optimizer, param, name, whole)
+            value = _checked(optimizer, param, name, whole, group)
             missing[name] = _place(optimizer, param, name, value, group)
     return missing
 
@@ -278,8 +276,19 @@ def fits_scope(
     optimizer: AdaptiveMemoryOptimizer, param: Tensor, state: dict[str, Any], group: dict[str, Any]
 ) -> bool:
     """Whether beta and beta_prod of a parameter's state are one a segment of its group's scope."""
-    shape = beta_shape(param.shape, group["beta_scope"])
-    return all(getattr(state.get(name), "shape", shape) == shape for name in optimizer.row_scalars)
+    return not _misfits(optimizer, param, state, group)
+
+
+def _misfits(
+    optimizer: AdaptiveMemoryOptimizer, param: Tensor, state: dict[str, Any], group: dict[str, Any]
+) -> list[str]:
+    flat = optimizer._flat_of(param)
+    misfits = []
+    for name in optimizer.row_scalars if flat is None else optimizer.scalars:
+        shape = optimizer._scalar_shape(param, name, group)
+        if getattr(state.get(name), "shape", shape) != shape:
+            misfits.append(name)
+    return misfits
 
 
 def _checked_memory(param: Tensor, name: str, value: Any) -> Tensor:
@@ -306,7 +315,11 @@ def _check_complex(param: Tensor, name: str, value: Tensor, allowed: bool) -> No
 
 
 def _checked(
-    optimizer: AdaptiveMemoryOptimizer, param: Tensor, name: str, state: dict[str, Any]
+    optimizer: AdaptiveMemoryOptimizer,
+    param: Tensor,
+    name: str,
+    state: dict[str, Any],
+    group: dict[str, Any],
 ) -> Tensor:
     """A scalar of the right shape. It may be a number, or have one element."""
     if name not in state:
@@ -317,7 +330,10 @@ def _checked(
     if not isinstance(value, Tensor):
         raise TypeError(f"loaded state {name} is a {type(value).__name__}, not a tensor")
     one = torch.Size([])
-    rows = beta_shape(param.shape, "row") if name in optimizer.row_scalars else one
+    if optimizer._flat_of(param) is not None:
+        rows = optimizer._scalar_shape(param, name, group)
+    else:
+        rows = beta_shape(param.shape, "row") if name in optimizer.row_scalars else one
     by_row = rows != one and value.shape == rows
     if not by_row and value.numel() != 1:
         allowed = "[]" if rows == one else f"[] or {list(rows)}"
@@ -347,9 +363,7 @@ def _place(
     """
     dtype = torch.promote_types(value.dtype, scalar_dtype(param))
     value = value.detach().to(device=param.device, dtype=dtype, copy=True)
-    shape = beta_shape(
-        param.shape, group["beta_scope"] if name in optimizer.row_scalars else "tensor"
-    )
+    shape = optimizer._scalar_shape(param, name, group)
     if not shape:
         value = sharding.whole(value)
         if value.numel() == 0:

@@ -1,10 +1,11 @@
-"""Schemes that flatten or split plain parameters, refused: their betas would be other ones.
+"""Schemes that flatten or split plain parameters: asked for what their pieces are of, or refused.
 
 Beta belongs to a whole tensor, to a whole row of it, or to the whole model, and the norm by which
 gradients are clipped to the whole model. A rank that is given a piece of a flat buffer, or one of
 many optimizers, cannot know it. A DTensor says what it is a part of (sharding.py); these do not, so
 they are told by what they leave: an attribute, the caller, or a parameter that was not there
-before.
+before. DeepSpeed's ZeRO 1 and 2 know what is in their buffers, and flat.py does the rest; what does
+not is refused, as betas would be other ones.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Size, Tensor
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 
+from adamem_fused import flat
 from adamem_fused.sharding import any_dtensor
 from adamem_fused.warn import warn_user
+
+if TYPE_CHECKING:
+    from adamem_fused.optimizer import AdaptiveMemoryOptimizer
 
 # How many parameters of each shape an optimizer was given. Not weak references, which would
 # keep torch.utils.swap_tensors from working.
@@ -35,6 +40,17 @@ _ZERO = (
     "deepspeed.runtime.superoffload",
     "deepspeed.runtime.zenflow",
     "deepspeed.runtime.zero",
+)
+
+# What DeepSpeed's wrappers call, for each parameter group, this rank's part of a flat buffer, the
+# tensors in it, and where in the buffer each begins; and whether there are other ranks' parts.
+_DEEPSPEED = (
+    (
+        *("single_partition_of_fp32_groups", "round_robin_bit16_groups"),
+        *("round_robin_bit16_offsets", True),
+    ),
+    ("fp32_groups_flat_partition", "bf16_groups", None, True),
+    ("fp32_groups_flat", "fp16_groups", None, False),
 )
 
 # Modules that make an optimizer of a class they are given for a part of the parameters.
@@ -156,23 +172,30 @@ def _any_split(views: list[Tensor]) -> bool:
     return any(param.dim() == 1 and id(param) not in whole for param in views)
 
 
-def check_new(
-    group: dict[str, Any], new: list[Tensor], groups: list[dict[str, Any]], given: Given
-) -> None:
+def check_new(optimizer: AdaptiveMemoryOptimizer, group: dict[str, Any], new: list[Tensor]) -> None:
     """Raises RuntimeError on flat parameters among those of a group that have no state yet.
 
-    With one rank and beta_scope="global" it warns: beta is right if a step has the whole model.
+    Not where it is known what they hold: that is kept. With one rank and beta_scope="global" it
+    warns: beta is right if a step has the whole model.
     """
     check_marks(group)
+    new = [param for param in new if optimizer._flat_of(param) is None]
     if any(getattr(param, "tensor_model_parallel", False) for param in new) and _world_size() > 1:
         warn_user(
             "Parameters marked tensor_model_parallel (Megatron, DeepSpeed's AutoTP) are pieces of "
             "tensors unless there is one such rank: each rank then takes betas of its own. Use "
             "DTensors (torch.distributed.tensor.parallel)"
         )
-    if _find_caller(_ZERO) is not None:
+    caller = _find_caller(_ZERO) if new else None
+    if caller is not None:
         scheme = "DeepSpeed's ZeRO"
-    elif _any_flat(new, groups, given):
+        found = [_ask_deepspeed(caller.f_locals.get("self"), param) for param in new]
+        known = {param: own for param, own in zip(new, found, strict=True) if own is not None}
+        if len(known) == len(new) and (group["beta_scope"] != "global" or _world_size() > 1):
+            flat.check_group(group, optimizer._takes_norm)
+            optimizer._flat.update(known)
+            return
+    elif _any_flat(new, optimizer.param_groups, optimizer._given):
         scheme = "A scheme like Megatron's distributed optimizer"
     else:
         return
@@ -190,6 +213,26 @@ def check_new(
         f"{scheme} has put a flat buffer in the place of parameters: beta is the model's only if "
         f"each step has all of it. {_INSTEAD}"
     )
+
+
+def _ask_deepspeed(wrapper: Any, param: Tensor) -> flat.Flat | None:
+    """What a parameter holds that a wrapper of DeepSpeed's has made; None where it is not known."""
+    if getattr(wrapper, "zenflow", False):
+        return None  # which steps some columns before others
+    for parts_name, tensors_name, offsets_name, is_split in _DEEPSPEED:
+        for i, part in enumerate(getattr(wrapper, parts_name, ())):
+            if part is not param:
+                continue
+            tensors = getattr(wrapper, tensors_name)[i]
+            # One that tensor parallelism has split is not whole in the buffer either.
+            if any(getattr(tensor, "tensor_model_parallel", False) for tensor in tensors):
+                return None
+            offsets = getattr(wrapper, offsets_name, None) if offsets_name else None
+            process_group = wrapper.real_dp_process_group[i] if is_split else None
+            return flat.make(
+                param, [t.shape for t in tensors], offsets and offsets[i], process_group
+            )
+    return None
 
 
 def _any_flat(new: list[Tensor], groups: list[dict[str, Any]], given: Given) -> bool:

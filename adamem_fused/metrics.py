@@ -74,12 +74,16 @@ class Elements:
     """What each of `Betas` stands for, on their device.
 
     A beta is that of the elements of its parameter, shared evenly among the parameter's betas. So
-    rows on other ranks are taken to be like those on this one.
+    rows on other ranks are taken to be like those on this one. Of a flat parameter, whose place is
+    in `flat`, the elements of each are known.
     """
 
-    def __init__(self, betas: Betas, sizes: list[int], caps: list[float]) -> None:
+    def __init__(
+        self, betas: Betas, sizes: list[int], caps: list[float], flat: dict[int, list[int]]
+    ) -> None:
         numels, counts = betas.numels_and_counts()
-        self.key = betas.structure, sizes, caps
+        self.key = betas.structure, sizes, caps, flat
+        numels = [sum(flat.get(i, (numel,))) for i, numel in enumerate(numels)]
         like: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
         repeats = torch.tensor(counts, device="cpu")
         elements = torch.tensor(numels, **like) * (repeats > 0)
@@ -91,9 +95,12 @@ class Elements:
             torch.tensor(sizes, device="cpu")
         )
         # [betas], their elements, of which sums are exact, and from where on they are at their cap.
-        self.weights, self.caps = (
-            values.repeat_interleave(repeats).to(betas.values) for values in (weights, cap)
-        )
+        weights, cap = (values.repeat_interleave(repeats) for values in (weights, cap))
+        for i, own in flat.items():
+            if counts[i] > 0:
+                start = sum(counts[:i])
+                weights[start : start + counts[i]] = torch.tensor(own, **like)
+        self.weights, self.caps = weights.to(betas.values), cap.to(betas.values)
 
     def summarize(self, values: Tensor) -> list[Tensor]:
         """Mean, smallest, and share at the cap."""
@@ -120,14 +127,26 @@ def read_metrics(
     if parts:
         sizes = list(map(len, lists))
         caps = [float(optimizer._hyper(group).beta_max) for group in optimizer.param_groups]
+        flat = _flat_numels(optimizer) if optimizer._flat else {}
         for betas in parts:
             known = kept.get(betas.values.device)
-            if known is None or known.key != (betas.structure, sizes, caps):
-                kept[betas.values.device] = Elements(betas, sizes, caps)
+            if known is None or known.key != (betas.structure, sizes, caps, flat):
+                kept[betas.values.device] = Elements(betas, sizes, caps, flat)
         numbers = over_devices([(kept[betas.values.device], betas.values) for betas in parts])
     else:
         numbers = [torch.full((), math.nan, **like) for _ in _OF_BETAS]
     return {**found, **dict(zip(_OF_BETAS, numbers, strict=True)), "skipped_steps": skipped}
+
+
+def _flat_numels(optimizer: AdaptiveMemoryOptimizer) -> dict[int, list[int]]:
+    """Of flat parameters, by their place, the elements that each of their betas is for."""
+    scopes = [g["beta_scope"] for g in optimizer.param_groups for _ in g["params"]]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    return {
+        i: known.pieces(scope).numels
+        for i, (param, scope) in enumerate(zip(params, scopes, strict=True))
+        if (known := optimizer._flat_of(param)) is not None
+    }
 
 
 def over_devices(parts: list[tuple[Elements, Tensor]]) -> list[Tensor]:

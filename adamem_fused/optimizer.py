@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from numbers import Real
@@ -11,10 +11,10 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast, overload
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.optim import Optimizer
 
-from adamem_fused import backends, checkpoints, clipping, flattened, sharding, storage
+from adamem_fused import backends, checkpoints, clipping, flat, flattened, sharding, storage
 from adamem_fused.backends import Backend, ops
 from adamem_fused.backends.batch import (
     FLOATING,
@@ -35,12 +35,15 @@ from adamem_fused.seam import (
     crossing,
     find_waiting,
     group_rows,
+    may_be_zero,
     share_sums,
     sums_cross,
 )
-from adamem_fused.state import COMPLEX
+from adamem_fused.state import COMPLEX, beta_shape
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from adamem_fused.release import Released
 
 ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
@@ -125,6 +128,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
     # The shapes of the parameters it was given, and who made it as one of several.
     _given: flattened.Given
     _maker: str | None = None
+    # Parameters that are parts of flat buffers.
+    _flat: dict[Tensor, flat.Flat]
 
     # Where release_gradients lets backward passes take the steps.
     _released: Released | None = None
@@ -140,6 +145,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
         self._forget()
         self._given = flattened.shapes([])
+        self._flat = {}
         self._maker = flattened.find_maker()
         flattened.check_norm(self._maker, self._takes_norm)
         super().__init__(params, defaults)
@@ -230,6 +236,57 @@ class AdaptiveMemoryOptimizer(Optimizer):
             raise
         group.update(plain({key: group[key] for key in self.defaults}))
         self._given.update(flattened.shapes(group["params"]))
+
+    def register_flat_parameter(
+        self,
+        param: Tensor,
+        shapes: Iterable[Sequence[int]],
+        *,
+        offsets: Iterable[int] | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        """Says which tensors a parameter holds that is a flat buffer, or this rank's part of one.
+
+        Each of them then has its own betas, or each of its rows, as if it were a parameter. Its
+        state stays one of the whole parameter, but for `step` and `prev_lr`, which have one
+        element a piece, and `beta` and `beta_prod`, which have one a tensor, or row, that this rank
+        holds elements of. It cannot be converted to another number of ranks or `beta_scope`.
+
+        For DeepSpeed's ZeRO 1 and 2 this is done when a step or load_state_dict first finds such
+        parameters. To be called anew where a scheme replaces its buffers.
+
+        Args:
+            param: of one dimension, in a group with beta_scope "tensor" or "row".
+            shapes: of the tensors, in the order of the buffer.
+            offsets: the element of the buffer at which each begins; without gaps if None. What is
+                in gaps, and behind the last tensor, is not stepped.
+            process_group: over whose ranks, in their order, the buffer is split into equal parts,
+                of which param is this rank's. None: it is the whole buffer. All ranks have to step
+                together.
+
+        Raises:
+            ValueError: a param that is not this optimizer's, has several dimensions or is complex;
+                tensors that overlap or do not fit into the buffer.
+            RuntimeError: a group with beta_scope="global", or with state or parameters in few bits;
+                clipping or skipping by the norm.
+        """
+        groups = [g for g in self.param_groups if any(p is param for p in g["params"])]
+        if not groups:
+            raise ValueError("param is in none of the optimizer's parameter groups")
+        known = flat.make(param, shapes, offsets, process_group)
+        flat.check_group(groups[0], self._takes_norm)
+        self._flat[param] = known
+
+    def _flat_of(self, param: Tensor) -> flat.Flat | None:
+        return self._flat.get(param) if self._flat else None
+
+    def _scalar_shape(self, param: Tensor, name: str, group: dict[str, Any]) -> Size:
+        """Of a scalar of the state: 0-dim, or one a segment of the group's scope."""
+        by_row = name in self.row_scalars
+        known = self._flat_of(param)
+        if known is not None:
+            return known.pieces(group["beta_scope"]).scalar_shape(by_row)
+        return beta_shape(param.shape, group["beta_scope"] if by_row else "tensor")
 
     def __repr__(self) -> str:
         own = f"max_grad_norm={self.max_grad_norm}, skip_nonfinite={self.skip_nonfinite}"
@@ -322,12 +379,23 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """A step of these groups, which may hold a part of the optimizer's parameters."""
         try:
             self._run(self._collect(groups, kept), loss, find_scaling)
+            if self._flat:
+                self._agree_on_first_steps(groups)
         except Exception:
             self._drop_new_state()
             raise
         finally:
             # In place: in torch 2.11 a compiled step may set no attribute of its optimizer.
             self._new_state.clear()
+
+    def _agree_on_first_steps(self, groups: list[dict[str, Any]]) -> None:
+        """As seam.agree_on_first_steps, of the tensors of flat parameters."""
+        for group in groups:
+            if group["beta_scope"] == "row" and may_be_zero(group["lr"]):
+                for param in group["params"]:
+                    known = self._flat_of(param)
+                    if known is not None and param.grad is not None:
+                        flat.agree_on_first_steps(known, self.state[param]["step"])
 
     def _drop_new_state(self) -> None:
         """Removes what a step that raised has made."""
@@ -376,7 +444,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             ]
         if new:
             without = [new_params[i] for i in new]
-            flattened.check_new(group, without, self.param_groups, self._given)
+            flattened.check_new(self, group, without)
             for i in new:
                 states[i] = self._init_state(new_params[i], group)
         if new_params and (self._takes_norm or getattr(self, "found_inf", None) is not None):
@@ -500,11 +568,11 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """All in C++: with thousands of tensors it takes Python longer than the update.
 
         Nothing where the extension is not there, or where a closer look is needed: at tensors
-        that are new, sparse, complex, of a subclass or on several devices, at gradients that are
-        sharded otherwise than their parameters, at groups that ask for different backends, and at
-        what is packed otherwise than at the last step.
+        that are new, sparse, complex, of a subclass, flat or on several devices, at gradients that
+        are sharded otherwise than their parameters, at groups that ask for different backends, and
+        at what is packed otherwise than at the last step.
         """
-        if ops.extension is None or torch.compiler.is_compiling():
+        if ops.extension is None or torch.compiler.is_compiling() or self._flat:
             return []
         names: tuple[str, ...] = (*self.memories, *self.scalars)
         others: tuple[str | Tensor | None, ...] = (None,) * len(names)
@@ -560,6 +628,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 [] for _ in range(2 + len(self.memories) + len(self.scalars) + extras)
             )
             self._init_group(group, *lists)
+            cuts = self._split_flat(group, lists) if self._flat else []
             params, written = lists[0], (lists[0], *lists[GRADS + 1 :])
             sharded = sharding.any_dtensor(params)
             lists = self._as_plain(lists)
@@ -568,6 +637,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             for i, param in enumerate(params):
                 spec = sharding.spec_of(param) if sharded else None
                 crosses = spec is not None and sums_cross(spec, group["beta_scope"])
+                crosses = crosses or (bool(cuts) and cuts[i] is not None)
                 by_kind.setdefault((param.device, crosses), []).append(i)
             for (device, crosses), places in by_kind.items():
                 backend = backends.choose(group, device)
@@ -580,6 +650,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
                     works[key] = work
                 if sharded:
                     work.dtensors += sharding.dtensors(ts[i] for ts in written for i in places)
+                if cuts and crosses:
+                    first = len(work.params)
+                    found = ((first + k, cuts[i]) for k, i in enumerate(places))
+                    work.cuts += [(place, cut) for place, cut in found if cut is not None]
                 targets = (*work.batch.all_lists(), work.params)
                 for values, target in zip((*lists, params), targets, strict=True):
                     target.extend(values if len(by_kind) == 1 else [values[i] for i in places])
@@ -590,6 +664,33 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 storage.pack(work, rounding[key], self.param_groups)
         # As the extension gathers them, which another rank may have done.
         return sorted(works.values(), key=attrgetter("crosses"))
+
+    def _split_flat(
+        self, group: dict[str, Any], lists: tuple[list[Tensor], ...]
+    ) -> list[flat.Cut | None]:
+        """Puts views of their pieces in the place of flat parameters and what goes with them.
+
+        Returns which of the tensors that are now in the lists are pieces of what is cut.
+        """
+        n_tensors = 2 + len(self.memories)
+        by_unit = [name in self.row_scalars for name in self.scalars]
+        cuts: list[flat.Cut | None] = []
+        whole = [list(values) for values in lists]
+        for values in lists:
+            values.clear()
+        for own in zip(*whole, strict=True):
+            known = self._flat_of(own[0])
+            if known is None:
+                views: Iterable[Sequence[Tensor]] = ([tensor] for tensor in own)
+                cuts.append(None)
+            else:
+                flat.check_group(group, self._takes_norm)
+                scalars = list(zip(own[n_tensors:], by_unit, strict=True))
+                views, more = flat.split(known, group["beta_scope"], own[:n_tensors], scalars)
+                cuts += more
+            for values, view in zip(lists, views, strict=True):
+                values.extend(view)
+        return cuts
 
     def _as_plain(self, lists: tuple[list[Tensor], ...]) -> tuple[list[Tensor], ...]:
         """The lists with this rank's shards for DTensors, and complex tensors as pairs of reals."""
@@ -893,6 +994,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 group.setdefault(key, value)
         if "_given" not in vars(self):  # of a copy, for which __init__ was not called
             self._given = flattened.shapes(p for g in self.param_groups for p in g["params"])
+            self._flat = {}
         checkpoints.unwrap(self)
         for group in filter(storage.is_packed, self.param_groups):
             self._stored.update(dict.fromkeys(group["params"], _UNSEEN))

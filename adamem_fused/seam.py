@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from adamem_fused import sharding
+from adamem_fused import flat, sharding
 from adamem_fused.backends import Backend, ops
 from adamem_fused.backends.batch import Batch, Lr, group_slices, segment_slices
 from adamem_fused.state import beta_shape
@@ -34,6 +34,8 @@ class Work:
     params: list[Tensor] = field(default_factory=list)
     # Those, of parameters and state, of which shards are written to.
     dtensors: list[Tensor] = field(default_factory=list)
+    # Those of its tensors, by their place, that are pieces of what is cut in a flat buffer.
+    cuts: list[tuple[int, flat.Cut]] = field(default_factory=list)
     # Of parameters that are not contiguous and have to be: with the copy that stands in for it.
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     # Whether each of its tensors has sums that take those of other ranks.
@@ -154,10 +156,13 @@ def share_sums(works: list[Work], rows: list[Tensor]) -> None:
 
 
 def add_over_ranks(works: list[Work], rows: list[Tensor]) -> None:
-    """Makes the rows of sharded tensors those of the whole ones."""
+    """Makes the rows of sharded tensors, and of pieces, those of the whole ones."""
     for work, work_rows in zip(works, rows, strict=True):
         if work.crosses:
             sharding.add_lines(work_rows, work.parts())
+        if work.cuts:
+            lines = [place.start for place in segment_slices(work.batch)]
+            flat.add_cut(work_rows, [(lines[i], cut) for i, cut in work.cuts])
 
 
 def agree_on_first_steps(works: list[Work]) -> None:

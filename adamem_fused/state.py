@@ -40,9 +40,9 @@ def beta_shape(shape: Size, beta_scope: str) -> Size:
 
 
 def full(param: Tensor, shape: Size, value: Any) -> Tensor:
-    """A scalar of the state of this shape, `beta_shape` or 0-dim: on its parameter's device, and
-    sharded as its rows are. value: a number, or a tensor of one element."""
+    """A scalar of the state of this shape, as the optimizer's `_scalar_shape` has it: on its
+    parameter's device, and sharded as its rows are. value: a number, or a tensor of one element."""
     like: dict[str, Any] = {"dtype": scalar_dtype(param), "device": param.device}
-    if not shape:
-        return torch.full((), value, **like)
+    if not sharding.is_dtensor(param) or not shape:
+        return torch.full(shape, value, **like)
     return sharding.as_rows(param, torch.full((sharding.local_rows(param),), value, **like))

@@ -5,6 +5,7 @@ import pickle
 import sys
 import types
 import warnings
+from itertools import accumulate
 
 import pytest
 import torch
@@ -363,6 +364,82 @@ def test_zero_is_told_by_who_calls_where_a_piece_has_a_parameters_size(monkeypat
     with pytest.raises(RuntimeError, match=r"^DeepSpeed's ZeRO .* Use FSDP2"):
         caller.step(optimizer)
     assert not optimizer.state
+
+
+WRAPPERS = {
+    "deepspeed.runtime.zero.stage_1_and_2": (
+        *("single_partition_of_fp32_groups", "round_robin_bit16_groups"),
+        "round_robin_bit16_offsets",
+    ),
+    "deepspeed.runtime.bf16_optimizer": ("fp32_groups_flat_partition", "bf16_groups", None),
+    "deepspeed.runtime.fp16.fused_optimizer": ("fp32_groups_flat", "fp16_groups", None),
+}
+
+
+def wrapped(monkeypatch, name, cls, scope, **attributes):
+    """A model, and a wrapper of DeepSpeed's that holds its groups as flat buffers."""
+    source = "def step(self, optimizer): optimizer.step()\ndef load(self, f, state): f(state)"
+    monkeypatch.setitem(sys.modules, ".".join(name.split(".")[:3]), types.ModuleType(name))
+    module = module_of(monkeypatch, name, source)
+    flats, tensors, offsets = WRAPPERS[name]
+    model = model_of()
+    optimizer = make(cls, decay_groups(model), scope)
+    wrapper = types.SimpleNamespace(real_dp_process_group=[None, None], **attributes)
+    setattr(wrapper, tensors, [group["params"] for group in optimizer.param_groups])
+    starts = [
+        list(accumulate((p.numel() + 3 * bool(offsets) for p in group["params"]), initial=0))
+        for group in optimizer.param_groups
+    ]
+    if offsets:
+        setattr(wrapper, offsets, [places[:-1] for places in starts])
+    for group, places in zip(optimizer.param_groups, starts, strict=True):
+        flat = torch.zeros(places[-1] + 5, dtype=torch.float64)
+        for param, start in zip(group["params"], places, strict=False):
+            flat[start : start + param.numel()] = param.detach().flatten()
+            param.data = flat[start : start + param.numel()].view_as(param)
+        group["params"] = [flat.requires_grad_()]
+    setattr(wrapper, flats, parameters(optimizer))
+    return model, optimizer, wrapper, module, starts
+
+
+def take_wrapped_steps(model, optimizer, wrapper, module, starts, steps=6):
+    for step in range(steps):
+        model.zero_grad()
+        backward(model, step)
+        groups = decay_groups(model)
+        for flat, group, places in zip(parameters(optimizer), groups, starts, strict=True):
+            flat.grad = torch.zeros_like(flat)
+            for param, start in zip(group["params"], places, strict=False):
+                flat.grad[start : start + param.numel()] = param.grad.flatten()
+        module.step(wrapper, optimizer)
+
+
+@both
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_deepspeeds_wrappers_are_asked_what_their_buffers_hold(monkeypatch, name, cls, scope):
+    model, optimizer, *rest = wrapped(monkeypatch, name, cls, scope)
+    take_wrapped_steps(model, optimizer, *rest)
+    assert_as_in_one_process(cls, scope, model.parameters())
+    # Also where the first thing is to load state.
+    model, other, wrapper, module, _ = wrapped(monkeypatch, name, cls, scope)
+    module.load(wrapper, other.load_state_dict, optimizer.state_dict())
+    for ours, theirs in zip(parameters(other), parameters(optimizer), strict=True):
+        for key, value in optimizer.state[theirs].items():
+            assert torch.equal(other.state[ours][key], value)
+
+
+def test_deepspeeds_wrappers_that_do_not_say_or_step_otherwise_are_refused(monkeypatch):
+    for name in WRAPPERS:
+        made = wrapped(monkeypatch, name, AMAdamW, "tensor", zenflow=True)
+        with pytest.raises(RuntimeError, match=r"^DeepSpeed's ZeRO .* Use FSDP2"):
+            take_wrapped_steps(*made, steps=1)
+        model, optimizer, *rest = wrapped(monkeypatch, name, AMAdamW, "tensor")
+        for param in model.parameters():
+            param.tensor_model_parallel = True
+        with pytest.raises(RuntimeError, match=r"^DeepSpeed's ZeRO .* Use FSDP2"):
+            take_wrapped_steps(model, optimizer, *rest, steps=1)
+        assert not optimizer.state
 
 
 def split_by_tensor_parallelism():

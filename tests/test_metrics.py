@@ -337,7 +337,7 @@ def test_devices_count_with_their_elements():
     for optimizer in (one, other):
         params = parameters(optimizer)
         (betas,) = metrics.read_betas([params], optimizer.state)
-        parts.append((metrics.Elements(betas, [len(params)], [0.89]), betas.values))
+        parts.append((metrics.Elements(betas, [len(params)], [0.89], {}), betas.values))
     found = [value.item() for value in metrics.over_devices(parts)]
     assert found == pytest.approx([0.5 * 0.89 + 0.1 * 0.5 + 0.4 * 0.2, 0.2, 0.5])
 

@@ -35,6 +35,7 @@ OPTIONS = {
     for cls, lr in ((AMAdamW, 0.1), (AMSGD, 2.0))
 }
 CASES = [(cls, scope) for cls in OPTIMIZERS for scope in ("tensor", "row", "global")]
+FLAT_CASES = [(cls, scope) for cls in OPTIMIZERS for scope in ("tensor", "row")]
 
 
 @pytest.fixture
@@ -62,8 +63,8 @@ def rows() -> Tensor:
     return torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
 
 
-def loader() -> torch.utils.data.DataLoader:
-    return torch.utils.data.DataLoader(rows(), batch_size=4)
+def loader(batch_size: int = 4) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(rows(), batch_size=batch_size)
 
 
 def make(cls, params, scope, **options):
@@ -146,67 +147,145 @@ def assert_clipped_alike(actual: Module, expected: Module) -> None:
 # ---- DeepSpeed --------------------------------------------------------------------
 
 
-def deepspeed_config(stage, **more):
+def deepspeed_config(stage, zero=None, **more):
     return {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, **(zero or {})},
         "zero_allow_untested_optimizer": True,
         **more,
     }
 
 
-def train_with_deepspeed(cls, scope, config):
+def initialize_deepspeed(cls, scope, config):
     import deepspeed
 
     model = Model()
-    optimizer = make(cls, model.parameters(), scope)
+    groups = [list(model.parameters())]
+    if scope != "global":  # stages 1 and 2 step one after the other
+        groups = [[p for p in groups[0] if p.dim() == dim] for dim in (2, 1)]
+    optimizer = make(cls, [{"params": params} for params in groups], scope)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    for _ in range(STEPS):
-        engine.backward(engine(part().to(next(engine.parameters()).dtype))[0])
+    return engine
+
+
+def train_deepspeed(engine, steps=STEPS, x=None):
+    x = part() if x is None else x
+    for _ in range(steps):
+        engine.backward(engine(x.to(next(engine.parameters()).dtype))[0])
         engine.step()
-    return model
 
 
-def refuses_deepspeed(config):
+def train_with_deepspeed(cls, scope, config):
+    engine = initialize_deepspeed(cls, scope, config)
+    train_deepspeed(engine)
+    return engine.module
+
+
+def refuses_zero3(train):
+    """Its stage 3 for every scope, and all for one beta a model."""
     set_up(deepspeed=True)
     for cls, scope in CASES:
         with pytest.raises(RuntimeError, match=r"^DeepSpeed's ZeRO .* Use FSDP2"):
-            train_with_deepspeed(cls, scope, config)
+            train(cls, scope, deepspeed_config(3))
+    for cls in OPTIMIZERS:
+        for stage in (1, 2):
+            with pytest.raises(RuntimeError, match=r'^beta_scope="global" .*"tensor" or "row"'):
+                train(cls, "global", deepspeed_config(stage))
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeeds_zero_is_refused(two_ranks, stage):
-    two_ranks.run(refuses_deepspeed, deepspeed_config(stage))
+def test_deepspeeds_zero3_is_refused(two_ranks):
+    two_ranks.run(refuses_zero3, train_with_deepspeed)
 
 
-def test_deepspeeds_flat_master_parameters_are_refused(two_ranks):
-    two_ranks.run(refuses_deepspeed, deepspeed_config(1, bf16={"enabled": True}))
-
-
-def takes_deepspeed():
+def takes_deepspeed(config, cases):
     set_up(deepspeed=True)
-    for cls, scope in CASES:
-        model = train_with_deepspeed(cls, scope, deepspeed_config(0))
+    for cls, scope in cases:
+        with nothing_said():
+            model = train_with_deepspeed(cls, scope, config)
         assert_as_in_one_process(model, cls, scope)
 
 
 def test_deepspeed_without_zero_takes_the_steps_of_one_process(two_ranks):
-    two_ranks.run(takes_deepspeed)
+    two_ranks.run(takes_deepspeed, deepspeed_config(0), CASES)
+
+
+@pytest.mark.parametrize("more", [{}, {"round_robin_gradients": True}], ids=["", "round-robin"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeeds_zero_takes_the_steps_of_one_process(two_ranks, stage, more):
+    two_ranks.run(takes_deepspeed, deepspeed_config(stage, zero=more), FLAT_CASES)
+
+
+def takes_deepspeeds_masters(config, wrapper):
+    """All ranks have the same batch: nothing is rounded but what one process rounds."""
+    set_up(deepspeed=True)
+    for cls, scope in FLAT_CASES:
+        engine = initialize_deepspeed(cls, scope, config)
+        assert type(engine.optimizer).__name__ == wrapper
+        train_deepspeed(engine, x=rows())
+        model = Model().to(torch.bfloat16)
+        masters = [param.detach().float() for param in model.parameters()]
+        optimizer = make(cls, masters, scope)
+        for _ in range(STEPS):
+            model.zero_grad()
+            model(rows().to(torch.bfloat16))[0].backward()
+            for master, param in zip(masters, model.parameters(), strict=True):
+                master.grad = param.grad.float()
+            optimizer.step()
+            for master, param in zip(masters, model.parameters(), strict=True):
+                param.data.copy_(master)
+        for ours, theirs in zip(engine.module.parameters(), model.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "wrapper"),
+    [
+        (1, {}, "DeepSpeedZeroOptimizer"),
+        (2, {}, "DeepSpeedZeroOptimizer"),
+        (1, {"data_types": {"grad_accum_dtype": "fp32"}}, "BF16_Optimizer"),
+    ],
+    ids=["1", "2", "bf16_optimizer"],
+)
+def test_deepspeeds_float32_masters_take_the_steps_of_one_process(two_ranks, stage, more, wrapper):
+    config = deepspeed_config(stage, bf16={"enabled": True}, **more)
+    two_ranks.run(takes_deepspeeds_masters, config, wrapper)
+
+
+def resumes_deepspeed(folder, stage):
+    set_up(deepspeed=True)
+    for cls, scope in FLAT_CASES:
+        config = deepspeed_config(stage)
+        engine = initialize_deepspeed(cls, scope, config)
+        train_deepspeed(engine, 3)
+        engine.save_checkpoint(folder, tag=f"{cls.__name__}-{scope}")
+        train_deepspeed(engine, 3)
+        resumed = initialize_deepspeed(cls, scope, config)
+        resumed.load_checkpoint(folder, tag=f"{cls.__name__}-{scope}")
+        train_deepspeed(resumed, 3)
+        pairs = zip(resumed.module.parameters(), engine.module.parameters(), strict=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+        states = (e.optimizer.optimizer.state_dict()["state"] for e in (resumed, engine))
+        torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_checkpoint_of_deepspeeds_zero_goes_on_with_the_same_bits(two_ranks, tmp_path, stage):
+    two_ranks.run(resumes_deepspeed, str(tmp_path), stage)
 
 
 def takes_deepspeed_alone():
     set_up(deepspeed=True)
     for cls in OPTIMIZERS:
         config = deepspeed_config(2, train_micro_batch_size_per_gpu=8)
-        with pytest.raises(RuntimeError, match=r"^DeepSpeed's ZeRO .* one beta"):
-            train_with_deepspeed(cls, "tensor", config)
+        for scope in ("tensor", "row"):
+            assert_as_in_one_process(train_with_deepspeed(cls, scope, config), cls, scope)
         with pytest.warns(UserWarning, match="only if each step has all of it"):
             model = train_with_deepspeed(cls, "global", config)
         assert_as_in_one_process(model, cls, "global")
 
 
-def test_deepspeeds_zero_of_one_rank_is_right_for_one_beta_and_warns():
+def test_deepspeeds_zero_of_one_rank_is_right_and_warns_of_one_beta():
     ranks = Ranks(1)
     try:
         ranks.run(takes_deepspeed_alone)
@@ -231,7 +310,9 @@ def train_with_accelerate(cls, scope, deepspeed=None, fsdp=None, clip=None, scal
     accelerator.scaler = scaler  # accelerate makes one for GPUs alone
     model = Model()
     optimizer = make(cls, model.parameters(), scope, **options)
-    model, optimizer, batches = accelerator.prepare(model, optimizer, loader())
+    # With DeepSpeed on a CPU accelerate takes each rank for the only one, so each has all rows.
+    data = loader(8 if deepspeed else 4)
+    model, optimizer, batches = accelerator.prepare(model, optimizer, data)
     for _ in range(STEPS):
         for batch in batches:
             accelerator.backward(model(batch)[0])
@@ -248,19 +329,28 @@ def fsdp_plugin(version, **options):
     return FullyShardedDataParallelPlugin(fsdp_version=version, **options)
 
 
-def refuses_accelerate(stage):
-    set_up(deepspeed=True)
+def train_with_accelerates_deepspeed(cls, scope, config):
     from accelerate import DeepSpeedPlugin
 
-    for cls, scope in CASES:
-        with pytest.raises(RuntimeError, match=r"^DeepSpeed's ZeRO .* Use FSDP2"):
-            plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(stage))
-            train_with_accelerate(cls, scope, deepspeed=plugin)
+    return train_with_accelerate(cls, scope, deepspeed=DeepSpeedPlugin(hf_ds_config=config))
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_through_accelerate_is_refused(two_ranks, stage):
-    two_ranks.run(refuses_accelerate, stage)
+def test_zero3_through_accelerate_is_refused(two_ranks):
+    two_ranks.run(refuses_zero3, train_with_accelerates_deepspeed)
+
+
+def takes_accelerates_deepspeed(stage):
+    set_up(deepspeed=True)
+    for cls, scope in FLAT_CASES:
+        with nothing_said():
+            config = deepspeed_config(stage, train_micro_batch_size_per_gpu=8)
+            model = train_with_accelerates_deepspeed(cls, scope, config)
+        assert_as_in_one_process(model, cls, scope)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_through_accelerate_takes_the_steps_of_one_process(two_ranks, stage):
+    two_ranks.run(takes_accelerates_deepspeed, stage)
 
 
 def refuses_fsdp1_of_accelerate():
@@ -394,31 +484,32 @@ def train_with_trainer(cls, scope, folder, options=None, **arguments):
     return trainer.accelerator.unwrap_model(trainer.model_wrapped)
 
 
-def refuses_trainer(folder, arguments, match):
+def train_with_trainers_deepspeed(cls, scope, config, folder):
+    return train_with_trainer(cls, scope, folder, deepspeed=config)
+
+
+def test_zero3_through_hf_trainer_is_refused(two_ranks, tmp_path):
+    two_ranks.run(refuses_zero3, partial(train_with_trainers_deepspeed, folder=str(tmp_path)))
+
+
+def takes_trainer(folder, cases, **arguments):
     set_up("deepspeed" in arguments)
-    for cls, scope in CASES:
-        with pytest.raises(RuntimeError, match=match):
-            train_with_trainer(cls, scope, folder, **arguments)
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_through_hf_trainer_is_refused(two_ranks, tmp_path, stage):
-    config = deepspeed_config(stage)
-    two_ranks.run(
-        refuses_trainer, str(tmp_path), {"deepspeed": config}, "^DeepSpeed's ZeRO .* Use FSDP2"
-    )
-
-
-def takes_trainer(folder):
-    set_up()
-    for cls, scope in CASES:
+    for cls, scope in cases:
         with nothing_said():
-            model = train_with_trainer(cls, scope, folder)
+            model = train_with_trainer(cls, scope, folder, **arguments)
         assert_as_in_one_process(model, cls, scope)
 
 
 def test_hf_trainer_takes_the_steps_of_one_process(two_ranks, tmp_path):
-    two_ranks.run(takes_trainer, str(tmp_path))
+    two_ranks.run(takes_trainer, str(tmp_path), CASES)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_through_hf_trainer_takes_the_steps_of_one_process(two_ranks, tmp_path, stage):
+    # As through accelerate: each rank has all rows.
+    config = deepspeed_config(stage, train_micro_batch_size_per_gpu=8)
+    train = partial(takes_trainer, deepspeed=config, per_device_train_batch_size=8)
+    two_ranks.run(train, str(tmp_path), FLAT_CASES)
 
 
 def clips_as_trainer(folder):

@@ -1,0 +1,258 @@
+"""Flat buffers whose tensors are known: each of these takes its own betas, as a parameter would.
+
+DeepSpeed's ZeRO, for one, lays a group's tensors one after the other into a buffer, splits it into
+equal parts, one a rank, and puts this rank's part in the place of the parameters. Such a part is
+one parameter with one state, which the scheme saves and moves as it is used to. A step takes it
+as views: tensors of the units that are whole on this rank, and of the pieces of those that are cut.
+
+A unit is what shares a beta: a tensor or, with beta_scope="row", a row of one. Ranks that hold
+pieces of a unit add up its sums, as those of a DTensor do. There are fewer such units than ranks,
+and they take one small all-reduce for a buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, chain, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Size, Tensor
+
+from adamem_fused import storage
+from adamem_fused.state import beta_shape
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Piece(NamedTuple):
+    """Elements of this rank's part that are stepped as one tensor."""
+
+    start: int
+    stop: int
+    tensor: int  # which of the buffer's tensors they are of
+    rows: int  # that have a beta each; 0 where all of them have one
+    cut: int | None  # the place of their unit among those that are cut, on whatever ranks
+
+
+class Pieces(NamedTuple):
+    """This rank's part, in the order of the buffer."""
+
+    pieces: list[Piece]
+    n_cut: int  # units that are cut, on whatever ranks
+
+    @property
+    def units(self) -> list[int]:
+        """How many each piece has betas for."""
+        return [piece.rows or 1 for piece in self.pieces]
+
+    @property
+    def numels(self) -> list[int]:
+        """This rank's elements of each unit."""
+        return [
+            (piece.stop - piece.start) // n
+            for piece, n in zip(self.pieces, self.units, strict=True)
+            for _ in range(n)
+        ]
+
+    def scalar_shape(self, by_row: bool) -> Size:
+        """Of state: by_row, one a unit (beta, beta_prod); else one a piece (step, prev_lr)."""
+        return Size([sum(self.units) if by_row else len(self.pieces)])
+
+
+def find_pieces(
+    units: Sequence[tuple[int, int]], offsets: Sequence[int], size: int, rank: int, world_size: int
+) -> Pieces:
+    """What a rank has of a buffer that is split into `world_size` parts of `size` elements.
+
+    units: of each tensor how many rows have a beta each, or 0, and the elements of a unit.
+    offsets: where in the buffer each tensor begins. What is between tensors is in no piece.
+    """
+    if size == 0:
+        return Pieces([], 0)
+    stops = [
+        offset + max(rows, 1) * numel for offset, (rows, numel) in zip(offsets, units, strict=True)
+    ]
+    cut: dict[tuple[int, int], int] = {}
+    for t, (offset, stop, (_, numel)) in enumerate(zip(offsets, stops, units, strict=True)):
+        for bound in range((offset // size + 1) * size, min(stop, size * world_size), size):
+            if (bound - offset) % numel != 0:
+                cut.setdefault((t, (bound - offset) // numel), len(cut))
+    pieces = []
+    begin, end = rank * size, (rank + 1) * size
+    for t, (offset, stop, (rows, numel)) in enumerate(zip(offsets, stops, units, strict=True)):
+        at, stop = max(offset, begin), min(stop, end)
+        while at < stop:
+            row, done = divmod(at - offset, numel)
+            place = cut.get((t, row))
+            # A piece of what is cut, or whole units up to what is cut by this rank's end.
+            whole = 0 if place is not None else (stop - at) // numel
+            upto = at + whole * numel if whole else min(stop, at - done + numel)
+            pieces.append(Piece(at - begin, upto - begin, t, whole if rows else 0, place))
+            at = upto
+    return Pieces(pieces, len(cut))
+
+
+@dataclass(eq=False)
+class Flat:
+    """Which tensors a flat parameter is this rank's part of: `register_flat_parameter`."""
+
+    shapes: list[Size]
+    offsets: list[int]
+    size: int  # of this rank's part
+    process_group: ProcessGroup | None
+    _pieces: dict[str, Pieces] = field(default_factory=dict)
+
+    def pieces(self, beta_scope: str) -> Pieces:
+        """By the scope of betas, "tensor" or "row"."""
+        if beta_scope not in self._pieces:
+            units = [
+                (shape[0], shape[1:].numel())
+                if beta_shape(shape, beta_scope)
+                else (0, shape.numel())
+                for shape in self.shapes
+            ]
+            rank = 0 if self.process_group is None else dist.get_rank(self.process_group)
+            self._pieces[beta_scope] = find_pieces(
+                units, self.offsets, self.size, rank, _world_size(self.process_group)
+            )
+        return self._pieces[beta_scope]
+
+
+def _world_size(process_group: ProcessGroup | None) -> int:
+    return 1 if process_group is None else dist.get_world_size(process_group)
+
+
+def make(
+    param: Tensor,
+    shapes: Iterable[Sequence[int]],
+    offsets: Iterable[int] | None,
+    process_group: ProcessGroup | None,
+) -> Flat:
+    """Raises ValueError on what `register_flat_parameter` raises it on."""
+    sizes = list(map(Size, shapes))
+    numels = [size.numel() for size in sizes]
+    starts = list(accumulate(numels, initial=0))[:-1] if offsets is None else list(offsets)
+    if param.dim() != 1 or param.is_complex():
+        raise ValueError(
+            f"a flat parameter is real and has one dimension, not {param.dtype} of shape "
+            f"{list(param.shape)}"
+        )
+    if len(starts) != len(sizes):
+        raise ValueError(f"there are {len(starts)} offsets for {len(sizes)} shapes")
+    room = param.numel() * _world_size(process_group)
+    stops = [start + numel for start, numel in zip(starts, numels, strict=True)]
+    if any(stop > start for stop, start in zip([0, *stops], [*starts, room], strict=True)):
+        raise ValueError(
+            f"tensors of {numels} elements at offsets {starts} overlap, or do not fit into the "
+            f"{room} elements of the ranks' parts"
+        )
+    return Flat(sizes, starts, param.numel(), process_group)
+
+
+def check_group(group: dict[str, Any], takes_norm: bool) -> None:
+    """Raises RuntimeError on options that take more than a flat parameter knows."""
+    refused = (
+        (group["beta_scope"] == "global", 'beta_scope="global"', 'beta_scope="tensor" or "row"'),
+        (takes_norm, "max_grad_norm or skip_nonfinite", "the clipping of the scheme"),
+        (storage.is_packed(group), "state or parameters in few bits", "float32"),
+    )
+    for is_set, option, instead in refused:
+        if is_set:
+            raise RuntimeError(
+                f"{option} is of more than a flat parameter, a part of a model, knows: take "
+                f"{instead}, or FSDP2 (torch.distributed.fsdp.fully_shard)"
+            )
+
+
+class Cut(NamedTuple):
+    """A tensor of a batch that takes part in the sums of a buffer's cut units."""
+
+    flat: Flat
+    n_cut: int
+    place: int | None  # None: it has no elements, and its rank none of any cut unit
+
+
+def split(
+    flat: Flat, beta_scope: str, tensors: Sequence[Tensor], scalars: Sequence[tuple[Tensor, bool]]
+) -> tuple[list[list[Tensor]], list[Cut | None]]:
+    """Views of a flat parameter and what goes with it, a list for each of tensors and scalars.
+
+    scalars: with whether there is one a unit.
+    """
+    own = flat.pieces(beta_scope)
+    pieces, cuts = (
+        own.pieces,
+        [None if piece.cut is None else Cut(flat, own.n_cut, piece.cut) for piece in own.pieces],
+    )
+    # Lengths of pieces and of what is between them, in turns.
+    bounds = [0, *chain.from_iterable((piece.start, piece.stop) for piece in pieces), flat.size]
+    lengths = [stop - start for start, stop in pairwise(bounds)]
+    lists = []
+    for tensor in tensors:
+        views = tensor.detach().split_with_sizes(lengths)[1::2]
+        lists.append(
+            [
+                view.view(piece.rows, -1) if piece.rows else view
+                for piece, view in zip(pieces, views, strict=True)
+            ]
+        )
+    for scalar, by_unit in scalars:
+        if by_unit:
+            views = scalar.split_with_sizes(own.units)
+            lists.append(
+                [
+                    view if piece.rows else view.view(())
+                    for piece, view in zip(pieces, views, strict=True)
+                ]
+            )
+        else:
+            lists.append(list(scalar.unbind()))
+    if own.n_cut > 0 and not any(cuts):
+        # All ranks have to be there where the sums are added up.
+        cuts.append(Cut(flat, own.n_cut, None))
+        for values, tensor in zip(lists, tensors, strict=False):
+            values.append(tensor.detach()[:0])
+        for values, (scalar, _) in zip(lists[len(tensors) :], scalars, strict=True):
+            values.append(scalar.new_zeros(()))
+    return lists, cuts
+
+
+def add_cut(rows: Tensor, lines: Iterable[tuple[int, Cut]]) -> None:
+    """Replaces the lines of rows of cut units by their sums over ranks, buffer by buffer."""
+    buffers: dict[Flat, list[tuple[int, Cut]]] = {}
+    for line, cut in lines:
+        buffers.setdefault(cut.flat, []).append((line, cut))
+    for flat, own in buffers.items():
+        total = rows.new_zeros(own[0][1].n_cut, 2)
+        for line, cut in own:
+            if cut.place is not None:
+                total[cut.place] = rows[line]
+        total = _all_reduce(total, dist.ReduceOp.SUM, flat.process_group)
+        for line, cut in own:
+            if cut.place is not None:
+                rows[line] = total[cut.place]
+
+
+def agree_on_first_steps(flat: Flat, steps: Tensor) -> None:
+    """With beta_scope="row": gives pieces of a tensor the most steps that one of them has.
+
+    As seam.agree_on_first_steps.
+    """
+    tensors = [piece.tensor for piece in flat.pieces("row").pieces]
+    index = torch.tensor(tensors, dtype=torch.int64, device=steps.device)
+    largest = steps.new_zeros(len(flat.shapes)).scatter_reduce_(0, index, steps, "amax")
+    steps.copy_(_all_reduce(largest, dist.ReduceOp.MAX, flat.process_group)[index])
+
+
+def _all_reduce(values: Tensor, op: Any, process_group: ProcessGroup | None) -> Tensor:
+    """On a device that the group has a backend for: ZeRO-Offload steps on the CPU beside NCCL."""
+    if process_group is None:
+        return values
+    devices = process_group._device_types
+    there = values if values.device.type in {d.type for d in devices} else values.to(devices[0])
+    dist.all_reduce(there, op=op, group=process_group)
+    return there.to(values.device)
