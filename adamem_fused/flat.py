@@ -12,7 +12,7 @@ and they take one small all-reduce for a buffer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -105,6 +105,8 @@ class Flat:
     size: int  # of this rank's part
     process_group: ProcessGroup | None
     _pieces: dict[str, Pieces] = field(default_factory=dict)
+    # By its place in a batch's lists: a tensor, where it was, and what its views are.
+    _views: dict[int, tuple[Tensor, int, Pieces, list[Tensor]]] = field(default_factory=dict)
 
     def pieces(self, beta_scope: str) -> Pieces:
         """By the scope of betas, "tensor" or "row"."""
@@ -120,6 +122,20 @@ class Flat:
                 units, self.offsets, self.size, rank, _world_size(self.process_group)
             )
         return self._pieces[beta_scope]
+
+    def views(
+        self,
+        place: int,
+        tensor: Tensor,
+        own: Pieces,
+        make: Callable[[Tensor, Pieces], list[Tensor]],
+    ) -> list[Tensor]:
+        """Those of the last step where the tensor is: making them takes longer than small steps."""
+        known = self._views.get(place)
+        where = tensor.data_ptr()
+        if known is None or known[0] is not tensor or known[1] != where or known[2] is not own:
+            known = self._views[place] = tensor, where, own, make(tensor, own)
+        return known[3]
 
 
 def _world_size(process_group: ProcessGroup | None) -> int:
@@ -184,41 +200,42 @@ def split(
     scalars: with whether there is one a unit.
     """
     own = flat.pieces(beta_scope)
-    pieces, cuts = (
-        own.pieces,
-        [None if piece.cut is None else Cut(flat, own.n_cut, piece.cut) for piece in own.pieces],
-    )
-    # Lengths of pieces and of what is between them, in turns.
-    bounds = [0, *chain.from_iterable((piece.start, piece.stop) for piece in pieces), flat.size]
-    lengths = [stop - start for start, stop in pairwise(bounds)]
-    lists = []
-    for tensor in tensors:
-        views = tensor.detach().split_with_sizes(lengths)[1::2]
-        lists.append(
-            [
-                view.view(piece.rows, -1) if piece.rows else view
-                for piece, view in zip(pieces, views, strict=True)
-            ]
-        )
+    cuts = [None if p.cut is None else Cut(flat, own.n_cut, p.cut) for p in own.pieces]
+    lists = [flat.views(i, tensor, own, of_piece) for i, tensor in enumerate(tensors)]
     for scalar, by_unit in scalars:
-        if by_unit:
-            views = scalar.split_with_sizes(own.units)
-            lists.append(
-                [
-                    view if piece.rows else view.view(())
-                    for piece, view in zip(pieces, views, strict=True)
-                ]
-            )
-        else:
-            lists.append(list(scalar.unbind()))
+        lists.append(flat.views(len(lists), scalar, own, of_units if by_unit else unbound))
     if own.n_cut > 0 and not any(cuts):
         # All ranks have to be there where the sums are added up.
         cuts.append(Cut(flat, own.n_cut, None))
-        for values, tensor in zip(lists, tensors, strict=False):
-            values.append(tensor.detach()[:0])
-        for values, (scalar, _) in zip(lists[len(tensors) :], scalars, strict=True):
-            values.append(scalar.new_zeros(()))
+        nothing = [tensor.detach()[:0] for tensor in tensors]
+        nothing += [scalar.new_zeros(()) for scalar, _ in scalars]
+        lists = [[*views, empty] for views, empty in zip(lists, nothing, strict=True)]
     return lists, cuts
+
+
+def of_piece(tensor: Tensor, own: Pieces) -> list[Tensor]:
+    """The elements of each piece, [elements], or [rows, elements of a row]."""
+    # Lengths of pieces and of what is between them, in turns.
+    bounds = [0, *chain.from_iterable((p.start, p.stop) for p in own.pieces), len(tensor)]
+    lengths = [stop - start for start, stop in pairwise(bounds)]
+    views = tensor.detach().split_with_sizes(lengths)[1::2]
+    return [
+        view.view(piece.rows, -1) if piece.rows else view
+        for piece, view in zip(own.pieces, views, strict=True)
+    ]
+
+
+def of_units(scalar: Tensor, own: Pieces) -> list[Tensor]:
+    """Of one value a unit those of each piece, 0-dim or [rows]."""
+    views = scalar.split_with_sizes(own.units)
+    return [
+        view if piece.rows else view.view(()) for piece, view in zip(own.pieces, views, strict=True)
+    ]
+
+
+def unbound(scalar: Tensor, own: Pieces) -> list[Tensor]:
+    """Of one value a piece each, 0-dim."""
+    return list(scalar.unbind())
 
 
 def add_cut(rows: Tensor, lines: Iterable[tuple[int, Cut]]) -> None:
