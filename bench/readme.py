@@ -159,7 +159,7 @@ def device_section(report: Report, folder: Path, root: Path) -> str:
         details += ["Not measured:\n", "\n".join(f"- {reason}" for reason in reasons) + "\n"]
     if details:
         summary = "Every parameter list, every contestant, and what was not measured"
-        parts += [f"<details><summary>{summary}</summary>\n", *details, "</details>\n"]
+        parts += [f'<details markdown="1"><summary>{summary}</summary>\n', *details, "</details>\n"]
     return "\n".join(parts)
 
 
