@@ -89,7 +89,7 @@ needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason=f"{LIBRARY} was 
 
 # What the blocks of a section take for granted, beside all that stands before them on their page.
 SET_UP = {
-    "docs/migrating.md": """
+    "docs/migrating.md#checkpoints": """
         import torch
         from adamem_fused import AMSGD
         model, momentum = torch.nn.Linear(4, 2), 0.9
