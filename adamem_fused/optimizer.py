@@ -290,8 +290,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
             ValueError: a hyperparameter that has become bad; state of the wrong shape; with
                 gap="loss", a loss that is not one number.
 
-        Where it raises, parameters and state are as they were. They are not where sharded parameters
-        share their sums and a collective fails: a part of the update may be done by then.
+        Where it raises, parameters and state are as they were. They are not where sharded
+        parameters share their sums and a collective fails: a part of the update may be done by
+        then.
         """
         released = self._released
         if released is not None:
