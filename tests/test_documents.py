@@ -15,7 +15,9 @@ from adamem_fused import AMAdamW
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "adamem_fused" / "_cpu.so"
 DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/results/*/*.md")]
+    path
+    for pattern in ("*.md", "docs/*.md", "examples/*.md", "bench/results/*/*.md")
+    for path in ROOT.glob(pattern)
 )
 # Where a path may begin; what is made is not there yet.
 FOLDERS = (ROOT, ROOT / "adamem_fused", ROOT / "bench")
@@ -115,6 +117,7 @@ SET_UP = {
     "docs/training_loop.md#numbers-to-look-at": """
         batches, history, log = range(2), [], print
     """,
+    "docs/trainers.md#a-skipped-step": "import torch",
 }
 
 
