@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: help test test-torch test-integrations demo bench bench-cpu experiments gpu-check gpu-bundle
-.PHONY: test-emulated test-neon test-nvcc wheel wheel-test check clean
+.PHONY: test-emulated test-neon test-nvcc wheel wheel-test docs docs-serve check clean
 
 help:
 	@echo "make test         the tests"
@@ -24,7 +24,9 @@ help:
 	@echo "make gpu-bundle   their compiled parts for another machine: build/gpu-bundle"
 	@echo "make wheel        the wheel for every Python and torch, into dist"
 	@echo "make wheel-test   the wheel installed and used in environments of several Pythons and torches"
-	@echo "make check        linters, formatters and type checker"
+	@echo "make docs         the documentation as a site: build/site"
+	@echo "make docs-serve   the same on this machine's port 8000, anew at each change"
+	@echo "make check        linters, formatters, type checker, and links in the documents"
 	@echo "make clean        removes what was built, .venv included"
 
 # A file's tests stay together: some share what takes long to make. Files begin in the order of
@@ -121,12 +123,27 @@ WHEEL_TESTS := 3.10:2.9.1 3.11:2.13.0 3.12:2.11.0 3.13:2.15.0
 wheel-test:
 	$(PYTHON) tests/wheel $(wildcard dist/*.whl) $(WHEEL_TESTS)
 
+# The site's source has these at their places in the repository, so that links lead where they do here.
+PAGES := $(wildcard *.md LICENSE CITATION.cff docs examples bench/results)
+
+docs docs-serve: build/docs-venv/installed
+	rm -rf build/docs
+	mkdir -p build/docs/bench
+	$(foreach page,$(PAGES),ln -s $(abspath $(page)) build/docs/$(page);)
+	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs $(if $(filter docs,$@),build --strict,serve)
+
+build/docs-venv/installed: docs/requirements.txt
+	$(PYTHON) -m venv build/docs-venv
+	build/docs-venv/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
 check: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.* tests/cuda_emulation/*.h)
 	$(BIN)/mypy
 	$(BIN)/zizmor --offline --strict-collection --quiet .github
+	$(BIN)/python -m pytest -q tests/test_documents.py -k "links or paths or commands"
 
 .venv/requirements: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "adamem_fused needs Python 3.10 or newer, and $(PYTHON) is " + sys.version.split()[0])'

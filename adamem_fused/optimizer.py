@@ -347,8 +347,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
             ValueError: a hyperparameter that has become bad; state of the wrong shape; with
                 gap="loss", a loss that is not one number.
 
-            Parameters and state are then as they were. They are not where sharded parameters share
-            their sums and a collective fails: a part of the update may be done by then.
+        Where it raises, parameters and state are as they were. They are not where sharded
+        parameters share their sums and a collective fails: a part of the update may be done by
+        then.
         """
         released = self._released
         if released is not None:
@@ -837,11 +838,12 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def metrics(self) -> dict[str, Tensor]:
         """Numbers to look at, for every step: new 0-dim tensors, which nothing was waited for.
 
-        grad_norm: the property; only where steps take it.
-        beta_mean, beta_min: of the last betas of all parameters. In the mean a beta counts with the
-            elements that it is for: those of its parameter, or of its row.
-        at_cap: of the elements, the share whose beta was at what is now its group's cap, or above.
-        skipped_steps: the property.
+        - `grad_norm`: the property; only where steps take it.
+        - `beta_mean`, `beta_min`: of the last betas of all parameters. In the mean a beta counts
+          with the elements that it is for: those of its parameter, or of its row.
+        - `at_cap`: of the elements, the share whose beta was at what is now its group's cap, or
+          above.
+        - `skipped_steps`: the property.
 
         float64 where the device has it, skipped_steps int64; on the parameters' device, or, where
         they are on several, the first that is not the CPU. A parameter that has had no gradient has
@@ -969,7 +971,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 hyperparameter, amsgrad state.
             TypeError: state that is not a tensor.
 
-            Nothing has changed then.
+        Where it raises, nothing has changed.
         """
         # After the user's own hooks; what is wrapped is unwrapped in __setstate__.
         handle = self.register_load_state_dict_pre_hook(checkpoints.wrap)

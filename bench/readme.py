@@ -1,4 +1,4 @@
-"""python -m bench readme: the tables of docs/performance.md, made from the committed results."""
+"""python -m bench readme: what docs/ has of the committed results, tables and pictures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench import host, phase, train
+from bench import host, phase, pictures, train
 from bench.kernels.contestants import ADAMW_BASELINE, is_ours_fused
 from bench.kernels.results import Report, Row, Spread, baseline
 from bench.kernels.tables import format_ratio, format_reasons, target_cells
@@ -46,19 +46,20 @@ def add_parser(commands: Any) -> None:
     """Adds the command to those of `python -m bench`."""
     parser = commands.add_parser(
         "readme",
-        help=f"writes the tables of {PAGE} from the committed results",
+        help=f"writes the tables of {PAGE}, and {pictures.FOLDER}, from the committed results",
         description=f"Writes what stands between {BEGIN} and {END} in {PAGE} from every "
         f"{RESULTS}/*/kernels.json, and the train.json, phase.json, {steps.NAME}, host.json and "
-        "pictures beside it.",
+        f"pictures beside it; and the pictures in {pictures.FOLDER}.",
     )
     parser.set_defaults(run=run, parser=parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Rewrites the section in the page."""
+    """Rewrites the section in the page, and the pictures."""
     path = ROOT / PAGE
     path.write_text(replace_section(path.read_text(), performance(ROOT)))
-    print(f"Wrote the tables of {path}")
+    pictures.write(ROOT, ROOT / pictures.FOLDER)
+    print(f"Wrote the tables of {path}, and {ROOT / pictures.FOLDER}")
     return 0
 
 
@@ -159,7 +160,7 @@ def device_section(report: Report, folder: Path, root: Path) -> str:
         details += ["Not measured:\n", "\n".join(f"- {reason}" for reason in reasons) + "\n"]
     if details:
         summary = "Every parameter list, every contestant, and what was not measured"
-        parts += [f"<details><summary>{summary}</summary>\n", *details, "</details>\n"]
+        parts += [f'<details markdown="1"><summary>{summary}</summary>\n', *details, "</details>\n"]
     return "\n".join(parts)
 
 

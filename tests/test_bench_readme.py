@@ -6,7 +6,7 @@ import pytest
 
 from adamem_fused.backends import ops
 from bench import __main__ as commands
-from bench import readme, train
+from bench import pictures, readme, train
 from bench.kernels.results import Report, Row
 from bench.readme import BEGIN, END, PAGE, ROOT, performance, replace_section
 
@@ -16,6 +16,13 @@ needs_extension = pytest.mark.skipif(ops.unavailable is not None, reason=str(ops
 def test_the_section_is_what_the_committed_results_give():
     text = (ROOT / PAGE).read_text()
     assert replace_section(text, performance(ROOT)) == text
+
+
+def test_the_pictures_are_what_the_committed_results_give(tmp_path):
+    made = pictures.write(ROOT, tmp_path)
+    assert [path.name for path in made] == ["overview.svg", "bytes.svg", "floors.svg"]
+    for path in made:
+        assert path.read_text() == (ROOT / pictures.FOLDER / path.name).read_text()
 
 
 def test_a_section_is_replaced_and_the_rest_kept():
@@ -106,6 +113,7 @@ def test_without_results_there_are_no_numbers(tmp_path):
 
 def test_the_command_writes_the_section(results, monkeypatch):
     monkeypatch.setattr(readme, "ROOT", results)
+    monkeypatch.setattr(pictures, "write", lambda root, folder: None)
     page = results / PAGE
     page.parent.mkdir()
     page.write_text(f"a\n{BEGIN}\n{END}\nb\n")

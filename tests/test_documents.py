@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import subprocess
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from adamem_fused import AMAdamW
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "adamem_fused" / "_cpu.so"
 DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/results/*/*.md")]
+    path
+    for pattern in ("*.md", "docs/*.md", "examples/*.md", "bench/results/*/*.md")
+    for path in ROOT.glob(pattern)
 )
 # Where a path may begin; what is made is not there yet.
 FOLDERS = (ROOT, ROOT / "adamem_fused", ROOT / "bench")
@@ -23,6 +26,7 @@ MADE = ("build/", "dist/")
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"^(?: {4}.*\n)+", re.MULTILINE)
 SPAN = re.compile(r"`([^`\n]+)`")
+NEEDS = re.compile(r"<!-- needs [^>]+ -->\n+$")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -74,7 +78,8 @@ def test_paths_are_there(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_are_there(document):
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    rules = re.findall(r"^([\w -]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = " ".join(rules).split()
     for code in code_of(document.read_text()):
         for target in re.findall(r"(?:^|[`\s])make ([a-z][\w-]*)", code):
             assert target in targets, f"make {target}"
@@ -84,22 +89,85 @@ def test_commands_are_there(document):
 
 needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason=f"{LIBRARY} was not compiled")
 
+# What the blocks of a section take for granted, beside all that stands before them on their page.
+SET_UP = {
+    "docs/migrating.md#checkpoints": """
+        import torch
+        from adamem_fused import AMSGD
+        model, momentum = torch.nn.Linear(4, 2), 0.9
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+        model(torch.randn(8, 4)).square().mean().backward()
+        sgd.step()
+        optimizer = AMSGD(model.parameters())
+        optimizer.load_state_dict(sgd.state_dict())
+    """,
+    "docs/options.md#one-beta-a-row": """
+        import torch
+        model = torch.nn.Sequential(torch.nn.Embedding(9, 32), torch.nn.Linear(32, 16))
+    """,
+    "docs/options.md#reading-beta": """
+        model(torch.arange(9)).square().mean().backward()
+        optimizer.step()
+    """,
+    "docs/training_loop.md#gradient-release": """
+        optimizer = AMAdamW(model.parameters())
+        model.register_forward_hook(lambda module, args, output: output.square().mean())
+        steps = torch.randn(3, 2, 8, 10)
+    """,
+    "docs/training_loop.md#numbers-to-look-at": """
+        batches, history, log = range(2), [], print
+    """,
+    "docs/trainers.md#a-skipped-step": "import torch",
+}
 
-def snippets(document, language):
-    found = FENCED.findall((ROOT / document).read_text())
-    return [block for indent, name, block in found if name == language and not indent]
+
+def sections(text):
+    """Anchor, start and text of what stands before the first heading but the title, and of each."""
+    anchor, start = "", 0
+    for heading in re.finditer(r"^##+ .+$", text, re.MULTILINE):
+        yield anchor, start, text[start : heading.start()]
+        (anchor,), start = anchors_of(heading[0]), heading.start()
+    yield anchor, start, text[start:]
+
+
+def programs(document):
+    """What runs of a document's Python, in order, each as (code, the lines before it).
+
+    A block under a comment such as <!-- needs torchao --> does not.
+    """
+    name, text = document.relative_to(ROOT).as_posix(), document.read_text()
+    for anchor, start, section in sections(text):
+        blocks = [
+            (textwrap.dedent(block[3]), text.count("\n", 0, start + block.start(3)))
+            for block in FENCED.finditer(section)
+            if block[2] == "python" and not NEEDS.search(section[: block.start()])
+        ]
+        set_up = SET_UP.get(f"{name}#{anchor}" if anchor else name)
+        if set_up is not None:
+            assert blocks, f"nothing runs in {name}#{anchor}, which is set up"
+            yield textwrap.dedent(set_up), 0
+        yield from blocks
 
 
 @needs_library
-def test_the_readmes_python_runs(capsys):
-    """All of it in order, as one program, and what follows on it."""
-    exec("\n".join([*snippets("README.md", "python"), *snippets("docs/options.md", "python")]), {})
-    assert "beta_mean" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "document",
+    [document for document in DOCUMENTS if any(programs(document))],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_the_python_of_a_document_runs(document, tmp_path, monkeypatch):
+    """All of it in order, as one program."""
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    for code, before in programs(document):
+        # So that an error names the document's line.
+        exec(compile("\n" * before + code, document, "exec"), names)
 
 
 @needs_library
 def test_the_kernels_are_called_without_torch_as_the_example_does(tmp_path):
-    (source,) = snippets("docs/architecture.md", "cpp")
+    blocks = FENCED.findall((ROOT / "docs/architecture.md").read_text())
+    (source,) = [block for _, language, block in blocks if language == "cpp"]
     program = tmp_path / "example"
     (tmp_path / "example.cpp").write_text(source)
     command = [os.environ.get("CXX", "g++"), "-std=c++17", "-Wall", "-Wextra", "-Werror"]
