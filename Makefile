@@ -39,22 +39,23 @@ test: .venv/installed
 # and what knows no torch.
 TORCH ?= 2.11.0
 OTHER := .venv-torch-$(TORCH)
-COPIED := adamem_fused bench csrc docs tests triton_kernels $(wildcard *.* LICENSE Makefile)
+COPIED := adamem_fused bench csrc docs examples tests triton_kernels $(wildcard *.* LICENSE Makefile)
 LEFT_OUT := test_bench* test_experiments.py test_cuda_build.py test_documents.py test_release_files.py
 
 test-torch: $(OTHER)/installed
-	$(copy)
+	$(call copy,$(OTHER))
 	cd $(OTHER)/copy && ../bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(LEFT_OUT:%=--ignore-glob='*/%')
 
 define copy
-mkdir -p $(OTHER)/copy
-find $(OTHER)/copy -type f ! -name '*.so' -delete
-tar -c --exclude='*.so' --exclude=__pycache__ $(COPIED) | tar -x -C $(OTHER)/copy
+mkdir -p $(1)/copy
+find $(1)/copy -type f ! -name '*.so' -delete
+tar -c --exclude='*.so' --exclude=__pycache__ $(COPIED) | tar -x -C $(1)/copy
 endef
 
-# In an environment of its own: trainers bring much with them.
+# In an environment of its own, as trainers bring much with them, and in a copy for its torch.
 test-integrations: .venv-integrations/installed
-	.venv-integrations/bin/python -m pytest -m integrations tests/integrations
+	$(call copy,.venv-integrations)
+	cd .venv-integrations/copy && ../bin/python -m pytest -m integrations tests/integrations
 
 # Debian, Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user. Without them pytest would skip.
 # What make test leaves out of them: some five minutes.
@@ -163,14 +164,15 @@ $(OTHER)/requirements: requirements.txt
 	touch $@
 
 $(OTHER)/installed: $(OTHER)/requirements setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
-	$(copy)
+	$(call copy,$(OTHER))
 	ADAMEM_CUDA=0 $(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable $(OTHER)/copy
 	touch $@
 
 .venv-integrations/installed: tests/integrations/requirements.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv .venv-integrations
 	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -r $<
-	.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	$(call copy,.venv-integrations)
+	ADAMEM_CUDA=0 .venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .venv-integrations/copy
 	touch $@
 
 clean:
