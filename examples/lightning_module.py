@@ -37,7 +37,7 @@ class Automatic(LightningModule):
         return loss
 
     def on_train_epoch_end(self):
-        # Lightning's wrapper would have the optimizer's methods, but not what they read.
+        # The wrapper that self.optimizers() gives does not know the gradients' norm.
         metrics = self.optimizers(use_pl_optimizer=False).metrics()
         self.log("beta_mean", metrics["beta_mean"])
         self.print(
