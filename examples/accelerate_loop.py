@@ -1,5 +1,7 @@
 """accelerate: a loop with gradient accumulation, clipping in the step, and a checkpoint.
 
+    python examples/accelerate_loop.py
+
 A small network learns the classes that another one with random weights gives to random points.
 """
 

@@ -1,5 +1,7 @@
 """Hugging Face's Trainer: the optimizer by its class, and beta in the trainer's own log.
 
+    python examples/hf_trainer.py
+
 A small Llama with random weights learns to predict the next byte of a file of Python's standard
 library; a token is a byte, so there is no tokenizer.
 """

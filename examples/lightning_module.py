@@ -1,5 +1,7 @@
 """Lightning: automatic and manual optimization in mixed precision, with clipping in the step.
 
+    python examples/lightning_module.py
+
 A small network learns the classes that another one with random weights gives to random points.
 """
 

@@ -1,5 +1,7 @@
 """LoRA: PEFT's adapters, trained by TRL's SFTTrainer.
 
+    python examples/lora.py
+
 A small Llama with random weights stands for a trained one, and a file of Python's standard library
 for what it is tuned on; its tokenizer, in which a token is a byte, is made here.
 """

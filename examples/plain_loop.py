@@ -1,5 +1,7 @@
 """A plain loop: clipping, warm-up and cosine, metrics, a checkpoint and going on from it.
 
+    python examples/plain_loop.py
+
 A small Transformer learns to predict the next byte of a file of Python's standard library.
 """
 

@@ -1,5 +1,7 @@
 """timm: an optimizer by its name, with timm's own weight decay, layer decay and scheduler.
 
+    python examples/timm_training.py
+
 A small vision transformer learns to tell stripes from rings, and their three widths, in noise.
 """
 
