@@ -72,6 +72,7 @@ batches = DataLoader(TensorDataset(points, classes), batch_size=64, shuffle=True
 for module in (Automatic(), Manual()):
     trainer = Trainer(
         max_epochs=EPOCHS,
+        devices=1,
         # float16 needs a GPU; on a CPU Lightning would take bfloat16 in its place.
         precision="16-mixed" if torch.cuda.is_available() else "bf16-mixed",
         logger=False,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
@@ -26,7 +26,6 @@ alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
 vocabulary = {token: i for i, token in enumerate([*alphabet, "<end>"])}
 bytes_as_tokens = Tokenizer(models.BPE(vocabulary, merges=[]))
 bytes_as_tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-bytes_as_tokens.decoder = decoders.ByteLevel()
 tokenizer = PreTrainedTokenizerFast(
     tokenizer_object=bytes_as_tokens, eos_token="<end>", pad_token="<end>"
 )
