@@ -2,7 +2,9 @@
 
 import io
 import pickle
+import re
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -500,3 +502,52 @@ def test_betas_of_a_vectors_elements_are_refused(backend, scope):
     with pytest.raises(ValueError, match=r"beta has shape \[4\]; .* it has to be \[\]"):
         optimizer.step()
     assert snapshot(optimizer) == before
+
+
+# ---- rows taken out of a parameter and added to it ------------------------------------
+
+
+def replace_parameter():
+    """docs/trainers.md's."""
+    page = (Path(__file__).parent.parent / "docs" / "trainers.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (block,) = [block for block in blocks if "def replace_parameter" in block]
+    names = {}
+    exec(block, names)
+    return names["replace_parameter"]
+
+
+@both
+@every_backend
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+def test_rows_are_taken_out_and_added_as_the_documents_do(cls, backend, scope):
+    replace = replace_parameter()
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(8, 20, generator=generator)
+    param = Parameter(torch.randn(8, 20, generator=generator))
+    optimizer = cls([param], backend=backend, beta_scope=scope)
+
+    def step(param, grad):
+        param.grad = grad.clone()
+        optimizer.step()
+
+    for _ in range(2):
+        step(param, grad)
+    kept = torch.tensor([True, False] * 4)
+    before = deepcopy(optimizer.state[param])
+    fewer = Parameter(param.detach()[kept])
+    replace(optimizer, param, fewer, lambda entry: entry[kept])
+    assert list(optimizer.state) == [fewer]
+    for name, value in optimizer.state[fewer].items():
+        assert torch.equal(value, before[name][kept] if before[name].dim() else before[name])
+    step(fewer, grad[kept])
+    more = Parameter(torch.cat([fewer.detach(), torch.zeros(2, 20)]))
+    replace(
+        optimizer,
+        fewer,
+        more,
+        lambda entry: torch.cat([entry, entry.new_zeros(2, *entry.shape[1:])]),
+    )
+    step(more, torch.cat([grad[kept], torch.ones(2, 20)]))
+    assert optimizer.state[more]["step"] == 4
+    assert more.isfinite().all() and more[4:].ne(0).all()

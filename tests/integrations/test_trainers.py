@@ -1,6 +1,6 @@
 """Trainers whose schemes flatten or split parameters are refused; their DDP and FSDP2 are not.
 
-What they clip the optimizer clips by max_grad_norm, and docs/training_loop.md has how a scheduler
+What they clip the optimizer clips by max_grad_norm, and docs/trainers.md has how a scheduler
 sees a skipped step.
 """
 
@@ -72,7 +72,7 @@ def make(cls, params, scope, **options):
 
 
 class OfTakenSteps:
-    """As in docs/training_loop.md: a scheduler stands still where a step was skipped."""
+    """As in docs/trainers.md: a scheduler stands still where a step was skipped."""
 
     def step(self, *args):
         norm = self.optimizer.grad_norm
@@ -525,7 +525,7 @@ def test_max_grad_norm_clips_as_hf_trainer_does(two_ranks, tmp_path):
 
 
 def logs_the_norm_of_the_step(folder):
-    """As in docs/training_loop.md: without a reading of all gradients for the log."""
+    """As in docs/trainers.md: without a reading of all gradients for the log."""
     from transformers import Trainer
 
     set_up()
