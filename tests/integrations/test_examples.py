@@ -23,6 +23,7 @@ COMMANDS = dict(
 # What each prints beside losses and betas.
 PRINTED = {
     "accelerate_loop.py": [r"^epoch 3:"],
+    "deepspeed_zero.py": [r"^step 40  loss"],
     "hf_trainer.py": [r"'grad_norm': '[\d.]+'", r"'at_cap': '[\d.]+'"],
     "lightning_module.py": [r"^Automatic, epoch 3:", r"^Manual, epoch 3:"],
     "lora.py": [r"^trainable params: 17,408 ", r"'beta_mean': '[\d.]+'"],
