@@ -21,7 +21,6 @@ from random import Random
 
 import pytest
 import torch
-from cases import each_pair
 from torch import Tensor
 from triton_interpreter import patch_language_once
 
@@ -188,12 +187,9 @@ if not INTERPRETED:
     ROW_SHAPES += [(3, 5000), (2, 40000)]
 
 
-@each_pair(
-    "cls, plane, dtype",
-    OPTIMIZERS,
-    ("level", "anchored"),
-    (torch.float32, torch.float64, torch.bfloat16),
-)
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("plane", ["level", "anchored"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_matches_the_reference_with_a_beta_a_row(backend, cls, plane, dtype):
     params = make_params(ROW_SHAPES, dtype)
     options = {"beta_scope": "row", "memory_plane": plane, "weight_decay": 0.1}
