@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: help test test-torch test-integrations demo bench bench-cpu experiments gpu-check gpu-bundle
-.PHONY: test-emulated test-neon test-nvcc wheel wheel-test docs docs-serve check clean
+.PHONY: test-emulated test-neon test-nvcc test-thorough wheel wheel-test docs docs-serve check clean
 
 help:
 	@echo "make test         the tests"
@@ -14,6 +14,8 @@ help:
 	@echo "                  the tests with trainers, in an environment of their own"
 	@echo "make test-emulated"
 	@echo "                  GPU kernels of rows and of few bits, interpreted and emulated on the CPU"
+	@echo "make test-thorough"
+	@echo "                  combinations of options beyond those of make test"
 	@echo "make test-neon    the kernels for aarch64, cross-compiled and emulated: AVX2's bits"
 	@echo "make test-nvcc    the CUDA kernels compiled for all architectures: registers, spills, accesses"
 	@echo "make demo         a small GPT trained with AdamW and with AMAdamW: table and picture"
@@ -58,15 +60,19 @@ test-integrations: .venv-integrations/installed
 	cd .venv-integrations/copy && ../bin/python -m pytest -m integrations tests/integrations
 
 # Debian, Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user. Without them pytest would skip.
-# What make test leaves out of them: some five minutes.
+# What make test leaves out of them: some six minutes.
 test-emulated: .venv/installed
-	$(BIN)/python -m pytest -n 2 -m emulated tests/test_triton.py tests/test_cuda.py
+	$(BIN)/python -m pytest -n 2 -m emulated tests/test_triton.py tests/test_cuda.py tests/test_gpu_check.py
+
+# In make test each value of an option meets each of the others once.
+test-thorough: .venv/installed
+	$(BIN)/python -m pytest -n 2 -m thorough
 
 test-neon: .venv/installed
 	cd tests && ../$(BIN)/python -c 'import sys, test_neon; sys.exit(test_neon.why_not())'
 	$(BIN)/python -m pytest -m neon tests/test_neon.py
 
-# make test compiles for one architecture.
+# make test compiles norms.cu for one architecture.
 test-nvcc: .venv/installed
 	$(BIN)/python -m pytest -m nvcc tests/test_cuda_build.py
 

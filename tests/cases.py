@@ -32,6 +32,34 @@ def backends(*but: str) -> list[Any]:
     return params
 
 
+def each_pair(names: str, *values: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrizes with every combination of the values.
+
+    make test takes so many of them that each value meets each of the others once; the rest are
+    marked `thorough`.
+    """
+    places = [range(len(own)) for own in values]
+    pairs = {
+        combination: set(itertools.combinations(enumerate(combination), 2))
+        for combination in itertools.product(*places)
+    }
+    left, chosen = set().union(*pairs.values()), set()
+    while left:
+        best = max(pairs, key=lambda combination: len(pairs[combination] & left))
+        chosen.add(best)
+        left -= pairs[best]
+    return pytest.mark.parametrize(
+        names,
+        [
+            pytest.param(
+                *(own[place] for own, place in zip(values, combination, strict=True)),
+                marks=() if combination in chosen else pytest.mark.thorough,
+            )
+            for combination in pairs
+        ],
+    )
+
+
 # ---- parameters and optimizers ----------------------------------------------------
 
 

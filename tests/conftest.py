@@ -21,8 +21,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("tests")
 
 
-# Files of few tests that take minutes. Begun last, one runs while other workers have nothing to do.
-LONG = ("test_triton.py", "test_gpu_check.py", "test_cuda.py", "test_cuda_build.py")
+# Files that take a minute or more. Begun last, one runs while other workers have nothing to do.
+LONG = ("test_cuda.py", "test_foreach.py", "test_triton.py", "test_triton_aot.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,6 +21,7 @@ from cases import (
     assert_step_agrees,
     backends,
     bits,
+    each_pair,
     make_optimizer,
     parameters,
     random_tensor,
@@ -102,10 +103,9 @@ def run_side_by_side(reference, other, schedule, compare_every=8, **close):
 
 
 @pytest.mark.parametrize("backend", backends("reference"))
-@pytest.mark.parametrize("cls", OPTIMIZERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("scope, gap", SCOPES_AND_GAPS)
-def test_200_steps_agree_with_the_reference(backend, cls, dtype, scope, gap):
+@each_pair("cls, dtype, shared", OPTIMIZERS, (torch.float32, torch.float64), SCOPES_AND_GAPS)
+def test_200_steps_agree_with_the_reference(backend, cls, dtype, shared):
+    scope, gap = shared
     twins = pair(cls, groups(cls, dtype), backend, beta_scope=scope, gap=gap)
     betas = run_side_by_side(*twins, lambda step: set_lr(twins, bouncing_lr(step)))
     # Or else beta's agreement would say little.

@@ -66,8 +66,8 @@ def divide_by(optimizer, divisor):
 @every_backend
 @scopes
 @pytest.mark.parametrize("dtype", WIDE)
-def test_hundred_steps_are_those_after_clip_grad_norm(cls, backend, beta_scope, dtype):
-    steps = 20 if backend == "reference" else 100
+def test_steps_are_those_after_clip_grad_norm(cls, backend, beta_scope, dtype):
+    steps = 20
     ours = make(cls, backend, dtype, beta_scope=beta_scope, max_grad_norm=30.0)
     torchs = make(cls, backend, dtype, beta_scope=beta_scope)
     clipped = 0

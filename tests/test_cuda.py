@@ -47,10 +47,15 @@ def emulated(monkeypatch):
 @pytest.mark.parametrize(
     "selection",
     [
-        ["test_gpu_cases.py", "test_gpu_norms.py"],
-        pytest.param(["test_gpu_low_precision.py", "-k", "not many"], marks=pytest.mark.emulated),
-        ["test_versions.py", "-k", "cuda"],
         # Without what takes the emulation longest.
+        [
+            *("test_gpu_cases.py", "test_gpu_norms.py", "test_versions.py"),
+            *("test_idle_steps.py", "test_lifetimes.py", "test_backends.py"),
+            "-k",
+            "test_gpu or cuda and (not test_backends or edges or random_shapes or empty_group "
+            "or leaves_gradients or two_million and dtype0)",
+        ],
+        pytest.param(["test_gpu_low_precision.py", "-k", "not many"], marks=pytest.mark.emulated),
         pytest.param(
             [
                 "test_amp.py",
@@ -61,13 +66,6 @@ def emulated(monkeypatch):
             ],
             marks=pytest.mark.emulated,
         ),
-        [
-            "test_backends.py",
-            "-k",
-            "cuda and (edges or random_shapes or empty_group or leaves_gradients "
-            "or two_million and dtype0)",
-        ],
-        ["test_idle_steps.py", "test_lifetimes.py", "-k", "cuda"],
         pytest.param(["test_rows.py", "-k", "cuda and not random"], marks=pytest.mark.emulated),
     ],
     ids=lambda selection: selection[0],

@@ -21,11 +21,24 @@ NVCC = cuda_library.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
 SOURCES = [source.stem for source in cuda_library.sources()]
-# Each takes a minute to compile for: one of them for every run, the others for make test-nvcc.
-ARCHITECTURES = [
-    pytest.param(arch, marks=() if arch == 90 else pytest.mark.nvcc)
-    for arch in cuda_library.DEFAULT_ARCHITECTURES
-]
+ARCHITECTURES = cuda_library.DEFAULT_ARCHITECTURES
+
+
+def targets(*sources: str):
+    """norms, which takes seconds to compile, for one architecture in every run; the rest, whose
+    sources g++ compiles for test_cuda.py, for make test-nvcc."""
+    return pytest.mark.parametrize(
+        "source, arch",
+        [
+            pytest.param(
+                source, arch, marks=() if source == "norms" and arch == 90 else pytest.mark.nvcc
+            )
+            for source in sources
+            for arch in ARCHITECTURES
+        ],
+    )
+
+
 CONFIG = {
     name: int(value)
     for name, value in re.findall(
@@ -88,17 +101,17 @@ def read_report(report: str) -> list[Kernel]:
 
 
 class Objects(dict[tuple[str, int], Built]):
-    """Of each source and architecture: an architecture's sources are compiled when one is asked
-    for."""
+    """Of each source and architecture: all that take long are compiled when one is asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def __missing__(self, target: tuple[str, int]) -> Built:
-        _, arch = target
+        source, arch = target
+        sources = [source] if source == "norms" else [name for name in SOURCES if name != "norms"]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = pool.map(lambda source: self.compile(source, arch), SOURCES)
-            self.update(zip([(source, arch) for source in SOURCES], found, strict=True))
+            found = pool.map(lambda source: self.compile(source, arch), sources)
+            self.update(zip([(source, arch) for source in sources], found, strict=True))
         return self[target]
 
     def compile(self, source: str, arch: int) -> Built:
@@ -129,8 +142,7 @@ def planned_blocks(name: str) -> int:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("source", SOURCES)
+@targets(*SOURCES)
 def test_kernels_compile_without_spills_for_the_planned_occupancy(built, source, arch):
     kernels = built[source, arch].kernels
     # begin, finish and rows for each combination of dtypes and for two that are general; prepare
@@ -189,11 +201,11 @@ def accesses(optimizer: str, kernel: str, stored: tuple[int, int, int]) -> list[
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
-def test_aligned_tensors_are_accessed_up_to_16_bytes_at_a_time(built, optimizer, arch):
+@targets("adamw", "sgd")
+def test_aligned_tensors_are_accessed_up_to_16_bytes_at_a_time(built, source, arch):
     """Past L1 where only sums are taken, and evicted first where elements are updated."""
-    command = [cuobjdump(), "-sass", built[optimizer.lower(), arch].object]
+    optimizer = {"adamw": "AdamW", "sgd": "SGD"}[source]
+    command = [cuobjdump(), "-sass", built[source, arch].object]
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     seen = 0
     for function in demangled(sass).split("Function : ")[1:]:
@@ -208,10 +220,10 @@ def test_aligned_tensors_are_accessed_up_to_16_bytes_at_a_time(built, optimizer,
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_squares_are_read_16_bytes_at_a_time_and_two_ahead(built, arch):
+@targets("norms")
+def test_squares_are_read_16_bytes_at_a_time_and_two_ahead(built, source, arch):
     """Past L1, as the step comes to them next."""
-    command = [cuobjdump(), "-sass", built["norms", arch].object]
+    command = [cuobjdump(), "-sass", built[source, arch].object]
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     seen = 0
     for function in demangled(sass).split("Function : ")[1:]:
@@ -227,6 +239,7 @@ def test_squares_are_read_16_bytes_at_a_time_and_two_ahead(built, arch):
 
 
 @needs_nvcc
+@pytest.mark.nvcc
 def test_the_library_needs_no_torch_and_says_what_goes_wrong(built, tmp_path):
     path = tmp_path / "_cuda.so"
     objects = [built[source, 90].object for source in ("adamw", "norms", "rows", "sgd")]

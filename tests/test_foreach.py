@@ -8,6 +8,7 @@ from cases import (
     assert_lockstep,
     assert_same_bits,
     assert_step_agrees,
+    each_pair,
     make_optimizer,
     parameters,
     random_tensor,
@@ -24,8 +25,10 @@ from adamem_fused import optimizer as step_module
 from adamem_fused.backends import batch, foreach
 
 both = pytest.mark.parametrize("cls", OPTIMIZERS)
-planes = pytest.mark.parametrize("plane", ["level", "anchored"])
-scopes = pytest.mark.parametrize("scope", ["tensor", "row", "global"])
+PLANES, SCOPES = ("level", "anchored"), ("tensor", "row", "global")
+LRS = (0.01, 0.0, torch.tensor(0.01), torch.tensor(0.0))
+planes = pytest.mark.parametrize("plane", PLANES)
+scopes = pytest.mark.parametrize("scope", SCOPES)
 
 
 def pair(cls, groups, **options):
@@ -56,10 +59,7 @@ def test_where_there_may_be_no_float64_scalars_are_float32(device):
     assert batch.bookkeeping_dtype(torch.device(device)) == torch.float32
 
 
-@both
-@planes
-@scopes
-@pytest.mark.parametrize("lr", [0.01, 0.0, torch.tensor(0.01), torch.tensor(0.0)])
+@each_pair("cls, plane, scope, lr", OPTIMIZERS, PLANES, SCOPES, LRS)
 def test_steps_without_float64_agree_with_the_reference(monkeypatch, cls, plane, scope, lr):
     no_float64(monkeypatch)
     groups = [
@@ -156,20 +156,17 @@ def peak_bytes(function):
     return most
 
 
-@both
-@planes
-@scopes
-@pytest.mark.parametrize(
-    "shapes",
-    [
-        [(100 + 3 * i,) for i in range(300)],
-        [(192,), (192, 512), (512,)] * 40,
-        [(2**22,)],
-        [(2**12, 2**10)],
-    ],
-    ids=["small", "decoder", "one", "matrix"],
-)
-def test_memory_beside_torch_optims(cls, plane, scope, shapes):
+LISTS = {
+    "small": [(100 + 3 * i,) for i in range(300)],
+    "decoder": [(192,), (192, 512), (512,)] * 40,
+    "one": [(2**22,)],
+    "matrix": [(2**12, 2**10)],
+}
+
+
+@each_pair("cls, plane, scope, name", OPTIMIZERS, PLANES, SCOPES, list(LISTS))
+def test_memory_beside_torch_optims(cls, plane, scope, name):
+    shapes = LISTS[name]
     optimizers = [
         make_optimizer(cls, [Group(shapes)], "foreach", memory_plane=plane, beta_scope=scope),
         torch.optim.AdamW([random_tensor(s).requires_grad_() for s in shapes], foreach=True),
@@ -212,14 +209,10 @@ def set_strided(optimizers, index, first, second):
         param.data = param.data.transpose(first, second).contiguous().transpose(first, second)
 
 
-@both
-@planes
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64],
-    ids=str,
-)
-@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
+
+
+@each_pair("cls, plane, dtype, lr", OPTIMIZERS, PLANES, DTYPES, (0.01, torch.tensor(0.01)))
 def test_rows_agree_with_the_reference(cls, plane, dtype, lr):
     groups = [Group(ROWS, dtype, {"weight_decay": 0.1}), Group(ROWS[:5], dtype)]
     reference, ours = by_row(cls, groups, memory_plane=plane, lr=lr)
@@ -275,10 +268,7 @@ def test_rows_of_one_tensor_do_not_depend_on_one_another(cls, plane):
             torch.testing.assert_close(ours, expected, equal_nan=True)
 
 
-@both
-@planes
-@pytest.mark.parametrize("scope", ["tensor", "row"])
-@pytest.mark.parametrize("most", [None, 80, 2000])
+@each_pair("cls, plane, scope, most", OPTIMIZERS, PLANES, ("tensor", "row"), (None, 80, 2000))
 def test_the_two_halves_give_the_bits_of_the_step_at_once(monkeypatch, cls, plane, scope, most):
     if most is not None:
         monkeypatch.setattr(foreach, "_most_elements", lambda device: most)
@@ -393,7 +383,14 @@ def test_the_rows_of_small_tensors_are_worked_on_together(cls, shapes, a_tensor)
 
 
 @both
-@pytest.mark.parametrize("compiler, plane", [("aot_eager", "anchored"), ("inductor", "level")])
+@pytest.mark.parametrize(
+    "compiler, plane",
+    [
+        ("aot_eager", "anchored"),
+        # Half a minute of compiling C++.
+        pytest.param("inductor", "level", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_compiled_step_with_rows_is_the_step(cls, compiler, plane):
     torch._dynamo.reset()
     groups = [Group([(40, 16), (3, 17), (5,), (2, 3, 3, 2), (40, 16), (0, 20)])]

@@ -235,7 +235,7 @@ def objects_in(thing):
             yield from objects_in(item)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def small_heap():
     """What is there already is not looked at: a collection of all that torch has takes 0.1 s."""
     gc.collect()

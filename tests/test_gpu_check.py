@@ -56,6 +56,7 @@ def read(folder: Path) -> dict:
     return json.loads((folder / "gpu.json").read_text())
 
 
+@pytest.mark.emulated
 def test_the_whole_check(tmp_path):
     pytest.importorskip("triton", reason="triton is not installed")
     process = start(tmp_path)
@@ -103,13 +104,12 @@ def test_a_run_that_is_cut_off_loses_nothing_and_a_backend_that_is_wrong_is_left
     assert list(stages["smoke"]) == ["cuda"] and stages["smoke"]["cuda"]["ended"] == "cut off"
     assert "as the reference" in stages["smoke"]["cuda"]["cases"]["AMAdamW tiny float32"]["found"]
 
-    process = start(tmp_path, "--stages", "tests,smoke,sanitizer", fault="smoke:cuda:wrong")
+    process = start(tmp_path, "--stages", "sanitizer,smoke", fault="smoke:cuda:wrong")
     output, _ = process.communicate()
     assert process.returncode == 1
     assert "smoke cuda, AMAdamW 2^20 float32: AssertionError: param is off by" in output
     assert "not done: sanitizer cuda: its smoke failed" in output
     assert "smoke: failed" in output and "sanitizer: done" in output
-    assert "side by side: 1 passed" in output
     assert list(read(tmp_path)["stages"]["sanitizer"]) == ["triton"]
 
 

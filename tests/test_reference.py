@@ -96,7 +96,7 @@ def test_beta_solves_the_two_plane_model(cls, plane, lam, mu):
     (param,) = parameters(optimizer)
     generator = torch.Generator().manual_seed(0)
     interior = 0
-    for step in range(60):
+    for step in range(30):
         prev_eta = optimizer.param_groups[0]["lr"]
         eta = optimizer.param_groups[0]["lr"] = 0.05 * (1 + math.sin(step)) + 0.01
         set_gradients(optimizer, step=step)

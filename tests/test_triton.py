@@ -24,23 +24,20 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize(
     "selection",
     [
-        ["test_gpu_cases.py"],
+        ["test_gpu_cases.py", "test_gpu_norms.py", "test_versions.py", "-k", "test_gpu or triton"],
         pytest.param(["test_gpu_rows.py"], marks=pytest.mark.emulated),
         pytest.param(["test_gpu_low_precision.py"], marks=pytest.mark.emulated),
-        ["test_gpu_norms.py"],
-        ["test_versions.py", "-k", "triton"],
     ],
     ids=lambda selection: selection[0],
 )
 def test_kernels_under_the_interpreter(selection):
     """In a process that imports triton with its interpreter on."""
-    name, *options = selection
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / name, *options],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        cwd=HERE.parent,
+        cwd=HERE,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 

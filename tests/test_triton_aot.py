@@ -17,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 is set: there is no compiler", allow_module_level=True)
 
 import triton.language as tl
+from cases import each_pair
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -36,6 +37,7 @@ DTYPES = {
     "bfloat16-float32": (tl.bfloat16, tl.float32, tl.float32),
     "float64": (tl.float64, tl.float64, tl.float64),
 }
+SPILLING = ("float32", "bfloat16", "float64")  # whose registers are counted
 # Of an element's vectors of g, d, x and v, all on the aligned path: by optimizer, kernel and seam.
 # AM-AdamW's begin has the guess and the sums alone, its finish the repair and the update, and
 # without the seam begin has both of finish as well.
@@ -170,10 +172,9 @@ def target_name(target) -> str:
     return f"{target.backend}-{target.arch}"
 
 
-@pytest.mark.parametrize("target", [*CUDA, HIP], ids=target_name)
-@pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("kind, name, seam", CHUNK_KERNELS)
-def test_chunk_kernels_compile_without_spills(kind, name, seam, dtypes, target, tmp_path):
+@each_pair("kernel, dtypes, target", CHUNK_KERNELS, SPILLING, [*CUDA, HIP])
+def test_chunk_kernels_compile_without_spills(kernel, dtypes, target, tmp_path):
+    kind, name, seam = kernel
     check_spills(compile_kernel(kind, name, target, DTYPES[dtypes], seam), target, tmp_path)
 
 
@@ -206,10 +207,13 @@ def test_tensor_kernels_compile_without_spills(kind, name, absent, target, tmp_p
     check_spills(compile_kernel(kind, name, target, absent=absent), target, tmp_path, stack=8)
 
 
-@pytest.mark.parametrize("target", [CUDA[1], HIP], ids=target_name)
-@pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("row", [16, 128, 1024, 2048, None])
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@each_pair(
+    "kind, row, dtypes, target",
+    ("adamw", "sgd"),
+    (16, 128, 1024, 2048, None),
+    SPILLING,
+    (CUDA[1], HIP),
+)
 def test_rows_that_a_program_holds_are_held_in_registers(kind, row, dtypes, target, tmp_path):
     """From short ones to the longest, of which in float64 some lie in L1."""
     longest = longest_row(target, DTYPES[dtypes][-1])
