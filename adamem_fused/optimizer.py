@@ -341,7 +341,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 wrong type.
             RuntimeError: a sparse gradient; gap="loss" without a closure; a backend that
                 was asked for and is not there; a parameter or state that cannot be updated
-                in place; parameters that a scheme such as FSDP1 or DeepSpeed's ZeRO has
+                in place; parameters that a scheme such as FSDP1 or DeepSpeed's ZeRO 3 has
                 flattened or split; clipping or skipping by the norm where this is one of
                 several optimizers of a model.
             ValueError: a hyperparameter that has become bad; state of the wrong shape; with
