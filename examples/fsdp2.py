@@ -108,6 +108,9 @@ def main() -> None:
         model_state, optimizer_state = get_state_dict(model, optimizer)
         checkpoint = {"model": model_state, "optimizer": optimizer_state, "step": args.steps}
         dcp.save(checkpoint, checkpoint_id=args.save)
+    # A thread of gloo that still holds a tensor of what was saved when Python ends aborts
+    # (pytorch/pytorch#179291).
+    dist.barrier()
     dist.destroy_process_group()
 
 
