@@ -171,17 +171,24 @@ def make(
 
 def check_group(group: dict[str, Any], takes_norm: bool) -> None:
     """Raises RuntimeError on options that take more than a flat parameter knows."""
-    refused = (
-        (group["beta_scope"] == "global", 'beta_scope="global"', 'beta_scope="tensor" or "row"'),
-        (takes_norm, "max_grad_norm or skip_nonfinite", "the clipping of the scheme"),
-        (storage.is_packed(group), "state or parameters in few bits", "float32"),
-    )
-    for is_set, option, instead in refused:
-        if is_set:
-            raise RuntimeError(
-                f"{option} is of more than a flat parameter, a part of a model, knows: take "
-                f"{instead}, or FSDP2 (torch.distributed.fsdp.fully_shard)"
-            )
+    if group["beta_scope"] == "global":
+        reason = (
+            'beta_scope="global" is of the whole model, and a flat parameter is a part of it: take '
+            'beta_scope="tensor" or "row"'
+        )
+    elif takes_norm:
+        reason = (
+            "max_grad_norm and skip_nonfinite go by the norm of the whole model, and a flat "
+            "parameter is a part of it: clip before the step, as by DeepSpeed's gradient_clipping"
+        )
+    elif storage.is_packed(group):
+        reason = (
+            "state or parameters in few bits are laid out by tensor, and a flat parameter holds "
+            "several: leave state_dtype, stochastic_rounding and store_param_remainders out"
+        )
+    else:
+        return
+    raise RuntimeError(f"{reason}, or use FSDP2 (torch.distributed.fsdp.fully_shard)")
 
 
 class Cut(NamedTuple):
