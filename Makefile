@@ -77,7 +77,7 @@ test-nvcc: .venv/installed
 	$(BIN)/python -m pytest -m nvcc tests/test_cuda_build.py
 
 demo: .venv/installed
-	$(BIN)/python -m bench.demo
+	$(BIN)/python -m bench.demo --out build/demo
 
 bench-cpu: .venv/installed
 	$(BIN)/python -m bench kernels --device cpu
