@@ -331,9 +331,15 @@ def _checked(
         raise TypeError(f"loaded state {name} is a {type(value).__name__}, not a tensor")
     one = torch.Size([])
     if optimizer._flat_of(param) is not None:
-        rows = optimizer._scalar_shape(param, name, group)
-    else:
-        rows = beta_shape(param.shape, "row") if name in optimizer.row_scalars else one
+        shape = optimizer._scalar_shape(param, name, group)
+        if value.dim() > 0 and value.shape != shape:
+            raise ValueError(
+                f"state {name} of a flat parameter has shape {list(value.shape)}; for the tensors "
+                f"that it was registered with and this beta_scope it has to be {list(shape)}: it "
+                "cannot be converted to another scope, number of ranks or order of tensors"
+            )
+        return value
+    rows = beta_shape(param.shape, "row") if name in optimizer.row_scalars else one
     by_row = rows != one and value.shape == rows
     if not by_row and value.numel() != 1:
         allowed = "[]" if rows == one else f"[] or {list(rows)}"

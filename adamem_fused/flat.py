@@ -12,7 +12,7 @@ and they take one small all-reduce for a buffer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Size, Tensor
 
 from adamem_fused import storage
+from adamem_fused.sharding import is_dtensor
 from adamem_fused.state import beta_shape
 
 if TYPE_CHECKING:
@@ -104,16 +105,17 @@ class Flat:
     offsets: list[int]
     size: int  # of this rank's part
     process_group: ProcessGroup | None
+    # That the group has a backend for.
+    devices: list[torch.device]
     _pieces: dict[str, Pieces] = field(default_factory=dict)
-    # By its place in a batch's lists: a tensor, where it was, and what its views are.
-    _views: dict[int, tuple[Tensor, int, Pieces, list[Tensor]]] = field(default_factory=dict)
+    _tensors: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def pieces(self, beta_scope: str) -> Pieces:
         """By the scope of betas, "tensor" or "row"."""
         if beta_scope not in self._pieces:
             units = [
                 (shape[0], shape[1:].numel())
-                if beta_shape(shape, beta_scope)
+                if shape.numel() > 0 and beta_shape(shape, beta_scope)
                 else (0, shape.numel())
                 for shape in self.shapes
             ]
@@ -123,19 +125,19 @@ class Flat:
             )
         return self._pieces[beta_scope]
 
-    def views(
-        self,
-        place: int,
-        tensor: Tensor,
-        own: Pieces,
-        make: Callable[[Tensor, Pieces], list[Tensor]],
-    ) -> list[Tensor]:
-        """Those of the last step where the tensor is: making them takes longer than small steps."""
-        known = self._views.get(place)
-        where = tensor.data_ptr()
-        if known is None or known[0] is not tensor or known[1] != where or known[2] is not own:
-            known = self._views[place] = tensor, where, own, make(tensor, own)
-        return known[3]
+    def is_like(self, other: Flat) -> bool:
+        """Whether state of the one is state of the other."""
+        return (self.shapes, self.offsets, self.size, self.process_group) == (
+            *(other.shapes, other.offsets, other.size),
+            other.process_group,
+        )
+
+    def tensors(self, device: torch.device) -> Tensor:
+        """Of each piece by row which of the tensors it is of: int64."""
+        if device not in self._tensors:
+            own = [piece.tensor for piece in self.pieces("row").pieces]
+            self._tensors[device] = torch.tensor(own, dtype=torch.int64, device=device)
+        return self._tensors[device]
 
 
 def _world_size(process_group: ProcessGroup | None) -> int:
@@ -149,24 +151,44 @@ def make(
     process_group: ProcessGroup | None,
 ) -> Flat:
     """Raises ValueError on what `register_flat_parameter` raises it on."""
-    sizes = list(map(Size, shapes))
+    sizes = [Size(map(int, shape)) for shape in shapes]
     numels = [size.numel() for size in sizes]
-    starts = list(accumulate(numels, initial=0))[:-1] if offsets is None else list(offsets)
-    if param.dim() != 1 or param.is_complex():
+    if offsets is None:
+        starts = list(accumulate(numels, initial=0))[:-1]
+    else:
+        starts = list(map(int, offsets))
+    if param.dim() != 1 or param.is_complex() or is_dtensor(param):
         raise ValueError(
-            f"a flat parameter is real and has one dimension, not {param.dtype} of shape "
-            f"{list(param.shape)}"
+            "a flat parameter is a plain real tensor of one dimension, not a "
+            f"{type(param).__name__} of {param.dtype} and shape {list(param.shape)}"
         )
     if len(starts) != len(sizes):
         raise ValueError(f"there are {len(starts)} offsets for {len(sizes)} shapes")
-    room = param.numel() * _world_size(process_group)
+    if any(n < 0 for size in sizes for n in size):
+        raise ValueError(f"shapes have to be of whole numbers from 0 on, not {sizes}")
+    world_size = _world_size(process_group)
+    if world_size < 1:
+        raise ValueError("this rank is not in process_group")
+    room = param.numel() * world_size
     stops = [start + numel for start, numel in zip(starts, numels, strict=True)]
     if any(stop > start for stop, start in zip([0, *stops], [*starts, room], strict=True)):
         raise ValueError(
             f"tensors of {numels} elements at offsets {starts} overlap, or do not fit into the "
             f"{room} elements of the ranks' parts"
         )
-    return Flat(sizes, starts, param.numel(), process_group)
+    devices = [] if process_group is None else process_group._device_types
+    return Flat(sizes, starts, param.numel(), process_group, devices)
+
+
+def check_parts(flat: Flat, device: torch.device) -> None:
+    """Raises ValueError on all ranks unless they have equal parts."""
+    size = torch.tensor([flat.size, -flat.size], device=device)
+    largest, smallest = _all_reduce(size, dist.ReduceOp.MAX, flat).tolist()
+    if largest != -smallest:
+        raise ValueError(
+            f"ranks have parts of {-smallest} to {largest} elements of a buffer; they have to be "
+            "equal, the last one filled up"
+        )
 
 
 def check_group(group: dict[str, Any], takes_norm: bool) -> None:
@@ -208,9 +230,15 @@ def split(
     """
     own = flat.pieces(beta_scope)
     cuts = [None if p.cut is None else Cut(flat, own.n_cut, p.cut) for p in own.pieces]
-    lists = [flat.views(i, tensor, own, of_piece) for i, tensor in enumerate(tensors)]
+    for tensor in tensors:
+        if tensor.shape != (flat.size,):
+            raise ValueError(
+                f"a flat parameter was registered with {flat.size} elements; it, its gradient or "
+                f"its state has shape {list(tensor.shape)}"
+            )
+    lists = [_of_pieces(tensor, own) for tensor in tensors]
     for scalar, by_unit in scalars:
-        lists.append(flat.views(len(lists), scalar, own, of_units if by_unit else unbound))
+        lists.append(_of_units(scalar, own) if by_unit else list(scalar.unbind()))
     if own.n_cut > 0 and not any(cuts):
         # All ranks have to be there where the sums are added up.
         cuts.append(Cut(flat, own.n_cut, None))
@@ -220,7 +248,7 @@ def split(
     return lists, cuts
 
 
-def of_piece(tensor: Tensor, own: Pieces) -> list[Tensor]:
+def _of_pieces(tensor: Tensor, own: Pieces) -> list[Tensor]:
     """The elements of each piece, [elements], or [rows, elements of a row]."""
     # Lengths of pieces and of what is between them, in turns.
     bounds = [0, *chain.from_iterable((p.start, p.stop) for p in own.pieces), len(tensor)]
@@ -232,17 +260,14 @@ def of_piece(tensor: Tensor, own: Pieces) -> list[Tensor]:
     ]
 
 
-def of_units(scalar: Tensor, own: Pieces) -> list[Tensor]:
+def _of_units(scalar: Tensor, own: Pieces) -> list[Tensor]:
     """Of one value a unit those of each piece, 0-dim or [rows]."""
+    if not any(piece.rows for piece in own.pieces):
+        return list(scalar.unbind())
     views = scalar.split_with_sizes(own.units)
     return [
         view if piece.rows else view.view(()) for piece, view in zip(own.pieces, views, strict=True)
     ]
-
-
-def unbound(scalar: Tensor, own: Pieces) -> list[Tensor]:
-    """Of one value a piece each, 0-dim."""
-    return list(scalar.unbind())
 
 
 def add_cut(rows: Tensor, lines: Iterable[tuple[int, Cut]]) -> None:
@@ -255,7 +280,7 @@ def add_cut(rows: Tensor, lines: Iterable[tuple[int, Cut]]) -> None:
         for line, cut in own:
             if cut.place is not None:
                 total[cut.place] = rows[line]
-        total = _all_reduce(total, dist.ReduceOp.SUM, flat.process_group)
+        total = _all_reduce(total, dist.ReduceOp.SUM, flat)
         for line, cut in own:
             if cut.place is not None:
                 rows[line] = total[cut.place]
@@ -266,17 +291,16 @@ def agree_on_first_steps(flat: Flat, steps: Tensor) -> None:
 
     As seam.agree_on_first_steps.
     """
-    tensors = [piece.tensor for piece in flat.pieces("row").pieces]
-    index = torch.tensor(tensors, dtype=torch.int64, device=steps.device)
+    index = flat.tensors(steps.device)
     largest = steps.new_zeros(len(flat.shapes)).scatter_reduce_(0, index, steps, "amax")
-    steps.copy_(_all_reduce(largest, dist.ReduceOp.MAX, flat.process_group)[index])
+    steps.copy_(_all_reduce(largest, dist.ReduceOp.MAX, flat)[index])
 
 
-def _all_reduce(values: Tensor, op: Any, process_group: ProcessGroup | None) -> Tensor:
+def _all_reduce(values: Tensor, op: Any, flat: Flat) -> Tensor:
     """On a device that the group has a backend for: ZeRO-Offload steps on the CPU beside NCCL."""
-    if process_group is None:
+    if flat.process_group is None:
         return values
-    devices = process_group._device_types
-    there = values if values.device.type in {d.type for d in devices} else values.to(devices[0])
-    dist.all_reduce(there, op=op, group=process_group)
+    is_there = values.device.type in [device.type for device in flat.devices]
+    there = values if is_there else values.to(flat.devices[0])
+    dist.all_reduce(there, op=op, group=flat.process_group)
     return there.to(values.device)

@@ -188,30 +188,31 @@ def check_new(optimizer: AdaptiveMemoryOptimizer, group: dict[str, Any], new: li
         )
     caller = _find_caller(_ZERO) if new else None
     if caller is not None:
-        scheme = "DeepSpeed's ZeRO"
+        scheme, instead = "DeepSpeed's ZeRO", f"{_INSTEAD}, or stage 1 or 2"
         found = [_ask_deepspeed(caller.f_locals.get("self"), param) for param in new]
         known = {param: own for param, own in zip(new, found, strict=True) if own is not None}
         if len(known) == len(new) and (group["beta_scope"] != "global" or _world_size() > 1):
             flat.check_group(group, optimizer._takes_norm)
-            optimizer._flat.update(known)
+            optimizer._keep_flat(known)
             return
     elif _any_flat(new, optimizer.param_groups, optimizer._given):
         scheme = "A scheme like Megatron's distributed optimizer"
+        instead = f"{_INSTEAD}, or say what they hold (register_flat_parameter)"
     else:
         return
     if _world_size() > 1:
         raise RuntimeError(
             f"{scheme} has put pieces of flat buffers in the place of parameters, so each rank "
-            f"would take betas of its own for its pieces. {_INSTEAD}"
+            f"would take betas of its own for its pieces. {instead}"
         )
     if group["beta_scope"] != "global":
         raise RuntimeError(
             f"{scheme} has put a flat buffer in the place of parameters, which would take one "
-            f"beta for them. {_INSTEAD}"
+            f"beta for them. {instead}"
         )
     warn_user(
         f"{scheme} has put a flat buffer in the place of parameters: beta is the model's only if "
-        f"each step has all of it. {_INSTEAD}"
+        f"each step has all of it. {instead}"
     )
 
 

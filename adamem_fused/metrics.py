@@ -16,6 +16,7 @@ from adamem_fused.backends import ops
 from adamem_fused.backends.batch import bookkeeping_dtype
 
 if TYPE_CHECKING:
+    from adamem_fused.flat import Pieces
     from adamem_fused.optimizer import AdaptiveMemoryOptimizer
 
 _OF_BETAS = ("beta_mean", "beta_min", "at_cap")
@@ -79,11 +80,13 @@ class Elements:
     """
 
     def __init__(
-        self, betas: Betas, sizes: list[int], caps: list[float], flat: dict[int, list[int]]
+        self, betas: Betas, sizes: list[int], caps: list[float], flat: dict[int, Pieces]
     ) -> None:
         numels, counts = betas.numels_and_counts()
         self.key = betas.structure, sizes, caps, flat
-        numels = [sum(flat.get(i, (numel,))) for i, numel in enumerate(numels)]
+        # Before a step has fitted them to it, betas may be of another scope.
+        own = {i: p.numels for i, p in flat.items() if sum(p.units) == counts[i]}
+        numels = [sum(own.get(i, (numel,))) for i, numel in enumerate(numels)]
         like: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
         repeats = torch.tensor(counts, device="cpu")
         elements = torch.tensor(numels, **like) * (repeats > 0)
@@ -96,10 +99,9 @@ class Elements:
         )
         # [betas], their elements, of which sums are exact, and from where on they are at their cap.
         weights, cap = (values.repeat_interleave(repeats) for values in (weights, cap))
-        for i, own in flat.items():
-            if counts[i] > 0:
-                start = sum(counts[:i])
-                weights[start : start + counts[i]] = torch.tensor(own, **like)
+        for i, elements_of in own.items():
+            start = sum(counts[:i])
+            weights[start : start + counts[i]] = torch.tensor(elements_of, **like)
         self.weights, self.caps = weights.to(betas.values), cap.to(betas.values)
 
     def summarize(self, values: Tensor) -> list[Tensor]:
@@ -127,7 +129,7 @@ def read_metrics(
     if parts:
         sizes = list(map(len, lists))
         caps = [float(optimizer._hyper(group).beta_max) for group in optimizer.param_groups]
-        flat = _flat_numels(optimizer) if optimizer._flat else {}
+        flat = _flat_pieces(optimizer) if optimizer._flat else {}
         for betas in parts:
             known = kept.get(betas.values.device)
             if known is None or known.key != (betas.structure, sizes, caps, flat):
@@ -138,12 +140,12 @@ def read_metrics(
     return {**found, **dict(zip(_OF_BETAS, numbers, strict=True)), "skipped_steps": skipped}
 
 
-def _flat_numels(optimizer: AdaptiveMemoryOptimizer) -> dict[int, list[int]]:
-    """Of flat parameters, by their place, the elements that each of their betas is for."""
+def _flat_pieces(optimizer: AdaptiveMemoryOptimizer) -> dict[int, Pieces]:
+    """Of flat parameters, by their place."""
     scopes = [g["beta_scope"] for g in optimizer.param_groups for _ in g["params"]]
     params = [param for group in optimizer.param_groups for param in group["params"]]
     return {
-        i: known.pieces(scope).numels
+        i: known.pieces(scope)
         for i, (param, scope) in enumerate(zip(params, scopes, strict=True))
         if (known := optimizer._flat_of(param)) is not None
     }
@@ -198,6 +200,11 @@ def _given_names(optimizer: AdaptiveMemoryOptimizer) -> list[tuple[str, Tensor]]
         raise ValueError(
             "this optimizer was not given its parameters' names: pass the model, or "
             "model.named_parameters(), here or when the optimizer is made"
+        )
+    if any(len(g["param_names"]) != len(g["params"]) for g in optimizer.param_groups):
+        raise ValueError(
+            "there are names of other parameters than the optimizer has by now: a scheme such as "
+            "DeepSpeed's ZeRO has replaced them, and its flat ones have no names"
         )
     return [
         pair

@@ -261,12 +261,13 @@ class AdaptiveMemoryOptimizer(Optimizer):
             offsets: the element of the buffer at which each begins; without gaps if None. What is
                 in gaps, and behind the last tensor, is not stepped.
             process_group: over whose ranks, in their order, the buffer is split into equal parts,
-                of which param is this rank's. None: it is the whole buffer. All ranks have to step
-                together.
+                of which param is this rank's. None: it is the whole buffer. All ranks have to call
+                this, and to step, together.
 
         Raises:
-            ValueError: a param that is not this optimizer's, has several dimensions or is complex;
-                tensors that overlap or do not fit into the buffer.
+            ValueError: a param that is not this optimizer's, has several dimensions, is complex or
+                a DTensor, or has state of other tensors; tensors that overlap or do not fit into
+                the buffer; parts that are not equal.
             RuntimeError: a group with beta_scope="global", or with state or parameters in few bits;
                 clipping or skipping by the norm.
         """
@@ -275,7 +276,21 @@ class AdaptiveMemoryOptimizer(Optimizer):
             raise ValueError("param is in none of the optimizer's parameter groups")
         known = flat.make(param, shapes, offsets, process_group)
         flat.check_group(groups[0], self._takes_norm)
-        self._flat[param] = known
+        flat.check_parts(known, param.device)
+        before = self._flat_of(param)
+        if before is not None and self.state.get(param) and not before.is_like(known):
+            raise ValueError(
+                "param has state of the tensors that it was registered with before: delete "
+                "optimizer.state[param] first"
+            )
+        self._keep_flat({param: known})
+
+    def _keep_flat(self, known: dict[Tensor, flat.Flat]) -> None:
+        """Adds to the flat parameters, and drops those that are gone: a scheme replaces its own."""
+        own = {id(param) for group in self.param_groups for param in group["params"]}
+        for param in [p for p in self._flat if id(p) not in own and p not in self.state]:
+            del self._flat[param]
+        self._flat.update(known)
 
     def _flat_of(self, param: Tensor) -> flat.Flat | None:
         return self._flat.get(param) if self._flat else None
@@ -947,6 +962,14 @@ class AdaptiveMemoryOptimizer(Optimizer):
             skipped = found_inf.to(current.device).reshape(()) != 0
             current = torch.where(skipped, prev_loss, current)
         self.state.setdefault(self._model_param, {})["prev_loss"] = current
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's."""
+        # By this option a checkpoint is told to be torch.optim's own (checkpoints.wrap). Tools that
+        # copy the groups of one into these bring it along.
+        for group in self.param_groups:
+            group.pop("differentiable", None)
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this class, or of its counterpart in torch.optim.

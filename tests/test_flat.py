@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import weakref
 from itertools import accumulate, pairwise
 
 import pytest
@@ -299,6 +300,87 @@ def test_what_is_in_no_tensor_is_not_stepped():
     assert (part != 1).nonzero().flatten().tolist() == stepped
 
 
+def test_an_empty_tensor_has_no_pieces():
+    """Though its rows would have elements enough for a beta each."""
+    part = Parameter(torch.ones(40))
+    part.grad = torch.ones(40)
+    optimizer = AMAdamW([part], beta_scope="row")
+    optimizer.register_flat_parameter(part, [(2,), (0, 16)])
+    optimizer.step()
+    assert (part != 1).nonzero().flatten().tolist() == [0, 1]
+
+
+@both
+def test_nothing_is_kept_alive(cls):
+    part = Parameter(torch.randn(40))
+    part.grad = torch.randn(40)
+    optimizer = cls([part], beta_scope="row")
+    optimizer.register_flat_parameter(part, [(2, 16)])
+    optimizer.step()
+    old = [weakref.ref(part.grad), *map(weakref.ref, optimizer.state[part].values())]
+    part.grad = None
+    optimizer.state.clear()
+    assert [ref() for ref in old] == [None] * len(old)
+    # Nor are those that a scheme has replaced.
+    old = weakref.ref(part)
+    part = Parameter(torch.randn(40))
+    optimizer.param_groups[0]["params"] = [part]
+    optimizer.register_flat_parameter(part, [(2, 16)])
+    assert old() is None
+
+
+def compile_steps(cls, scope):
+    ours, compiled = Flattened(cls, scope), Flattened(cls, scope)
+    compiled.optimizer.step = torch.compile(compiled.optimizer.step, backend="eager")
+    for step in range(3):
+        ours.step(cls, step)
+        compiled.step(cls, step)
+    for a, b in zip(ours.flats, compiled.flats, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_compiled_step_is_the_step(two_ranks, scope):
+    two_ranks.run(compile_steps, AMAdamW, scope)
+
+
+@both
+def test_metrics_are_those_of_the_last_step_until_the_next(cls):
+    part = Parameter(torch.randn(80))
+    part.grad = torch.randn(80)
+    optimizer = cls([part], beta_scope="tensor", **OPTIONS[cls])
+    optimizer.step()
+    before = optimizer.metrics()
+    optimizer.register_flat_parameter(part, [(4, 16), (7,)])
+    torch.testing.assert_close(optimizer.metrics(), before)
+    optimizer.step()
+    optimizer.param_groups[0]["beta_scope"] = "row"
+    assert 0 <= optimizer.metrics()["beta_mean"] <= 0.9
+
+
+def test_names_of_what_was_replaced_are_said_to_be():
+    model = Linear(3, 4)
+    optimizer = AMAdamW(model.named_parameters())
+    optimizer.param_groups[0]["params"] = [Parameter(torch.ones(16))]
+    with pytest.raises(ValueError, match="DeepSpeed's ZeRO has replaced them"):
+        optimizer.betas_by_name()
+
+
+def test_a_checkpoint_is_this_packages_own_though_a_tool_has_brought_adamws_options():
+    param = Parameter(torch.ones(4))
+    optimizer = AMAdamW([param], **OPTIONS[AMAdamW])
+    for step in range(4):
+        param.grad = torch.linspace(-1, 1, 4).roll(step)
+        optimizer.step()
+    beta = optimizer.state[param]["beta"].clone()
+    assert 0 < beta < 0.88
+    optimizer.param_groups[0].update(
+        torch.optim.AdamW([param]).param_groups[0] | {"params": [param]}
+    )
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert torch.equal(optimizer.state[param]["beta"], beta)
+
+
 # ---- what is refused --------------------------------------------------------------
 
 
@@ -310,6 +392,7 @@ def test_what_is_in_no_tensor_is_not_stepped():
         ([16], [(4,), (4,)], {"offsets": [0, 3]}, "overlap"),
         ([16], [(4,)], {"offsets": [-1]}, "overlap"),
         ([16], [(4,)], {"offsets": [0, 4]}, "2 offsets for 1 shapes"),
+        ([16], [(-3,)], {}, "whole numbers from 0 on"),
     ],
 )
 def test_what_cannot_be_a_flat_parameter_is_refused(shape, shapes, options, match):
@@ -355,8 +438,11 @@ def test_another_scope_of_a_flat_parameter_is_refused(cls):
     optimizer.register_flat_parameter(part, [(4, 16)])
     optimizer.step()
     optimizer.param_groups[0]["beta_scope"] = "tensor"
-    with pytest.raises(ValueError, match=r"beta(_prod)? has shape \[4\]"):
+    with pytest.raises(ValueError, match=r"has shape \[4\]; .* cannot be converted"):
         optimizer.step()
+    # Nor are other tensors in the same buffer.
+    with pytest.raises(ValueError, match="was registered with before"):
+        optimizer.register_flat_parameter(part, [(2, 32)])
     # Nor is a copy, which knows of no tensors, taken for a vector.
     optimizer.param_groups[0]["beta_scope"] = "row"
     copied = copy.deepcopy(optimizer)
@@ -364,3 +450,28 @@ def test_another_scope_of_a_flat_parameter_is_refused(cls):
         param.grad = torch.ones(64)
     with pytest.raises(ValueError, match=r"beta(_prod)? has shape \[4\]"):
         copied.step()
+
+
+def unequal_parts():
+    part = Parameter(torch.ones(45 + dist.get_rank()))
+    optimizer = AMSGD([part], beta_scope="tensor")
+    with pytest.raises(ValueError, match="parts of 45 to 46 elements"):
+        optimizer.register_flat_parameter(part, [(80,)], process_group=dist.group.WORLD)
+    alone = [dist.new_group([rank]) for rank in range(2)][1 - dist.get_rank()]
+    with pytest.raises(ValueError, match="this rank is not in process_group"):
+        optimizer.register_flat_parameter(part, [(40,)], process_group=alone)
+
+
+def test_ranks_with_unequal_parts_are_refused(two_ranks):
+    two_ranks.run(unequal_parts)
+
+
+def test_a_part_that_has_changed_its_size_is_refused():
+    part = Parameter(torch.ones(40))
+    part.grad = torch.ones(40)
+    optimizer = AMSGD([part], beta_scope="tensor")
+    optimizer.register_flat_parameter(part, [(40,)])
+    part.data, part.grad = torch.ones(60), torch.ones(60)
+    with pytest.raises(ValueError, match="registered with 40 elements"):
+        optimizer.step()
+    assert part.eq(1).all()
