@@ -91,6 +91,8 @@ def main() -> None:
 
     if args.save:
         engine.save_checkpoint(args.save, client_state={"step": args.steps})
+    # A thread of gloo that still holds a tensor when Python ends aborts (pytorch/pytorch#179291).
+    dist.barrier()
     dist.destroy_process_group()
 
 
