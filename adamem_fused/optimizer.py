@@ -274,9 +274,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
         groups = [g for g in self.param_groups if any(p is param for p in g["params"])]
         if not groups:
             raise ValueError("param is in none of the optimizer's parameter groups")
+        # First, as ranks whose parts differ may not agree on what fits.
+        flat.check_parts(flat.make(param, [], None, process_group), param.device)
         known = flat.make(param, shapes, offsets, process_group)
         flat.check_group(groups[0], self._takes_norm)
-        flat.check_parts(known, param.device)
         before = self._flat_of(param)
         if before is not None and self.state.get(param) and not before.is_like(known):
             raise ValueError(

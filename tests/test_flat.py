@@ -456,7 +456,7 @@ def unequal_parts():
     part = Parameter(torch.ones(45 + dist.get_rank()))
     optimizer = AMSGD([part], beta_scope="tensor")
     with pytest.raises(ValueError, match="parts of 45 to 46 elements"):
-        optimizer.register_flat_parameter(part, [(80,)], process_group=dist.group.WORLD)
+        optimizer.register_flat_parameter(part, [(91,)], process_group=dist.group.WORLD)
     alone = [dist.new_group([rank]) for rank in range(2)][1 - dist.get_rank()]
     with pytest.raises(ValueError, match="this rank is not in process_group"):
         optimizer.register_flat_parameter(part, [(40,)], process_group=alone)
