@@ -60,7 +60,7 @@ test-integrations: .venv-integrations/installed
 	cd .venv-integrations/copy && ../bin/python -m pytest -m integrations tests/integrations
 
 # Debian, Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user. Without them pytest would skip.
-# What make test leaves out of them: some six minutes.
+# What make test leaves out of them: two to three minutes.
 test-emulated: .venv/installed
 	$(BIN)/python -m pytest -n 2 -m emulated tests/test_triton.py tests/test_cuda.py tests/test_gpu_check.py
 
