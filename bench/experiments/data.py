@@ -1,10 +1,13 @@
-"""The data: all of it comes with Python or scikit-learn, and nothing is downloaded."""
+"""The data: all of it comes with Python or with packages, and nothing is downloaded."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import os
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
@@ -31,6 +34,39 @@ def breast_cancer() -> tuple[Tensor, Tensor]:
     data = load_breast_cancer()
     features = torch.tensor(data.data, dtype=torch.float64)
     return (features - features.mean(0)) / features.std(0), torch.tensor(data.target)
+
+
+# Where Debian's package dataset-fashion-mnist has it, 60,000 and 10,000 images of clothes.
+FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
+
+
+@cache
+def fashion_mnist() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Training and test part, each [images, 1, 28, 28] float32 in [0, 1], and their labels.
+
+    Raises:
+        RuntimeError: the files are neither in Debian's folder nor in that of the environment
+            variable FASHION_MNIST.
+    """
+    folder = Path(os.environ.get("FASHION_MNIST", FASHION_MNIST))
+    if not folder.is_dir():
+        raise RuntimeError(
+            "Fashion-MNIST is not here: install Debian's package dataset-fashion-mnist, or name "
+            "the folder that has its four files in the environment variable FASHION_MNIST"
+        )
+    training, tests = (
+        (
+            _idx(folder / f"{part}-images-idx3-ubyte.gz", 16).view(-1, 1, 28, 28) / 255.0,
+            _idx(folder / f"{part}-labels-idx1-ubyte.gz", 8).long(),
+        )
+        for part in ("train", "t10k")
+    )
+    return training, tests
+
+
+def _idx(path: Path, header: int) -> Tensor:
+    """The bytes of a file in MNIST's format, after a header of so many, uint8."""
+    return torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())[header:]), dtype=torch.uint8)
 
 
 def split(count: int) -> tuple[Tensor, Tensor]:

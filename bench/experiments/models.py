@@ -1,4 +1,4 @@
-"""The models that the demo does not have: a ResNet and a ViT for 8 x 8 images."""
+"""The models that the demo does not have: a ResNet and a ViT for small images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CLASSES = 10
-PATCH = 2  # pixels along each side
 
 
 class ResidualBlock(nn.Module):
@@ -43,12 +42,20 @@ class ResNet(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patches, learned positions, pre-norm encoder layers, mean over the patches."""
+    """Patches, learned positions, pre-norm encoder layers, mean over the patches.
 
-    def __init__(self, width: int, heads: int, layers: int) -> None:
+    Args:
+        width, heads, layers: of the encoder.
+        patch: pixels along each side of a patch.
+        patches: how many of them an image has.
+    """
+
+    def __init__(
+        self, width: int, heads: int, layers: int, patch: int = 2, patches: int = 16
+    ) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(1, width, PATCH, stride=PATCH, bias=False)
-        self.positions = nn.Parameter(0.02 * torch.randn(16, width))
+        self.patches = nn.Conv2d(1, width, patch, stride=patch, bias=False)
+        self.positions = nn.Parameter(0.02 * torch.randn(patches, width))
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 width, heads, 2 * width, dropout=0.0, batch_first=True, norm_first=True, bias=False
@@ -59,7 +66,7 @@ class ViT(nn.Module):
         self.head = nn.Linear(width, CLASSES, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[batch, 1, 8, 8] to logits, [batch, 10]."""
+        """[batch, 1, height, width] to logits, [batch, 10]."""
         x = self.patches(images).flatten(2).transpose(1, 2) + self.positions
         for layer in self.layers:
             x = layer(x)

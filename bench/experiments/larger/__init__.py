@@ -1,0 +1,1 @@
+"""Longer trainings of larger models, with ablations: learning rates searched, not gridded."""

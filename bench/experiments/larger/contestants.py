@@ -1,0 +1,196 @@
+"""The optimizers of the larger tasks, and how each is made.
+
+All get the same weight decay, and the same clipping by the global norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from adamem_fused import AMAdamW, param_groups
+from bench.experiments.larger import plain
+from bench.experiments.larger.muon import Muon
+from bench.experiments.larger.plain import Drawn, PlainAMAdamW, Rule, Segments, exact
+
+BETA2 = 0.999
+CAP = 0.89  # the paper's for its memory_lambda of 0.1
+MEMORY_LAMBDA = 0.1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run's optimizer is made of.
+
+    Attributes:
+        model: what it trains.
+        inner: how the names of the layers begin whose matrices Muon takes.
+        lr, weight_decay: the run's.
+        steps: its length.
+        seed: its seed.
+        quantiles: of the betas of the contestant's `drawn_from`.
+    """
+
+    model: nn.Module
+    inner: str
+    lr: float
+    weight_decay: float
+    steps: int
+    seed: int
+    quantiles: Tensor | None = None
+
+    def groups(self) -> list[dict[str, Any]]:
+        return param_groups(self.model, self.weight_decay)
+
+
+Optimizers: TypeAlias = list[Optimizer]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An optimizer with its options.
+
+    Attributes:
+        name: as the results have it.
+        make: its optimizers, which share the model's parameters out between them.
+        start: octaves above the task's learning rate at which the search starts.
+        drawn_from: the contestant whose distribution of betas it draws from.
+    """
+
+    name: str
+    make: Callable[[Setting], Optimizers]
+    start: int = 0
+    drawn_from: str | None = None
+
+
+def _adamw(betas: tuple[float, float], setting: Setting) -> Optimizers:
+    return [torch.optim.AdamW(setting.groups(), lr=setting.lr, betas=betas, fused=True)]
+
+
+def adamw(beta1: float, beta2: float = BETA2) -> Contestant:
+    name = f"AdamW {beta1:g}" + ("" if beta2 == BETA2 else f", {beta2:g}")
+    return Contestant(name, partial(_adamw, (beta1, beta2)))
+
+
+def _am_adamw(
+    options: dict[str, Any], embeddings: dict[str, Any] | None, setting: Setting
+) -> Optimizers:
+    groups = param_groups(setting.model, setting.weight_decay, embeddings=embeddings)
+    return [AMAdamW(groups, lr=setting.lr, fused=True, **options)]
+
+
+def am_adamw(
+    plane: str,
+    scope: str,
+    *,
+    memory_lambda: float = MEMORY_LAMBDA,
+    cap: float | None = None,
+    beta2: float = BETA2,
+    embeddings: str | None = None,
+) -> Contestant:
+    """AM-AdamW with the paper's cap for its lambda, 0.9 - 0.1 lambda, or with another."""
+    name = f"AM-AdamW {plane} {scope}"
+    name += "" if memory_lambda == MEMORY_LAMBDA else f", lambda {memory_lambda:g}"
+    name += "" if cap is None else f", cap {cap:g}"
+    name += "" if beta2 == BETA2 else f", beta2 {beta2:g}"
+    name += "" if embeddings is None else f", embeddings {embeddings}"
+    options = {
+        "betas": (0.9 - 0.1 * memory_lambda if cap is None else cap, beta2),
+        "memory_lambda": memory_lambda,
+        "memory_plane": plane,
+        "beta_scope": scope,
+    }
+    of_embeddings = None if embeddings is None else {"beta_scope": embeddings}
+    make = partial(_am_adamw, options, of_embeddings)
+    return Contestant(name, make, start=1 if scope == "row" else 0)
+
+
+def _plain(
+    segments: Callable[[Tensor], Segments], rule: Rule | None, setting: Setting
+) -> Optimizers:
+    if rule is None:
+        assert setting.quantiles is not None
+        rule = Drawn(setting.quantiles, setting.seed)
+    return [PlainAMAdamW(setting.groups(), setting.lr, segments, rule, steps=setting.steps)]
+
+
+def cut(name: str, segments: Callable[[Tensor], Segments]) -> Contestant:
+    return Contestant(f"AM-AdamW level {name}", partial(_plain, segments, exact), start=1)
+
+
+def _muon(adaptive: bool, rest: Contestant, setting: Setting) -> Optimizers:
+    inner = {
+        name: param
+        for name, param in setting.model.named_parameters()
+        if name.startswith(setting.inner) and param.dim() == 2
+    }
+    muon = Muon(inner.values(), setting.lr, setting.weight_decay, adaptive=adaptive)
+    (others,) = rest.make(setting)
+    taken = set(inner.values())
+    for group in others.param_groups:
+        group["params"] = [param for param in group["params"] if param not in taken]
+    return [muon, others]
+
+
+def muon(name: str, adaptive: bool, rest: Contestant) -> Contestant:
+    return Contestant(f"{name} + {rest.name}", partial(_muon, adaptive, rest), start=1)
+
+
+LEVEL_TENSOR = am_adamw("level", "tensor")
+LEVEL_ROW = am_adamw("level", "row")
+ADAMW = adamw(0.9)
+
+# Adaptive Memory's step with betas that are not adapted to it.
+ABLATIONS = [
+    Contestant("beta at the cap", partial(_plain, plain.whole, plain.at_cap)),
+    *(
+        contestant
+        for full, segments in ((LEVEL_TENSOR, plain.whole), (LEVEL_ROW, plain.rows))
+        for scope in (full.name.rsplit(" ", 1)[1],)
+        for contestant in (
+            Contestant(
+                f"beta drawn, {scope}",
+                partial(_plain, segments, None),
+                full.start,
+                drawn_from=full.name,
+            ),
+            Contestant(
+                f"beta of the last step, {scope}",
+                partial(_plain, segments, plain.last_step),
+                full.start,
+            ),
+        )
+    ),
+]
+FIXED = [adamw(0.6), adamw(0.8), ADAMW, adamw(0.95), adamw(0.9, 0.95), adamw(0.8, 0.95)]
+ADAPTIVE = [am_adamw(p, s) for p in ("level", "anchored") for s in ("tensor", "global", "row")]
+OPTIONS = [
+    am_adamw("level", "tensor", cap=0.95),
+    am_adamw("level", "row", cap=0.95),
+    am_adamw("anchored", "row", cap=0.95),
+    am_adamw("level", "row", memory_lambda=0.0),
+    am_adamw("level", "row", memory_lambda=1.0),
+    am_adamw("level", "tensor", beta2=0.95),
+    am_adamw("level", "row", beta2=0.95),
+    am_adamw("level", "row", embeddings="tensor"),
+]
+CUTS = [
+    cut("columns", plain.columns),
+    cut("blocks of 32", plain.Blocks(32)),
+    cut("blocks of 128", plain.Blocks(128)),
+]
+MUON = [
+    muon("Muon", False, ADAMW),
+    muon("Muon", False, LEVEL_ROW),
+    muon("AM-Muon row", True, LEVEL_ROW),
+]
+CONTESTANTS = {
+    contestant.name: contestant
+    for contestant in (*FIXED, *ADAPTIVE, *ABLATIONS, *OPTIONS, *CUTS, *MUON)
+}
