@@ -139,7 +139,8 @@ def train(
         seconds.append(time.thread_time() - start)
         if step % LOOK_EVERY == 0:
             betas.look(step)
-        curve += [problem.curve(model)] * ends.count(step + 1)
+        if step + 1 in ends:
+            curve.append(problem.curve(model))
 
     finished = len(seconds) == task.steps
     searched = cell.seed == SEARCHED_SEED and bool(betas.seen)
