@@ -3,8 +3,10 @@
     python -m bench.experiments run            # the runs behind the committed report: hours
     python -m bench.experiments run --quick    # as many tables and pictures, in minutes
     python -m bench.experiments run --row      # betas by row, beside what they would replace: hours
+    python -m bench.experiments run --larger   # larger models, with ablations: many hours
     python -m bench.experiments run --gpt2     # GPT-2 small's layers; needs a GPU
     python -m bench.experiments report         # the report again, from the results on disk
+    python -m bench.experiments report --larger
     python -m bench.experiments low-precision  # state and parameters in few bits: minutes
 
 A run that was interrupted goes on where it stopped. Data, initial weights and order are the
@@ -24,6 +26,11 @@ from tqdm import tqdm
 from bench.arguments import COUNT, output_folder
 from bench.experiments import gpt2
 from bench.experiments.grid import FULL, ROW, Grid, quick_grid
+from bench.experiments.larger.report import write_report as write_larger_report
+from bench.experiments.larger.results import Results as LargerResults
+from bench.experiments.larger.studies import STUDIES
+from bench.experiments.larger.tasks import TASKS as LARGER_TASKS
+from bench.experiments.larger.training import run_studies
 from bench.experiments.report import write_report
 from bench.experiments.results import Results
 from bench.experiments.runner import run_cells
@@ -31,6 +38,7 @@ from bench.low_precision import training
 
 RESULTS = Path("bench/results/experiments")
 ROW_RESULTS = Path("bench/results/experiments-row")
+LARGER_RESULTS = Path("bench/results/experiments-larger")
 GPT2_RESULTS = Path("bench/results/experiments-gpt2")
 QUICK_RESULTS = Path("build/experiments-quick")
 REFUSED = 2
@@ -53,6 +61,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--row", action="store_true", help="betas by row, beside what they would replace"
     )
     which.add_argument(
+        "--larger",
+        action="store_true",
+        help="larger models, with ablations: many hours",
+    )
+    which.add_argument(
         "--gpt2", action="store_true", help="GPT-2 small's layers, on a GPU (not yet run on one)"
     )
     run.add_argument(
@@ -61,16 +74,27 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument(
         "--out",
         type=output_folder,
-        help=f"folder (default: {RESULTS}, of --row {ROW_RESULTS}, of --quick {QUICK_RESULTS})",
+        help=f"folder (default: {RESULTS}, of --row {ROW_RESULTS}, of --larger {LARGER_RESULTS}, "
+        f"of --quick {QUICK_RESULTS})",
     )
     report = commands.add_parser("report", help="write the report of results that are there")
-    report.add_argument("--out", type=output_folder, default=RESULTS, help="folder")
+    report.add_argument("--larger", action="store_true", help="that of `run --larger`")
+    report.add_argument(
+        "--out",
+        type=output_folder,
+        help=f"folder (default: {RESULTS}, of --larger {LARGER_RESULTS})",
+    )
     training.add_parser(commands)
     args = parser.parse_args(argv)
-    if args.out is None and args.command == "run":
-        folder = QUICK_RESULTS if args.quick else GPT2_RESULTS if args.gpt2 else RESULTS
-        folder = ROW_RESULTS if args.row else folder
-        args.out = output_folder(str(folder))
+    if args.out is None and args.command != "low-precision":
+        by_flag = {
+            "quick": QUICK_RESULTS,
+            "row": ROW_RESULTS,
+            "larger": LARGER_RESULTS,
+            "gpt2": GPT2_RESULTS,
+        }
+        given = (folder for flag, folder in by_flag.items() if getattr(args, flag, False))
+        args.out = output_folder(str(next(given, RESULTS)))
     return args
 
 
@@ -107,6 +131,26 @@ def run(grid: Grid, results: Results, workers: int) -> int:
     return status
 
 
+def run_larger(results: LargerResults, workers: int) -> int:
+    """Runs what is missing of the larger trainings.
+
+    Interrupted, it leaves the finished runs and a report of them.
+    """
+    environment = results.open_for(LARGER_TASKS)
+    runs = {run.cell: run for run in results}
+    status = 0
+    with tqdm(initial=len(runs), unit="run") as bar:  # a search's length is not known
+        try:
+            for run in run_studies(runs, STUDIES, environment, workers):
+                results.add(run)
+                bar.set_postfix_str(f"{run.cell.task}, {run.cell.contestant}", refresh=False)
+                bar.update()
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+    write_larger_report(results)
+    return status
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
@@ -115,11 +159,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse_args(argv)
     if args.command == "report":
-        write_report(Results(args.out))
+        if args.larger:
+            write_larger_report(LargerResults(args.out))
+        else:
+            write_report(Results(args.out))
         return 0
     if args.command == "low-precision":
         return training.run(args.quick, args.workers, args.out)
     try:
+        if args.larger:
+            return run_larger(LargerResults(args.out), args.workers)
         grid, results = prepare(args)
     except (RuntimeError, ValueError) as error:
         print(f"bench.experiments: {error}", file=sys.stderr)

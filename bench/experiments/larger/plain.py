@@ -36,9 +36,7 @@ def whole(_: Tensor) -> Segments:
 def rows(param: Tensor) -> Segments:
     if param.dim() < 2 or param[0].numel() < SHORTEST_ROW:
         return whole(param)
-    return Segments(
-        lambda x: x.flatten(1).sum(1), lambda b: b.view(-1, *[1] * (param.dim() - 1))
-    )
+    return Segments(lambda x: x.flatten(1).sum(1), lambda b: b.view(-1, *[1] * (param.dim() - 1)))
 
 
 def columns(param: Tensor) -> Segments:

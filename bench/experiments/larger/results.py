@@ -98,7 +98,7 @@ class Results:
         Raises:
             ValueError: it holds runs of other tasks of the same names, or of another text.
         """
-        settings = {"corpus": corpus().digest(), "tasks": {}, "environments": []}
+        settings: dict[str, Any] = {"corpus": corpus().digest(), "tasks": {}, "environments": []}
         if self.settings.exists():
             settings = json.loads(self.settings.read_text())
         if settings["corpus"] != corpus().digest():

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from multiprocessing.pool import AsyncResult
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,9 @@ class Betas:
                 for param in group["params"]:
                     if "beta" in optimizer.state[param]:
                         beta = optimizer.state[param]["beta"].reshape(-1).clone()
-                        cap = optimizer.momentum if isinstance(optimizer, Muon) else group["betas"][0]
+                        cap = (
+                            optimizer.momentum if isinstance(optimizer, Muon) else group["betas"][0]
+                        )
                         at_cap += (beta > cap - 1e-6).float().mean().item() * param.numel()
                         elements += param.numel()
                         seen[param] = beta
@@ -128,7 +131,7 @@ def train(
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             break
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(params, MAX_NORM)
         optimizer_start = time.thread_time()
         for optimizer in optimizers:
@@ -175,9 +178,7 @@ def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
 
 
-def _train_cell(
-    cell: Cell, environment: int, quantiles: list[list[list[float]]] | None
-) -> Run:
+def _train_cell(cell: Cell, environment: int, quantiles: list[list[list[float]]] | None) -> Run:
     return train(TASKS[cell.task], CONTESTANTS[cell.contestant], cell, environment, quantiles)
 
 
@@ -191,7 +192,7 @@ def run_studies(
     torch.set_num_threads(1)  # before the fork, which threads of OpenMP would not survive
     context = multiprocessing.get_context("fork")
     with context.Pool(workers, _start_worker) as pool:
-        pending = {}
+        pending: dict[Cell, AsyncResult[Run]] = {}
         while True:
             for cell in next_cells(runs, studies):
                 if len(pending) == workers:

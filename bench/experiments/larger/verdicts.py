@@ -5,6 +5,13 @@ Written before the runs that they are about.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+from bench.experiments.larger.contestants import FIXED
+from bench.experiments.larger.table import Table
+from bench.experiments.verdicts import Interval, interval
+
 RULE = """\
 Each contestant's learning rate is searched on seed 0, a factor of 2 at a time, until the best has
 been tried on both sides; what is best, the held-out part for choosing says. All seeds are then
@@ -68,3 +75,97 @@ QUESTIONS = {
         ("AM-Muon row + AM-AdamW level row", "Muon + AM-AdamW level row"),
     ],
 }
+
+MARGIN = 0.01
+BETTER, WORSE, LEVEL, OPEN = "better", "worse", "level", "not decided"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the runs say of two contestants.
+
+    Attributes:
+        question: a key of QUESTIONS.
+        contestant, against: who is compared with whom.
+        warmup: of the runs compared.
+        per_task: the mean log ratio of losses on each task.
+        numbers: how many tasks and seeds it was taken over.
+        interval: of the mean over all of them.
+        outcome: BETTER, WORSE, LEVEL or OPEN.
+    """
+
+    question: str
+    contestant: str
+    against: str
+    warmup: bool
+    per_task: dict[str, float]
+    numbers: int
+    interval: Interval
+    outcome: str
+
+
+def outcome(found: Interval, means: list[float]) -> str:
+    """By the rule, of an interval and of the tasks' means."""
+    if found.high < 0 and all(mean < 0 for mean in means):
+        return BETTER
+    if found.low > 0 and all(mean > 0 for mean in means):
+        return WORSE
+    margin = math.log1p(MARGIN)
+    return LEVEL if -margin < found.low and found.high < margin else OPEN
+
+
+def log_ratios(
+    table: Table, task: str, warmup: bool, contestant: str, against: str
+) -> dict[int, float]:
+    """Of the losses, by seed, of the seeds that both have."""
+    if against == BEST_ADAMW:
+        best = best_adamw(table, task, warmup)
+        if best is None:
+            return {}
+        against = best
+    ours, theirs = (table.log_losses(task, warmup, name) for name in (contestant, against))
+    return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+
+
+def best_adamw(table: Table, task: str, warmup: bool) -> str | None:
+    """The fixed betas with the lowest loss on the part for choosing, on the searched seed.
+
+    None as long as not all of the contestants that the task has are there.
+    """
+    runs = [table.searched(task, warmup, contestant.name) for contestant in FIXED]
+    if any(run is None for run in runs):
+        return None
+    return min((run for run in runs if run), key=lambda run: run.choosing).cell.contestant
+
+
+def verdicts(table: Table) -> list[Verdict]:
+    """A verdict for each pair of contestants that have been run, with warm-up and without."""
+    found = []
+    for question, pairs in QUESTIONS.items():
+        for contestant, against in pairs:
+            for warmup in (True, False):
+                by_task = {
+                    task: log_ratios(table, task, warmup, contestant, against)
+                    for task in table.tasks
+                }
+                values = [value for ratios in by_task.values() for value in ratios.values()]
+                if values:
+                    means = {
+                        task: sum(ratios.values()) / len(ratios)
+                        for task, ratios in by_task.items()
+                        if ratios
+                    }
+                    mean = interval(values)
+                    found.append(
+                        Verdict(
+                            question,
+                            contestant,
+                            against,
+                            warmup,
+                            means,
+                            len(values),
+                            mean,
+                            outcome(mean, list(means.values())),
+                        )
+                    )
+    return found
