@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def _panels(
         loc="outside upper left",
         ncols=3 if columns > 1 else 2,
         frameon=False,
-        title=legend,
+        title=textwrap.fill(legend, 60 * columns),
         alignment="left",
     )
     return figure
@@ -111,13 +112,17 @@ def loss_by_lr(table: Table) -> Figure:
     """Loss at the end at every learning rate that was tried."""
 
     def draw(ax: Axes, condition: Condition) -> None:
-        task, warmup = condition
         for name, colour in SHOWN.items():
-            runs = sorted(table.search_runs(task, warmup, name), key=lambda run: run.cell.lr)
+            runs = sorted(table.search_runs(*condition, name), key=lambda run: run.cell.lr)
             if runs:
                 lrs, losses = [run.cell.lr for run in runs], [table.loss(run) for run in runs]
                 ax.plot(lrs, losses, marker=".", color=colour, label=name)
+        tried = sorted(
+            {run.cell.lr for name in SHOWN for run in table.search_runs(*condition, name)}
+        )
         ax.set_xscale("log")
+        ax.set_xticks(tried, [f"{lr:g}" for lr in tried])
+        ax.minorticks_off()
         ax.set_xlabel("learning rate")
         ax.set_ylabel("held-out loss at the end")
 

@@ -108,6 +108,7 @@ def _verdict_sections(found: Sequence[Verdict]) -> list[str]:
                 [
                     verdict.contestant,
                     verdict.against,
+                    "convex" if verdict.convex else "networks",
                     "with" if verdict.warmup else "without",
                     str(verdict.numbers),
                     ratio(verdict.interval),
@@ -116,7 +117,16 @@ def _verdict_sections(found: Sequence[Verdict]) -> list[str]:
                 ]
                 for verdict in of_question
             ]
-            headers = ["", "against", "warm-up", "runs", "ratio of losses", "by task", "verdict"]
+            headers = [
+                "",
+                "against",
+                "tasks",
+                "warm-up",
+                "runs",
+                "ratio of losses",
+                "each",
+                "verdict",
+            ]
             sections += [f"### {question}", markdown(rows, headers)]
     return sections
 

@@ -41,6 +41,7 @@ STUDIES = (
     Study("gpt-1m", True, CORE, seeds=1),
     Study("gpt-400k", True, MAIN, seeds=3),
     Study("vit-fashion", True, MAIN, seeds=1),
+    Study("logistic-fashion", True, (*SHORT, "beta at the cap"), seeds=3),
     Study("gpt-400k", False, SHORT, seeds=1),
     Study("lora-documentation", True, SHORT, seeds=3),
     Study("gpt-400k", True, tuple(CONTESTANTS), seeds=1),

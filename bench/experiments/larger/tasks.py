@@ -63,6 +63,7 @@ class LargerTask:
         make: the problem of a number of steps and a seed.
         inner: how the names of the layers begin whose matrices Muon takes.
         classes: what is guessed from: the loss of a model that has learned nothing is its log.
+        convex: whether the training loss is convex: no network, then.
     """
 
     name: str
@@ -73,6 +74,7 @@ class LargerTask:
     make: Callable[[int, int], Problem]
     inner: str
     classes: int = VOCABULARY
+    convex: bool = False
 
 
 @torch.no_grad()
@@ -214,6 +216,13 @@ def images(new_model: Callable[[], nn.Module], batch_size: int, steps: int, seed
     )
 
 
+def logistic_regression() -> nn.Module:
+    linear = nn.Linear(28 * 28, CLASSES)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.Flatten(), linear)
+
+
 # ---- the list -------------------------------------------------------------------------
 
 SMALL = (96, 4, 3)  # width, heads, layers: 0.39 M parameters
@@ -277,6 +286,17 @@ def _tasks() -> list[LargerTask]:
             make=partial(images, partial(ViT, 128, 4, 4, patch=4, patches=49), 16),
             inner="layers.",
             classes=CLASSES,
+        ),
+        LargerTask(
+            "logistic-fashion",
+            "logistic regression on Fashion-MNIST, 16 images a step: convex",
+            steps=2000,
+            lr=1.5e-3,
+            weight_decay=0.0,
+            make=partial(images, logistic_regression, 16),
+            inner="layers.",
+            classes=CLASSES,
+            convex=True,
         ),
     ]
 

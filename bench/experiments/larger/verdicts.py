@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import product
+from statistics import fmean
 
 from bench.experiments.larger.contestants import FIXED
 from bench.experiments.larger.table import Table
+from bench.experiments.larger.tasks import TASKS
 from bench.experiments.verdicts import Interval, interval
 
 RULE = """\
@@ -17,7 +20,8 @@ Each contestant's learning rate is searched on seed 0, a factor of 2 at a time, 
 been tried on both sides; what is best, the held-out part for choosing says. All seeds are then
 compared at that learning rate on the other held-out part. The difference of log losses of two
 contestants on a task at a seed, with the same initial weights and the same batches, is one number;
-a question's numbers are those of all tasks and seeds at which both have been run. The first is
+a question's numbers are those of all tasks and seeds at which both have been run, networks and
+convex tasks apart. The first is
 **better** where the 95% t interval of their mean lies below 0 and the mean of every task does,
 **worse** where interval and tasks lie above, **level** where the interval lies within 1% on either
 side, and otherwise it is **not decided**. A run that diverged counts as a loss of log 256 for text
@@ -87,6 +91,7 @@ class Verdict:
     Attributes:
         question: a key of QUESTIONS.
         contestant, against: who is compared with whom.
+        convex: whether of convex tasks, or of networks.
         warmup: of the runs compared.
         per_task: the mean log ratio of losses on each task.
         numbers: how many tasks and seeds it was taken over.
@@ -97,6 +102,7 @@ class Verdict:
     question: str
     contestant: str
     against: str
+    convex: bool
     warmup: bool
     per_task: dict[str, float]
     numbers: int
@@ -139,33 +145,29 @@ def best_adamw(table: Table, task: str, warmup: bool) -> str | None:
 
 
 def verdicts(table: Table) -> list[Verdict]:
-    """A verdict for each pair of contestants that have been run, with warm-up and without."""
-    found = []
-    for question, pairs in QUESTIONS.items():
-        for contestant, against in pairs:
-            for warmup in (True, False):
-                by_task = {
-                    task: log_ratios(table, task, warmup, contestant, against)
-                    for task in table.tasks
-                }
-                values = [value for ratios in by_task.values() for value in ratios.values()]
-                if values:
-                    means = {
-                        task: sum(ratios.values()) / len(ratios)
-                        for task, ratios in by_task.items()
-                        if ratios
-                    }
-                    mean = interval(values)
-                    found.append(
-                        Verdict(
-                            question,
-                            contestant,
-                            against,
-                            warmup,
-                            means,
-                            len(values),
-                            mean,
-                            outcome(mean, list(means.values())),
-                        )
-                    )
-    return found
+    """A verdict for each pair of contestants that have been run, by kind of task and warm-up."""
+    pairs = [(question, *pair) for question, pairs in QUESTIONS.items() for pair in pairs]
+    found = [
+        _verdict(table, *pair, convex, warmup)
+        for pair in pairs
+        for convex, warmup in product((False, True), (True, False))
+    ]
+    return [verdict for verdict in found if verdict is not None]
+
+
+def _verdict(
+    table: Table, question: str, contestant: str, against: str, convex: bool, warmup: bool
+) -> Verdict | None:
+    by_task = {
+        task: list(log_ratios(table, task, warmup, contestant, against).values())
+        for task in table.tasks
+        if TASKS[task].convex == convex
+    }
+    means = {task: fmean(values) for task, values in by_task.items() if values}
+    if not means:
+        return None
+    values = [value for values in by_task.values() for value in values]
+    mean = interval(values)
+    decided = outcome(mean, list(means.values()))
+    pair = question, contestant, against
+    return Verdict(*pair, convex, warmup, means, len(values), mean, decided)
