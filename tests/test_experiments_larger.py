@@ -144,6 +144,28 @@ def test_beta_of_the_last_step_is_the_closed_forms_a_step_late():
         assert len({exact for exact, _ in of_tensor}) > 3
 
 
+def test_rows_without_a_gradient_may_keep_the_cap():
+    model = torch.nn.Embedding(4, 32).double()
+    optimizer = PlainAMAdamW(
+        [{"params": [model.weight], "weight_decay": 0.0}], 0.02, plain.rows, plain.cap_when_silent
+    )
+    adamw = torch.nn.Embedding(4, 32).double()
+    adamw.load_state_dict(model.state_dict())
+    fixed = torch.optim.AdamW(adamw.parameters(), lr=0.02, betas=(0.89, 0.999), weight_decay=0.0)
+    for step in range(6):
+        for embedding in (model, adamw):
+            embedding.zero_grad()
+            # The last row has a gradient at the first step only.
+            rows = torch.tensor([0, 1, 2, 3] if step == 0 else [0, 1, 2])
+            (0.3**step * embedding(rows).sin().sum()).backward()
+        optimizer.step()
+        fixed.step()
+    beta = optimizer.state[model.weight]["beta"]
+    assert beta[3] == 0.89 and beta[:3].max() < 0.8
+    moved = model.weight[3] - adamw.weight[3]
+    assert moved.abs().max() < 0.02  # on as AdamW goes on, but for lambda
+
+
 def test_drawn_betas_have_the_distribution_of_their_tensor_and_part():
     quantiles = torch.stack(
         [
@@ -155,7 +177,7 @@ def test_drawn_betas_have_the_distribution_of_their_tensor_and_part():
 
     def drawn(tensor, progress):
         exact = torch.full((40_000,), 0.5)
-        return rule(Moment(tensor, progress, exact, None, 0.89))
+        return rule(Moment(tensor, progress, exact, None, exact < 0, 0.89))
 
     first = drawn(0, 0.49)
     assert 0 <= first.min() < 0.001 and 0.199 < first.max() <= 0.2

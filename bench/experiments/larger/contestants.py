@@ -185,6 +185,13 @@ CUTS = [
     cut("blocks of 32", plain.Blocks(32)),
     cut("blocks of 128", plain.Blocks(128)),
 ]
+SILENT = [
+    Contestant(
+        "AM-AdamW level row, cap without gradient",
+        partial(_plain, plain.rows, plain.cap_when_silent),
+        start=1,
+    )
+]
 MUON = [
     muon("Muon", False, ADAMW),
     muon("Muon", False, LEVEL_ROW),
@@ -192,5 +199,5 @@ MUON = [
 ]
 CONTESTANTS = {
     contestant.name: contestant
-    for contestant in (*FIXED, *ADAPTIVE, *ABLATIONS, *OPTIONS, *CUTS, *MUON)
+    for contestant in (*FIXED, *ADAPTIVE, *ABLATIONS, *OPTIONS, *CUTS, *SILENT, *MUON)
 }

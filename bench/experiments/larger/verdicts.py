@@ -71,7 +71,11 @@ QUESTIONS = {
         ("AM-AdamW level columns", ROW),
         ("AM-AdamW level blocks of 32", ROW),
         ("AM-AdamW level blocks of 128", ROW),
+    ],
+    "And rows that rarely have a gradient?": [
         ("AM-AdamW level row, embeddings tensor", ROW),
+        ("AM-AdamW level row, cap without gradient", ROW),
+        ("AM-AdamW level row, cap without gradient", "AM-AdamW level row, embeddings tensor"),
     ],
     "And Muon?": [
         ("Muon + AdamW 0.9", ROW),
