@@ -42,6 +42,7 @@ from bench.experiments.larger.verdicts import (
     OPEN,
     QUESTIONS,
     WORSE,
+    best_adamw,
     outcome,
     verdicts,
 )
@@ -698,9 +699,11 @@ def test_best_adamw_is_picked_on_the_part_for_choosing():
     table = Table(runs([*names, LEVEL_ROW.name]), SETTINGS)
     verdict = found(table, LEVEL_ROW.name, BEST_ADAMW)
     assert verdict.interval.mean == pytest.approx(math.log(1.0 / 3.0))
-    # Not before all of them have been run.
-    table = Table(runs([*names[:-1], LEVEL_ROW.name]), SETTINGS)
-    assert not [v for v in verdicts(table) if v.against == BEST_ADAMW]
+    # Of those that have been run.
+    table = Table(runs([ADAMW.name, "AdamW 0.6", LEVEL_ROW.name]), SETTINGS)
+    assert best_adamw(table, "gpt-400k", True) in (ADAMW.name, "AdamW 0.6")
+    assert found(table, LEVEL_ROW.name, BEST_ADAMW).interval.mean == pytest.approx(0.0)
+    assert best_adamw(table, "gpt-400k", False) is None
 
 
 def test_steps_needed_are_read_off_the_curves():

@@ -173,6 +173,7 @@ ADAPTIVE = [am_adamw(p, s) for p in ("level", "anchored") for s in ("tensor", "g
 OPTIONS = [
     am_adamw("level", "tensor", cap=0.95),
     am_adamw("level", "row", cap=0.95),
+    am_adamw("level", "row", cap=0.98),
     am_adamw("anchored", "row", cap=0.95),
     am_adamw("level", "row", memory_lambda=0.0),
     am_adamw("level", "row", memory_lambda=1.0),

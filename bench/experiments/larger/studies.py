@@ -34,14 +34,20 @@ SHORT = (
     "AM-AdamW anchored tensor",
     "AM-AdamW anchored row",
 )
-CORE = (*FIRST, *_names(MUON), "AdamW 0.9, 0.95", "AdamW 0.8", "AM-AdamW anchored row")
+CORE = (
+    *FIRST,
+    *_names(MUON),
+    "AdamW 0.8, 0.95",
+    "AdamW 0.9, 0.95",
+    "AM-AdamW level row, cap 0.95",
+    "AM-AdamW anchored row",
+)
 
 STUDIES = (
-    Study("gpt-400k", True, MAIN, seeds=1),
-    Study("gpt-1m", True, CORE, seeds=1),
     Study("gpt-400k", True, MAIN, seeds=3),
-    Study("vit-fashion", True, MAIN, seeds=1),
     Study("logistic-fashion", True, (*SHORT, "beta at the cap"), seeds=3),
+    Study("gpt-1m", True, CORE, seeds=1),
+    Study("vit-fashion", True, MAIN, seeds=1),
     Study("gpt-400k", False, SHORT, seeds=1),
     Study("lora-documentation", True, SHORT, seeds=3),
     Study("gpt-400k", True, tuple(CONTESTANTS), seeds=1),

@@ -29,7 +29,7 @@ and of log 10 for images, which is guessing. The interval speaks of other seeds 
 is not one of other tasks, of which there are few."""
 
 # Questions, and for each the pairs (contestant, against) that answer it. "best AdamW" is the one
-# with the lowest mean loss on the part for choosing, picked for each task and warm-up.
+# with the lowest loss on the part for choosing, picked for each task and warm-up.
 BEST_ADAMW = "best AdamW"
 TENSOR, ROW = "AM-AdamW level tensor", "AM-AdamW level row"
 QUESTIONS = {
@@ -59,6 +59,7 @@ QUESTIONS = {
     "Which cap?": [
         ("AM-AdamW level tensor, cap 0.95", TENSOR),
         ("AM-AdamW level row, cap 0.95", ROW),
+        ("AM-AdamW level row, cap 0.98", "AM-AdamW level row, cap 0.95"),
         ("AM-AdamW anchored row, cap 0.95", "AM-AdamW anchored row"),
     ],
     "Which lambda and beta2?": [
@@ -140,12 +141,11 @@ def log_ratios(
 def best_adamw(table: Table, task: str, warmup: bool) -> str | None:
     """The fixed betas with the lowest loss on the part for choosing, on the searched seed.
 
-    None as long as not all of the contestants that the task has are there.
+    Of those that have been run on the task; None where none has.
     """
     runs = [table.searched(task, warmup, contestant.name) for contestant in FIXED]
-    if any(run is None for run in runs):
-        return None
-    return min((run for run in runs if run), key=lambda run: run.choosing).cell.contestant
+    there = [run for run in runs if run is not None]
+    return min(there, key=lambda run: run.choosing).cell.contestant if there else None
 
 
 def verdicts(table: Table) -> list[Verdict]:
