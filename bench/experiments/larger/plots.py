@@ -97,7 +97,7 @@ def loss_curves(table: Table, time: bool) -> Figure:
             if runs := _whole(table, condition, name):
                 curve = _mean_curve(runs)
                 steps = PLACES * table.settings["tasks"][condition[0]]["steps"]
-                seconds = 1e-6 * np.median([run.step_us for run in runs])
+                seconds = 1e-6 * table.step_us(condition[0], runs)
                 ax.plot(steps * (seconds if time else 1), curve, color=colour, label=name)
                 lowest, highest = min(lowest, curve.min()), max(highest, curve[PARTS // 5])
         ax.set_ylim(lowest - 0.02 * (highest - lowest), highest)

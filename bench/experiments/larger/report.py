@@ -28,6 +28,9 @@ learning rate found for it); and that of the step before. "Muon" takes the layer
 is named behind it the rest, both at one learning rate; it is torch.optim.Muon in float32, with
 `adjust_lr_fn="match_rms_adamw"`. "AM-Muon row" has AM-SGD's momentum, one beta a row with a cap of
 0.95, in place of Muon's before the matrix is orthogonalised.
+
+CPU time is the model's, the median of all runs of the task, and the optimizer's, the median of the
+contestant's. It was taken beside other processes; `python -m bench kernels` measures optimizers.
 """
 TASK = """
 Held-out loss at the end (the part for comparing; mean over the seeds, and standard deviation), the

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bench.experiments.larger.contestants import CONTESTANTS
@@ -71,6 +72,17 @@ class Table:
         """By seed, at the learning rate that was found."""
         found = self.found(task, warmup, contestant)
         return {seed: math.log(self.loss(run)) for seed, run in found.items()}
+
+    def step_us(self, task: str, runs: Sequence[Run]) -> float:
+        """CPU time of a step of these runs, in microseconds: the model's and their optimizer's.
+
+        The model's, which is the same for all, is the median of all runs of the task: the
+        machine's speed at the time of a run differs by more than optimizers do.
+        """
+        model = [
+            run.step_us - run.optimizer_us for cell, run in self.runs.items() if cell.task == task
+        ]
+        return statistics.median(model) + statistics.median(run.optimizer_us for run in runs)
 
     def conditions(self) -> list[tuple[str, bool]]:
         """The tasks, with warm-up and without, of which there are runs with a learning rate."""
