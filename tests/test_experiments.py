@@ -12,11 +12,12 @@ from adamem_fused.backends import ops
 from bench.demo_model import GPT
 from bench.experiments import __main__ as experiments
 from bench.experiments import data, gpt2
+from bench.experiments.cell import Cell, lr_factor
 from bench.experiments.contestants import BY_ROW, CONTESTANTS
-from bench.experiments.grid import FULL, ROW, Cell, Grid, quick_grid
+from bench.experiments.grid import FULL, ROW, Grid, quick_grid
 from bench.experiments.report import REPORT, write_report
 from bench.experiments.results import Results, Run, from_json, to_json
-from bench.experiments.runner import lr_factor, train
+from bench.experiments.runner import train
 from bench.experiments.table import Table
 from bench.experiments.tasks import TASKS
 from bench.experiments.verdicts import (

@@ -5,20 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from bench.experiments.cell import Cell
 from bench.experiments.contestants import BY_ROW, CONTESTANTS, Contestant
 from bench.experiments.data import text_digests
 from bench.experiments.tasks import TASKS, Task
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run: what is trained on what, how. Also the key of its row in the results."""
-
-    task: str
-    contestant: str
-    lr: float
-    warmup: bool
-    seed: int
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
+from bench.experiments.cell import WARMUP_SHARE
 from bench.experiments.plots import write_pictures
 from bench.experiments.results import Results, Run
-from bench.experiments.runner import TRACKED, WARMUP_SHARE
+from bench.experiments.runner import TRACKED
 from bench.experiments.table import Table
 from bench.experiments.verdicts import (
     BASELINES,

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.environment import environment
-from bench.experiments.grid import Cell, Grid
+from bench.experiments.cell import Cell
+from bench.experiments.grid import Grid
 
 PACKAGES = ("scikit-learn", "schedulefree", "lion-pytorch")
 ROWS = "runs.jsonl"
