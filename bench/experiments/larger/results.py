@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.environment import environment
+from bench.experiments.cell import Cell
 from bench.experiments.corpus import corpus
-from bench.experiments.grid import Cell
 from bench.experiments.larger.tasks import LargerTask
 
 ROWS = "runs.jsonl"
@@ -30,8 +30,9 @@ class Run:
         choosing, comparing: the held-out losses at the end; inf where the run diverged.
         training: mean training loss of each part of the run.
         curve: loss of a few examples of the comparing part, at the end of each part of the run.
-        optimizer_us: CPU time of the optimizer's step, the median, in microseconds.
-        step_us: CPU time of a whole step without evaluation, the median, in microseconds.
+        optimizer_us: CPU time of the optimizer's step, the median, in microseconds; on a GPU the
+            device's time.
+        step_us: that of a whole step without evaluation.
         at_cap: share of the parameters with a beta whose beta was at its cap, by part of the run;
             empty where beta is fixed.
         betas: mean beta of each tensor that has one, by part of the run; kept of one seed.
