@@ -13,6 +13,7 @@ from bench.environment import environment
 from bench.experiments.cell import Cell
 from bench.experiments.corpus import corpus
 from bench.experiments.larger.tasks import LargerTask
+from bench.gpu_check import gpu
 
 ROWS = "runs.jsonl"
 SETTINGS = "settings.json"
@@ -91,18 +92,22 @@ class Results:
         self.rows = folder / ROWS
         self.settings = folder / SETTINGS
 
-    def open_for(self, tasks: Mapping[str, LargerTask]) -> int:
+    def open_for(
+        self, tasks: Mapping[str, LargerTask], text: Mapping[str, Any] | None = None
+    ) -> int:
         """Makes the folder ready for runs of these tasks, and says as which environment.
 
-        Runs of several machines stand side by side; each says which it was made on.
+        Runs of several machines stand side by side; each says which it was made on. `text` says
+        what they read, where that is not the corpus as it is here.
 
         Raises:
             ValueError: it holds runs of other tasks of the same names, or of another text.
         """
-        settings = {"corpus": corpus().digest(), "tasks": {}, "environments": []}
+        text = {"corpus": corpus().digest()} if text is None else text
+        settings: dict[str, Any] = {**text, "tasks": {}, "environments": []}
         if self.settings.exists():
             settings = json.loads(self.settings.read_text())
-        if settings["corpus"] != corpus().digest():
+        if not text.items() <= settings.items():
             raise ValueError(
                 f"{self.folder} holds runs on another text: other versions of the packages, or "
                 "of Python. Name another folder with --out"
@@ -119,7 +124,9 @@ class Results:
                     f"{self.folder} holds runs of another {task.name}: name another folder "
                     "with --out"
                 )
-        here = environment()
+        here: dict[str, Any] = environment()
+        if gpu.is_available():
+            here["gpu"] = gpu.describe()
         if here not in settings["environments"]:
             settings["environments"].append(here)
         self.settings.write_text(json.dumps(settings, indent=1) + "\n")
