@@ -133,14 +133,7 @@ def _run(cell: Cell) -> Run:
 
 
 def run_cells(grid: Grid, cells: Iterable[Cell], workers: int) -> Iterator[Run]:
-    """The cells' runs, as they finish: each on one thread of one of the worker processes.
-
-    Without workers, here and one after the other.
-    """
-    if not workers:
-        for cell in cells:
-            yield train(grid.tasks[cell.task], grid.contestants[cell.contestant], cell)
-        return
+    """The cells' runs, as they finish: each on one thread of one of the worker processes."""
     torch.set_num_threads(1)  # before the fork, which threads of OpenMP would not survive
     context = multiprocessing.get_context("fork")
     with context.Pool(workers, _start_worker, (grid,)) as pool:
