@@ -3,9 +3,11 @@
     python -m bench.experiments run            # the runs behind the committed report: hours
     python -m bench.experiments run --quick    # as many tables and pictures, in minutes
     python -m bench.experiments run --row      # betas by row, beside what they would replace: hours
+    python -m bench.experiments run --larger   # larger models, with ablations: many hours
     python -m bench.experiments prepare        # the text as tokens, which the next one reads
     python -m bench.experiments run --gpt2     # GPT-2 small; needs a GPU
     python -m bench.experiments report         # the report again, from the results on disk
+    python -m bench.experiments report --larger
     python -m bench.experiments low-precision  # state and parameters in few bits: minutes
 
 A run that was interrupted goes on where it stopped. Data, initial weights and order are the
@@ -21,10 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# What trains and reports is imported where it is needed: `run --gpt2` is to work where there are
-# torch and numpy alone.
+# What needs other packages than torch and numpy is imported where it is needed: `run --gpt2` is to
+# work without them.
 from bench.arguments import COUNT, POSITIVE, output_folder
 from bench.experiments import gpt2
+from bench.experiments.larger.results import Results as LargerResults
+from bench.experiments.larger.studies import STUDIES
+from bench.experiments.larger.tasks import TASKS as LARGER_TASKS
+from bench.experiments.larger.training import run_studies
 from bench.low_precision import command
 
 if TYPE_CHECKING:
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path("bench/results/experiments")
 ROW_RESULTS = Path("bench/results/experiments-row")
+LARGER_RESULTS = Path("bench/results/experiments-larger")
 GPT2_RESULTS = Path("bench/results/experiments-gpt2")
 TINY_RESULTS = Path("build/experiments-gpt2-tiny")
 QUICK_RESULTS = Path("build/experiments-quick")
@@ -56,6 +63,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--row", action="store_true", help="betas by row, beside what they would replace"
     )
     which.add_argument(
+        "--larger",
+        action="store_true",
+        help="larger models, with ablations: many hours",
+    )
+    which.add_argument(
         "--gpt2", action="store_true", help="GPT-2 small, on a GPU (not yet run on one)"
     )
     run.add_argument(
@@ -74,20 +86,31 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument(
         "--out",
         type=output_folder,
-        help=f"folder (default: {RESULTS}, of --row {ROW_RESULTS}, of --quick {QUICK_RESULTS}, of "
-        f"--gpt2 {GPT2_RESULTS}, with --tiny {TINY_RESULTS})",
+        help=f"folder (default: {RESULTS}, of --row {ROW_RESULTS}, of --larger {LARGER_RESULTS}, "
+        f"of --quick {QUICK_RESULTS}, of --gpt2 {GPT2_RESULTS}, with --tiny {TINY_RESULTS})",
     )
     commands.add_parser("prepare", help="make what run --gpt2 reads: the text as tokens")
     report = commands.add_parser("report", help="write the report of results that are there")
-    report.add_argument("--out", type=output_folder, default=RESULTS, help="folder")
+    report.add_argument("--larger", action="store_true", help="that of `run --larger`")
+    report.add_argument(
+        "--out",
+        type=output_folder,
+        help=f"folder (default: {RESULTS}, of --larger {LARGER_RESULTS})",
+    )
     command.add_parser(commands)
     args = parser.parse_args(argv)
     if args.command == "run" and not args.gpt2 and (args.tiny or args.seconds is not None):
         parser.error("--tiny and --seconds are of --gpt2")
-    if args.command == "run" and args.out is None:
-        folder = QUICK_RESULTS if args.quick else GPT2_RESULTS if args.gpt2 else RESULTS
-        folder = ROW_RESULTS if args.row else TINY_RESULTS if args.tiny else folder
-        args.out = output_folder(str(folder))
+    if args.command in ("run", "report") and args.out is None:
+        by_flag = {
+            "tiny": TINY_RESULTS,
+            "quick": QUICK_RESULTS,
+            "row": ROW_RESULTS,
+            "larger": LARGER_RESULTS,
+            "gpt2": GPT2_RESULTS,
+        }
+        given = (folder for flag, folder in by_flag.items() if getattr(args, flag, False))
+        args.out = output_folder(str(next(given, RESULTS)))
     return args
 
 
@@ -129,6 +152,30 @@ def run(grid: Grid, results: Results, workers: int) -> int:
     return status
 
 
+def run_larger(results: LargerResults, workers: int) -> int:
+    """Runs what is missing of the larger trainings.
+
+    Interrupted, it leaves the finished runs and a report of them.
+    """
+    from tqdm import tqdm
+
+    from bench.experiments.larger.report import write_report
+
+    environment = results.open_for(LARGER_TASKS)
+    runs = {run.cell: run for run in results}
+    status = 0
+    with tqdm(initial=len(runs), unit="run") as bar:  # a search's length is not known
+        try:
+            for run in run_studies(runs, STUDIES, environment, workers):
+                results.add(run)
+                bar.set_postfix_str(f"{run.cell.task}, {run.cell.contestant}", refresh=False)
+                bar.update()
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+    write_report(results)
+    return status
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
@@ -137,10 +184,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse_args(argv)
     if args.command == "report":
+        from bench.experiments.larger.report import write_report as write_larger_report
         from bench.experiments.report import write_report
         from bench.experiments.results import Results
 
-        write_report(Results(args.out))
+        if args.larger:
+            write_larger_report(LargerResults(args.out))
+        else:
+            write_report(Results(args.out))
         return 0
     if args.command == "low-precision":
         from bench.low_precision import training
@@ -150,6 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         gpt2.prepare()
         return 0
     try:
+        if args.larger:
+            return run_larger(LargerResults(args.out), args.workers)
         if args.gpt2:
             runs = gpt2.Runs(args.out, args.tiny)
         else:

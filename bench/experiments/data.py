@@ -70,7 +70,9 @@ def fashion_mnist() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 def _idx(path: Path, header: int) -> Tensor:
     """The bytes of a file in MNIST's format, after a header of so many, uint8."""
-    return torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())[header:]), dtype=torch.uint8)
+    return torch.frombuffer(
+        bytearray(gzip.decompress(path.read_bytes())[header:]), dtype=torch.uint8
+    )
 
 
 def split(count: int) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,10 @@ class Size:
             f"GPT of {self.layers} layers, width {self.width}, head tied, "
             f"{self.batch} x {self.context} tokens a step, bfloat16 autocast"
         )
-        return LargerTask(self.name, about, self.steps, LR, 0.1, partial(problem, self), "blocks.")
+        make = partial(problem, self)
+        return LargerTask(
+            self.name, about, self.steps, LR, 0.1, make, inner="blocks.", classes=VOCABULARY
+        )
 
 
 SMALL = Size("gpt2", 1024, 768, 12, 12, batch=32, steps=1500, held_out=256)

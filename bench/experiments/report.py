@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 
 from bench.experiments.cell import WARMUP_SHARE
+from bench.experiments.formatting import markdown, ratio
 from bench.experiments.plots import write_pictures
 from bench.experiments.results import Results, Run
 from bench.experiments.runner import TRACKED
@@ -116,19 +115,6 @@ def report(table: Table, pictures: dict[str, str]) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _markdown(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
-    align = ["left"] + ["right"] * (len(headers) - 1)
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=align)
-
-
-def _ratio(value: Interval) -> str:
-    """A log ratio as a ratio: its mean and interval."""
-    if not np.isfinite([value.low, value.high]).all():
-        return f"{np.exp(value.mean):.3f}"
-    mean, low, high = np.exp([value.mean, value.low, value.high])
-    return f"{mean:.3f} ({low:.3f} to {high:.3f})"
-
-
 def _decades(value: Interval) -> str:
     if not np.isfinite([value.low, value.high]).all():
         return f"{value.mean:+.2f}"
@@ -167,7 +153,7 @@ def _what_was_run(table: Table) -> str:
         f"Not finished at any seed: {', '.join(unfinished)}." if unfinished else "",
         RUNS.strip(),
         "Environment: " + ", ".join(f"{k} {v}" for k, v in settings["environment"].items()) + ".",
-        _markdown(
+        markdown(
             rows,
             ["task", "measured", "steps", "seeds", "learning rates, Adam family", "SGD family"],
         ),
@@ -194,7 +180,7 @@ def _verdict_section(found: Iterable[Verdict]) -> str:
         headers = ["contestant", "against", "tasks", "warm-up", "better on", "sign test"]
         headers += ["decades more" if decades else "ratio of losses", "verdict"]
         rows = [_verdict_row(verdict, decades) for verdict in of_claim]
-        sections += [f"**({claim})** {RULES[claim]}", _markdown(rows, headers)]
+        sections += [f"**({claim})** {RULES[claim]}", markdown(rows, headers)]
     return "\n\n".join(sections)
 
 
@@ -202,7 +188,7 @@ def _verdict_row(verdict: Verdict, decades: bool) -> list[str]:
     values = list(verdict.per_task.values())
     better = sum(value > 0 if decades else value < 0 for value in values)
     mean = verdict.interval
-    number = _decades(mean) if decades else _ratio(mean)
+    number = _decades(mean) if decades else ratio(mean)
     warmup = {True: "with", False: "without", None: "both"}[verdict.warmup]
     return [
         verdict.contestant,
@@ -242,13 +228,13 @@ def _ranking(table: Table) -> str:
             widths = [width(table, task, name, literal=False) for task in learning]
             edges = sum(table.at_edge(task, name, False) for task in table.tasks)
             rows.append(
-                (ratios[0].mean, [name, *map(_ratio, ratios), f"{np.mean(widths):.2f}", edges])
+                (ratios[0].mean, [name, *map(ratio, ratios), f"{np.mean(widths):.2f}", edges])
             )
         headers = ["", "learning, no warm-up", "learning, warm-up"]
         headers += ["convex, no warm-up", "convex, warm-up"] if convex else []
         sections += [
             RANKING.strip().format(baseline=baseline),
-            _markdown(
+            markdown(
                 [row for _, row in sorted(rows, key=lambda r: r[0])], [*headers, "width", "edge"]
             ),
         ]
@@ -274,11 +260,11 @@ def _options(table: Table) -> str:
                         name,
                         default,
                         f"{better} of {len(learning)}",
-                        *(_ratio(interval(values[warmup])) for warmup in (False, True)),
+                        *(ratio(interval(values[warmup])) for warmup in (False, True)),
                     ]
                 )
     headers = ["variant", "against", "better on", "without warm-up", "with warm-up"]
-    return OPTIONS.strip() + "\n\n" + _markdown(rows, headers)
+    return OPTIONS.strip() + "\n\n" + markdown(rows, headers)
 
 
 def _beta_table(table: Table) -> str:
@@ -304,7 +290,7 @@ def _beta_table(table: Table) -> str:
         return ""
     headers = ["task", "plane", "mean", "first tenth", "sixth tenth", "last tenth"]
     headers += ["lowest tensor", "highest tensor", "best fixed"]
-    return BETAS.strip() + "\n\n" + _markdown(rows, headers)
+    return BETAS.strip() + "\n\n" + markdown(rows, headers)
 
 
 def _best_fixed_beta(table: Table, task: str) -> str:
@@ -324,7 +310,7 @@ def _cost(table: Table) -> str:
             + [f"{micros / step:.0%}" for micros, step in shares]
         )
     headers = ["task", *names, "share, AdamW", "share, AM-AdamW"]
-    return COST.strip() + "\n\n" + _markdown(rows, headers)
+    return COST.strip() + "\n\n" + markdown(rows, headers)
 
 
 def _costs(table: Table, task: str, name: str) -> tuple[float, float]:
@@ -355,7 +341,7 @@ def _task_table(table: Table, task: str, with_at_cap: bool) -> str:
     headers = ["", "no warm-up", "lr", "warm-up", "lr", "diverged", "beta"]
     headers += ["at cap"] if with_at_cap else []
     ordered = [row for _, row in sorted(rows, key=lambda r: r[0])]
-    return f"### {task}\n\n" + _markdown(ordered, headers)
+    return f"### {task}\n\n" + markdown(ordered, headers)
 
 
 def _mean(values: Sequence[float | None]) -> str:

@@ -173,6 +173,7 @@ ADAPTIVE = [am_adamw(p, s) for p in ("level", "anchored") for s in ("tensor", "g
 OPTIONS = [
     am_adamw("level", "tensor", cap=0.95),
     am_adamw("level", "row", cap=0.95),
+    am_adamw("level", "row", cap=0.98),
     am_adamw("anchored", "row", cap=0.95),
     am_adamw("level", "row", memory_lambda=0.0),
     am_adamw("level", "row", memory_lambda=1.0),
@@ -185,6 +186,13 @@ CUTS = [
     cut("blocks of 32", plain.Blocks(32)),
     cut("blocks of 128", plain.Blocks(128)),
 ]
+SILENT = [
+    Contestant(
+        "AM-AdamW level row, cap without gradient",
+        partial(_plain, plain.rows, plain.cap_when_silent),
+        start=1,
+    )
+]
 MUON = [
     muon("Muon", False, ADAMW),
     muon("Muon", False, LEVEL_ROW),
@@ -192,5 +200,5 @@ MUON = [
 ]
 CONTESTANTS = {
     contestant.name: contestant
-    for contestant in (*FIXED, *ADAPTIVE, *ABLATIONS, *OPTIONS, *CUTS, *MUON)
+    for contestant in (*FIXED, *ADAPTIVE, *ABLATIONS, *OPTIONS, *CUTS, *SILENT, *MUON)
 }

@@ -36,9 +36,7 @@ def whole(_: Tensor) -> Segments:
 def rows(param: Tensor) -> Segments:
     if param.dim() < 2 or param[0].numel() < SHORTEST_ROW:
         return whole(param)
-    return Segments(
-        lambda x: x.flatten(1).sum(1), lambda b: b.view(-1, *[1] * (param.dim() - 1))
-    )
+    return Segments(lambda x: x.flatten(1).sum(1), lambda b: b.view(-1, *[1] * (param.dim() - 1)))
 
 
 def columns(param: Tensor) -> Segments:
@@ -72,6 +70,7 @@ class Moment:
         progress: the share of the steps that are done, in [0, 1).
         exact: this step's beta by the closed form, [segments].
         last: the last step's, by the closed form; None at the first step.
+        silent: whether the segment's gradient is zero everywhere, [segments].
         cap: the largest beta.
     """
 
@@ -79,6 +78,7 @@ class Moment:
     progress: float
     exact: Tensor
     last: Tensor | None
+    silent: Tensor
     cap: float
 
 
@@ -98,6 +98,11 @@ def at_cap(moment: Moment) -> Tensor:
 def last_step(moment: Moment) -> Tensor:
     """The closed form's beta, a step late."""
     return at_cap(moment) if moment.last is None else moment.last
+
+
+def cap_when_silent(moment: Moment) -> Tensor:
+    """Adaptive Memory, and AdamW where a segment has no gradient: it keeps its memory there."""
+    return torch.where(moment.silent, moment.cap, moment.exact)
 
 
 class Drawn:
@@ -178,7 +183,9 @@ class PlainAMAdamW(Optimizer):
             num = (1 + mu * eta) * gap / eta - cut.sums(e * (g + lam * P * d) * M + mu * x * e)
             den = cut.sums(e * e * M)
             beta = torch.where(den == 0, 0.0, (num / den).clamp(0.0, cap))
-        used = self.rule(Moment(tensor, (t - 1) / self.steps, beta, state["exact"], cap))
+        silent = cut.sums(g * g) == 0
+        moment = Moment(tensor, (t - 1) / self.steps, beta, state["exact"], silent, cap)
+        used = self.rule(moment)
         state["exact"], state["beta"] = beta, used
         b = cut.spread(used)
         d.copy_(((1 - b) * g + (b + lam * P) * d) / (1 + lam * P))

@@ -30,12 +30,15 @@ class Study:
         warmup: whether the learning rate is warmed up, over a tenth of the steps.
         contestants: their names.
         seeds: how many; the first is the one that learning rates are searched on.
+        octaves: learning rates to be tried on that seed beside those of the search, in octaves
+            above the task's.
     """
 
     task: str
     warmup: bool
     contestants: Sequence[str]
     seeds: int
+    octaves: Sequence[int] = ()
 
 
 def learning_rate(task: LargerTask, octave: int) -> float:
@@ -101,6 +104,12 @@ def next_cells(runs: Runs, studies: Sequence[Study]) -> Iterator[Cell]:
             else:
                 lr = learning_rate(task, octave)
                 yield Cell(task.name, name, lr, study.warmup, SEARCHED_SEED)
+        for octave in study.octaves:
+            for name, _ in found:
+                lr = learning_rate(task, octave)
+                cell = Cell(task.name, name, lr, study.warmup, SEARCHED_SEED)
+                if cell not in runs:
+                    yield cell
         for seed in range(study.seeds):
             for name, lr in found:
                 cell = Cell(task.name, name, lr, study.warmup, seed)

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.demo_model import GPT
+from bench.demo_model import GPT, VOCABULARY
 from bench.experiments import data
+from bench.experiments.cell import lr_factor
 from bench.experiments.corpus import corpus
-from bench.experiments.models import ViT
+from bench.experiments.larger.lora import add_adapters
+from bench.experiments.models import CLASSES, ViT
 from bench.experiments.tasks import batch_indices, seeded
 
+PRETRAINED = Path("build/experiments-larger")
 HELD_OUT = 512  # examples of each held-out part: windows of text, or images
 CURVE_HELD_OUT = 128  # those of the comparing part that a curve's points are measured on
 EVALUATION_BATCH = 128
 
 Loss: TypeAlias = Callable[[nn.Module], float]
+BatchLoss: TypeAlias = Callable[[nn.Module, Tensor], Tensor]
 
 
 @dataclass
@@ -55,6 +62,8 @@ class LargerTask:
         weight_decay: of tensors of two dimensions and more.
         make: the problem of a number of steps and a seed.
         inner: how the names of the layers begin whose matrices Muon takes.
+        classes: what is guessed from: the loss of a model that has learned nothing is its log.
+        convex: whether the training loss is convex: no network, then.
     """
 
     name: str
@@ -64,24 +73,28 @@ class LargerTask:
     weight_decay: float
     make: Callable[[int, int], Problem]
     inner: str
+    classes: int = VOCABULARY
+    convex: bool = False
 
 
 @torch.no_grad()
-def _mean_loss(loss: Callable[[nn.Module, Tensor], Tensor], examples: Tensor, model: nn.Module):
+def _mean_loss(loss: BatchLoss, examples: Tensor, model: nn.Module) -> float:
     """Mean loss of the examples, each part of them weighted by its size."""
     total = 0.0
-    for part in torch.split(examples, EVALUATION_BATCH):
+    for start in range(0, len(examples), EVALUATION_BATCH):
+        part = examples[start : start + EVALUATION_BATCH]
         total += loss(model, part).item() * len(part)
     return total / len(examples)
 
 
-def _held_out(
-    loss: Callable[[nn.Module, Tensor], Tensor], choosing: Tensor, comparing: Tensor
-) -> tuple[Loss, Loss, Loss]:
+def _held_out(loss: BatchLoss, choosing: Tensor, comparing: Tensor) -> tuple[Loss, Loss, Loss]:
     """Of examples of each part: `Problem.choosing`, `comparing` and `curve`."""
-    every = len(comparing) // CURVE_HELD_OUT
-    parts = (choosing, comparing, comparing[::every])
-    return tuple(partial(_mean_loss, loss, part) for part in parts)  # type: ignore[return-value]
+    few = comparing[:: len(comparing) // CURVE_HELD_OUT]
+    return (
+        partial(_mean_loss, loss, choosing),
+        partial(_mean_loss, loss, comparing),
+        partial(_mean_loss, loss, few),
+    )
 
 
 # ---- text -----------------------------------------------------------------------------
@@ -98,7 +111,7 @@ def spread(examples: Tensor, count: int) -> Tensor:
 
 
 def language_model(
-    model: GPT,
+    model: nn.Module,
     texts: Callable[[], Sequence[bytes]],
     context: int,
     batch_size: int,
@@ -134,6 +147,53 @@ def pretraining(
     return language_model(model, source_texts, context, batch_size, steps, seed)
 
 
+# ---- fine-tuning ----------------------------------------------------------------------
+
+PRETRAINING_STEPS, PRETRAINING_LR, PRETRAINING_WARMUP = 2000, 3e-3, 200
+
+
+@cache
+def pretrained() -> GPT:
+    """The GPT of 1.06 M parameters, trained on the corpus by AdamW as the task "gpt-1m" is.
+
+    It is kept on disk, by the corpus and what else it depends on.
+    """
+    path = PRETRAINED / f"gpt-{corpus().digest()[:16]}-{PRETRAINING_STEPS}.pt"
+    problem = pretraining(*LARGE, 64, 16, PRETRAINING_STEPS, seed=0)
+    model = problem.model
+    assert isinstance(model, GPT)
+    if path.exists():
+        model.load_state_dict(torch.load(path))
+        return model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAINING_LR, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step, PRETRAINING_STEPS, warmup=True, cosine=True)
+    )
+    for step in range(PRETRAINING_STEPS):
+        optimizer.zero_grad()
+        torch.autograd.backward(problem.training_loss(model, step))
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")  # another process may be at it too
+    torch.save(model.state_dict(), unfinished)
+    unfinished.rename(path)
+    return model
+
+
+def documentation_texts() -> tuple[bytes, bytes, bytes]:
+    training, held_out = data.documentation()
+    half = len(held_out) // 2
+    return training, held_out[:half], held_out[half:]
+
+
+def lora(steps: int, seed: int) -> Problem:
+    """Adapters of the pretrained GPT go on with documentation."""
+    model = add_adapters(copy.deepcopy(pretrained()), "blocks.", seed)
+    return language_model(model, documentation_texts, 64, 16, steps, seed)
+
+
 # ---- images ---------------------------------------------------------------------------
 
 
@@ -148,12 +208,19 @@ def images(new_model: Callable[[], nn.Module], batch_size: int, steps: int, seed
     def loss(model: nn.Module, examples: Tensor) -> Tensor:
         return F.cross_entropy(model(tests[examples]), test_labels[examples])
 
-    halves = torch.arange(len(tests)).split(len(tests) // 2)
+    halves = torch.arange(len(tests)).view(2, -1)
     return Problem(
         seeded(new_model, seed),
         training_loss,
         *_held_out(loss, *(spread(half, 4 * HELD_OUT) for half in halves)),
     )
+
+
+def logistic_regression() -> nn.Module:
+    linear = nn.Linear(28 * 28, CLASSES)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.Flatten(), linear)
 
 
 # ---- the list -------------------------------------------------------------------------
@@ -183,6 +250,34 @@ def _tasks() -> list[LargerTask]:
             inner="blocks.",
         ),
         LargerTask(
+            "gpt-1m-batch128",
+            "the same GPT, 128 x 32 bytes a step",
+            steps=1000,
+            lr=3e-3,
+            weight_decay=0.1,
+            make=partial(pretraining, *LARGE, 32, 128),
+            inner="blocks.",
+        ),
+        LargerTask(
+            "gpt-400k-no-decay",
+            "as gpt-400k, without weight decay",
+            steps=1000,
+            lr=3e-3,
+            weight_decay=0.0,
+            make=partial(pretraining, *SMALL, 64, 16),
+            inner="blocks.",
+        ),
+        LargerTask(
+            "lora-documentation",
+            "LoRA of rank 8 on a GPT of 1.06 M parameters, trained as gpt-1m, on Python's "
+            "documentation, 16 x 64 bytes a step",
+            steps=500,
+            lr=6e-3,
+            weight_decay=0.0,
+            make=lora,
+            inner="blocks.",
+        ),
+        LargerTask(
             "vit-fashion",
             "ViT of 0.54 M parameters on Fashion-MNIST, 16 images a step",
             steps=2000,
@@ -190,6 +285,18 @@ def _tasks() -> list[LargerTask]:
             weight_decay=0.1,
             make=partial(images, partial(ViT, 128, 4, 4, patch=4, patches=49), 16),
             inner="layers.",
+            classes=CLASSES,
+        ),
+        LargerTask(
+            "logistic-fashion",
+            "logistic regression on Fashion-MNIST, 16 images a step: convex",
+            steps=2000,
+            lr=1.5e-3,
+            weight_decay=0.0,
+            make=partial(images, logistic_regression, 16),
+            inner="layers.",
+            classes=CLASSES,
+            convex=True,
         ),
     ]
 

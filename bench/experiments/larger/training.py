@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from multiprocessing.pool import AsyncResult
 from typing import Any
 
 import torch
@@ -263,7 +264,7 @@ def run_studies(
     torch.set_num_threads(1)  # before the fork, which threads of OpenMP would not survive
     context = multiprocessing.get_context("fork")
     with context.Pool(workers, _start_worker) as pool:
-        pending = {}
+        pending: dict[Cell, AsyncResult[Run]] = {}
         while True:
             for cell in next_cells(runs, studies):
                 if len(pending) == workers:

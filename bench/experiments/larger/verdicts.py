@@ -5,12 +5,23 @@ Written before the runs that they are about.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from itertools import product
+from statistics import fmean
+
+from bench.experiments.larger.contestants import FIXED
+from bench.experiments.larger.table import Table
+from bench.experiments.larger.tasks import TASKS
+from bench.experiments.verdicts import Interval, interval
+
 RULE = """\
 Each contestant's learning rate is searched on seed 0, a factor of 2 at a time, until the best has
 been tried on both sides; what is best, the held-out part for choosing says. All seeds are then
 compared at that learning rate on the other held-out part. The difference of log losses of two
 contestants on a task at a seed, with the same initial weights and the same batches, is one number;
-a question's numbers are those of all tasks and seeds at which both have been run. The first is
+a question's numbers are those of all tasks and seeds at which both have been run, networks and
+convex tasks apart. The first is
 **better** where the 95% t interval of their mean lies below 0 and the mean of every task does,
 **worse** where interval and tasks lie above, **level** where the interval lies within 1% on either
 side, and otherwise it is **not decided**. A run that diverged counts as a loss of log 256 for text
@@ -18,7 +29,7 @@ and of log 10 for images, which is guessing. The interval speaks of other seeds 
 is not one of other tasks, of which there are few."""
 
 # Questions, and for each the pairs (contestant, against) that answer it. "best AdamW" is the one
-# with the lowest mean loss on the part for choosing, picked for each task and warm-up.
+# with the lowest loss on the part for choosing, picked for each task and warm-up.
 BEST_ADAMW = "best AdamW"
 TENSOR, ROW = "AM-AdamW level tensor", "AM-AdamW level row"
 QUESTIONS = {
@@ -48,6 +59,7 @@ QUESTIONS = {
     "Which cap?": [
         ("AM-AdamW level tensor, cap 0.95", TENSOR),
         ("AM-AdamW level row, cap 0.95", ROW),
+        ("AM-AdamW level row, cap 0.98", "AM-AdamW level row, cap 0.95"),
         ("AM-AdamW anchored row, cap 0.95", "AM-AdamW anchored row"),
     ],
     "Which lambda and beta2?": [
@@ -60,7 +72,11 @@ QUESTIONS = {
         ("AM-AdamW level columns", ROW),
         ("AM-AdamW level blocks of 32", ROW),
         ("AM-AdamW level blocks of 128", ROW),
+    ],
+    "And rows that rarely have a gradient?": [
         ("AM-AdamW level row, embeddings tensor", ROW),
+        ("AM-AdamW level row, cap without gradient", ROW),
+        ("AM-AdamW level row, cap without gradient", "AM-AdamW level row, embeddings tensor"),
     ],
     "And Muon?": [
         ("Muon + AdamW 0.9", ROW),
@@ -68,3 +84,94 @@ QUESTIONS = {
         ("AM-Muon row + AM-AdamW level row", "Muon + AM-AdamW level row"),
     ],
 }
+
+MARGIN = 0.01
+BETTER, WORSE, LEVEL, OPEN = "better", "worse", "level", "not decided"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the runs say of two contestants.
+
+    Attributes:
+        question: a key of QUESTIONS.
+        contestant, against: who is compared with whom.
+        convex: whether of convex tasks, or of networks.
+        warmup: of the runs compared.
+        per_task: the mean log ratio of losses on each task.
+        numbers: how many tasks and seeds it was taken over.
+        interval: of the mean over all of them.
+        outcome: BETTER, WORSE, LEVEL or OPEN.
+    """
+
+    question: str
+    contestant: str
+    against: str
+    convex: bool
+    warmup: bool
+    per_task: dict[str, float]
+    numbers: int
+    interval: Interval
+    outcome: str
+
+
+def outcome(found: Interval, means: list[float]) -> str:
+    """By the rule, of an interval and of the tasks' means."""
+    if found.high < 0 and all(mean < 0 for mean in means):
+        return BETTER
+    if found.low > 0 and all(mean > 0 for mean in means):
+        return WORSE
+    margin = math.log1p(MARGIN)
+    return LEVEL if -margin < found.low and found.high < margin else OPEN
+
+
+def log_ratios(
+    table: Table, task: str, warmup: bool, contestant: str, against: str
+) -> dict[int, float]:
+    """Of the losses, by seed, of the seeds that both have."""
+    if against == BEST_ADAMW:
+        best = best_adamw(table, task, warmup)
+        if best is None:
+            return {}
+        against = best
+    ours, theirs = (table.log_losses(task, warmup, name) for name in (contestant, against))
+    return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+
+
+def best_adamw(table: Table, task: str, warmup: bool) -> str | None:
+    """The fixed betas with the lowest loss on the part for choosing, on the searched seed.
+
+    Of those that have been run on the task; None where none has.
+    """
+    runs = [table.searched(task, warmup, contestant.name) for contestant in FIXED]
+    there = [run for run in runs if run is not None]
+    return min(there, key=lambda run: run.choosing).cell.contestant if there else None
+
+
+def verdicts(table: Table) -> list[Verdict]:
+    """A verdict for each pair of contestants that have been run, by kind of task and warm-up."""
+    pairs = [(question, *pair) for question, pairs in QUESTIONS.items() for pair in pairs]
+    found = [
+        _verdict(table, *pair, convex, warmup)
+        for pair in pairs
+        for convex, warmup in product((False, True), (True, False))
+    ]
+    return [verdict for verdict in found if verdict is not None]
+
+
+def _verdict(
+    table: Table, question: str, contestant: str, against: str, convex: bool, warmup: bool
+) -> Verdict | None:
+    by_task = {
+        task: list(log_ratios(table, task, warmup, contestant, against).values())
+        for task in table.tasks
+        if TASKS[task].convex == convex
+    }
+    means = {task: fmean(values) for task, values in by_task.items() if values}
+    if not means:
+        return None
+    values = [value for values in by_task.values() for value in values]
+    mean = interval(values)
+    decided = outcome(mean, list(means.values()))
+    pair = question, contestant, against
+    return Verdict(*pair, convex, warmup, means, len(values), mean, decided)
