@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import subprocess
@@ -21,6 +22,7 @@ from bench.experiments import __main__ as experiments
 from bench.experiments import gpt2, tokens
 from bench.experiments.cell import Cell
 from bench.experiments.corpus import Corpus
+from bench.experiments.larger import training
 from bench.experiments.larger.contestants import CONTESTANTS
 from bench.experiments.larger.results import Results, Run
 from bench.experiments.larger.training import PARTS, Progress, train
@@ -296,13 +298,15 @@ def test_reading_losses_later_changes_no_number(prepared, name, request):
     assert [replace(p, seconds=0) for p in seen[0]] == [replace(p, seconds=0) for p in seen[1]]
 
 
-def test_a_run_that_diverges_ends_with_its_first_bad_loss(prepared, request):
+@pytest.mark.parametrize("parts", [1, PARTS])
+def test_a_run_that_diverges_ends_where_losses_are_read(prepared, parts, monkeypatch, request):
+    monkeypatch.setattr(training, "PARTS", parts)
     task = replace(gpt2.TINY.task(), steps=60)
     cell = Cell(task.name, "AdamW 0.9", 1e30, False, 0)
     runs = [train(task, CONTESTANTS["AdamW 0.9"], cell)]
     request.getfixturevalue("stand_in")
     runs.append(train(task, CONTESTANTS["AdamW 0.9"], cell))
     for run in runs:
-        assert run.comparing == float("inf")
-        assert len(run.training) == 1
-    assert runs[0].curve == runs[1].curve
+        assert (run.choosing, run.comparing) == (float("inf"), float("inf"))
+        assert len(run.training) == 1 and not math.isfinite(run.training[0])
+        assert run.curve == []

@@ -154,8 +154,8 @@ def train(
 ) -> Run:
     """One run, to its end or to its first loss that is not finite.
 
-    On a GPU losses are read where a part ends, so that no step waits for the one before: a run
-    that diverges goes on to there, and its losses end with the first that is not finite.
+    On a GPU losses are read where a part ends, so that no step waits for the one before; a run
+    that diverges goes on to there.
     """
     began = time.perf_counter()
     problem = _problem(task.make, task.steps, cell.seed)
@@ -217,8 +217,7 @@ def train(
                 )
 
     betas.read()
-    losses = losses[: next((i + 1 for i, x in enumerate(losses) if not math.isfinite(x)), None)]
-    finished = len(losses) == task.steps and math.isfinite(losses[-1])
+    finished = len(losses) == task.steps and all(map(math.isfinite, losses))
     searched = cell.seed == SEARCHED_SEED and bool(betas.seen)
     drawn_from = any(other.drawn_from == contestant.name for other in CONTESTANTS.values())
     named = {
