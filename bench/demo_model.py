@@ -1,4 +1,4 @@
-"""A small byte-level GPT: pre-norm, learned positions, no biases, head not tied."""
+"""A small GPT, byte-level unless asked otherwise: pre-norm, learned positions, no biases."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VOCABULARY = 256  # a token is a byte
+VOCABULARY = 256  # a token is a byte, unless asked otherwise
 
 
 class Block(nn.Module):
@@ -36,18 +36,31 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Predicts each next byte of windows of `context` bytes."""
+    """Predicts each next token of windows of `context` tokens.
 
-    def __init__(self, context: int, width: int, heads: int, layers: int) -> None:
+    With `tied`, its head is its embedding, as GPT-2's.
+    """
+
+    def __init__(
+        self,
+        context: int,
+        width: int,
+        heads: int,
+        layers: int,
+        vocabulary: int = VOCABULARY,
+        tied: bool = False,
+    ) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.embedding = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(context, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width, bias=False)
-        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
 
     def forward(self, windows: Tensor) -> Tensor:
-        """Mean cross-entropy, in nats a byte, of [batch, context + 1] windows of bytes."""
+        """Mean cross-entropy, in nats a token, of [batch, context + 1] windows of tokens."""
         windows = windows.long()
         x = self.embedding(windows[:, :-1]) + self.positions.weight
         for block in self.blocks:

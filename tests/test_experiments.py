@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from adamem_fused.backends import ops
-from bench.demo_model import GPT
 from bench.experiments import __main__ as experiments
-from bench.experiments import data, gpt2
+from bench.experiments import data
+from bench.experiments.cell import Cell, lr_factor
 from bench.experiments.contestants import BY_ROW, CONTESTANTS
-from bench.experiments.grid import FULL, ROW, Cell, Grid, quick_grid
+from bench.experiments.grid import FULL, ROW, Grid, quick_grid
 from bench.experiments.report import REPORT, write_report
 from bench.experiments.results import Results, Run, from_json, to_json
-from bench.experiments.runner import lr_factor, train
+from bench.experiments.runner import train
 from bench.experiments.table import Table
 from bench.experiments.tasks import TASKS
 from bench.experiments.verdicts import (
@@ -176,7 +176,7 @@ def finished(tmp_path_factory):
     """A folder with all runs of the small grid, and its report."""
     folder = tmp_path_factory.mktemp("experiments")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "quick_grid", small_grid)
+        patch.setattr("bench.experiments.grid.quick_grid", small_grid)
         assert experiments.main(["run", "--quick", "--workers", "2", "--out", str(folder)]) == 0
     return folder
 
@@ -188,7 +188,7 @@ def test_all_runs_of_the_grid_are_in_the_results_once(finished):
 
 def test_betas_by_row_have_a_grid_and_a_report_of_their_own(tmp_path, monkeypatch):
     row = replace(ROW, tasks=small_grid().tasks, seeds=1)
-    monkeypatch.setattr(experiments, "ROW", row)
+    monkeypatch.setattr("bench.experiments.grid.ROW", row)
     assert experiments.main(["run", "--row", "--workers", "1", "--out", str(tmp_path)]) == 0
     runs = list(Results(tmp_path))
     assert Counter(run.cell for run in runs) == Counter(row.cells())
@@ -204,7 +204,7 @@ def test_betas_by_row_have_a_grid_and_a_report_of_their_own(tmp_path, monkeypatc
 
 
 def test_interrupted_run_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "quick_grid", small_grid)
+    monkeypatch.setattr("bench.experiments.grid.quick_grid", small_grid)
     arguments = ["run", "--quick", "--workers", "1", "--out", str(tmp_path)]
     add = Results.add
 
@@ -443,29 +443,3 @@ def test_report_of_nothing_writes_nothing(tmp_path):
     results.open_for(small_grid())
     write_report(results)
     assert not (tmp_path / REPORT).exists()
-
-
-# ---- GPT-2 ----------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpt2_without_a_gpu_is_refused(tmp_path, capsys):
-    assert experiments.main(["run", "--gpt2", "--out", str(tmp_path)]) == 2
-    assert "gpt2 needs a GPU" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_gpt2_trains_and_reports_in_small_on_the_cpu(tmp_path, monkeypatch):
-    def make(steps, seed):
-        return gpt2.language_model(GPT(16, 16, 2, 1), torch.device("cpu"), steps, seed)
-
-    task = replace(gpt2.TASK, steps=3, lrs={"adam": (1e-3, 1e-2)}, make=make)
-    text = bytes(range(256)) * 20
-    monkeypatch.setattr(gpt2, "corpus", lambda: (text, text[::-1]))
-    monkeypatch.setattr(gpt2, "GRID", replace(gpt2.GRID, tasks={"gpt2": task}))
-    monkeypatch.setattr(gpt2, "gpu", lambda: None)
-    assert experiments.main(["run", "--gpt2", "--out", str(tmp_path)]) == 0
-    runs = list(Results(tmp_path))
-    assert len(runs) == 3 * 2 * 2
-    assert all(run.loss < run.untrained_loss for run in runs)
-    assert "### gpt2" in (tmp_path / REPORT).read_text()

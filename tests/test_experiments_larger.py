@@ -15,8 +15,8 @@ from adamem_fused import AMSGD, AMAdamW, param_groups
 from bench.demo_model import GPT
 from bench.experiments import corpus as corpus_module
 from bench.experiments import data
+from bench.experiments.cell import Cell
 from bench.experiments.corpus import Corpus
-from bench.experiments.grid import Cell
 from bench.experiments.larger import plain, plan, results, tasks, training
 from bench.experiments.larger.contestants import (
     ADAMW,

@@ -4,7 +4,8 @@
     python -m bench.experiments run --quick    # as many tables and pictures, in minutes
     python -m bench.experiments run --row      # betas by row, beside what they would replace: hours
     python -m bench.experiments run --larger   # larger models, with ablations: many hours
-    python -m bench.experiments run --gpt2     # GPT-2 small's layers; needs a GPU
+    python -m bench.experiments prepare        # the text as tokens, which the next one reads
+    python -m bench.experiments run --gpt2     # GPT-2 small; needs a GPU
     python -m bench.experiments report         # the report again, from the results on disk
     python -m bench.experiments report --larger
     python -m bench.experiments low-precision  # state and parameters in few bits: minutes
@@ -20,26 +21,27 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from bench.arguments import COUNT, output_folder
+# What needs other packages than torch and numpy is imported where it is needed: `run --gpt2` is to
+# work without them.
+from bench.arguments import COUNT, POSITIVE, output_folder
 from bench.experiments import gpt2
-from bench.experiments.grid import FULL, ROW, Grid, quick_grid
-from bench.experiments.larger.report import write_report as write_larger_report
 from bench.experiments.larger.results import Results as LargerResults
 from bench.experiments.larger.studies import STUDIES
 from bench.experiments.larger.tasks import TASKS as LARGER_TASKS
 from bench.experiments.larger.training import run_studies
-from bench.experiments.report import write_report
-from bench.experiments.results import Results
-from bench.experiments.runner import run_cells
-from bench.low_precision import training
+from bench.low_precision import command
+
+if TYPE_CHECKING:
+    from bench.experiments.grid import Grid
+    from bench.experiments.results import Results
 
 RESULTS = Path("bench/results/experiments")
 ROW_RESULTS = Path("bench/results/experiments-row")
 LARGER_RESULTS = Path("bench/results/experiments-larger")
 GPT2_RESULTS = Path("bench/results/experiments-gpt2")
+TINY_RESULTS = Path("build/experiments-gpt2-tiny")
 QUICK_RESULTS = Path("build/experiments-quick")
 REFUSED = 2
 INTERRUPTED = 130  # exit status: 128 + SIGINT, as a shell has it
@@ -66,7 +68,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="larger models, with ablations: many hours",
     )
     which.add_argument(
-        "--gpt2", action="store_true", help="GPT-2 small's layers, on a GPU (not yet run on one)"
+        "--gpt2", action="store_true", help="GPT-2 small, on a GPU (not yet run on one)"
+    )
+    run.add_argument(
+        "--tiny",
+        action="store_true",
+        help="of --gpt2: a model and runs so small that they go through in seconds, on the CPU too",
+    )
+    run.add_argument(
+        "--seconds",
+        type=POSITIVE,
+        help="of --gpt2: begins no run that would not be done by then, the last one's time says",
     )
     run.add_argument(
         "--workers", type=COUNT, default=os.cpu_count(), help="processes (default: every core)"
@@ -75,8 +87,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--out",
         type=output_folder,
         help=f"folder (default: {RESULTS}, of --row {ROW_RESULTS}, of --larger {LARGER_RESULTS}, "
-        f"of --quick {QUICK_RESULTS})",
+        f"of --quick {QUICK_RESULTS}, of --gpt2 {GPT2_RESULTS}, with --tiny {TINY_RESULTS})",
     )
+    commands.add_parser("prepare", help="make what run --gpt2 reads: the text as tokens")
     report = commands.add_parser("report", help="write the report of results that are there")
     report.add_argument("--larger", action="store_true", help="that of `run --larger`")
     report.add_argument(
@@ -84,10 +97,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         type=output_folder,
         help=f"folder (default: {RESULTS}, of --larger {LARGER_RESULTS})",
     )
-    training.add_parser(commands)
+    command.add_parser(commands)
     args = parser.parse_args(argv)
-    if args.out is None and args.command != "low-precision":
+    if args.command == "run" and not args.gpt2 and (args.tiny or args.seconds is not None):
+        parser.error("--tiny and --seconds are of --gpt2")
+    if args.command in ("run", "report") and args.out is None:
         by_flag = {
+            "tiny": TINY_RESULTS,
             "quick": QUICK_RESULTS,
             "row": ROW_RESULTS,
             "larger": LARGER_RESULTS,
@@ -102,12 +118,12 @@ def prepare(args: argparse.Namespace) -> tuple[Grid, Results]:
     """The grid, and the folder ready for its runs.
 
     Raises:
-        RuntimeError: it needs a GPU and there is none.
         ValueError: the folder holds other runs.
     """
-    if args.gpt2:
-        gpt2.gpu()
-    grid = quick_grid() if args.quick else gpt2.GRID if args.gpt2 else ROW if args.row else FULL
+    from bench.experiments.grid import FULL, ROW, quick_grid
+    from bench.experiments.results import Results
+
+    grid = quick_grid() if args.quick else ROW if args.row else FULL
     results = Results(args.out)
     results.open_for(grid)
     return grid, results
@@ -115,6 +131,11 @@ def prepare(args: argparse.Namespace) -> tuple[Grid, Results]:
 
 def run(grid: Grid, results: Results, workers: int) -> int:
     """Runs what is missing. Interrupted, it leaves the finished runs and a report of them."""
+    from tqdm import tqdm
+
+    from bench.experiments.report import write_report
+    from bench.experiments.runner import run_cells
+
     cells = grid.cells()
     done = {run.cell for run in results}
     missing = [cell for cell in cells if cell not in done]
@@ -136,6 +157,10 @@ def run_larger(results: LargerResults, workers: int) -> int:
 
     Interrupted, it leaves the finished runs and a report of them.
     """
+    from tqdm import tqdm
+
+    from bench.experiments.larger.report import write_report
+
     environment = results.open_for(LARGER_TASKS)
     runs = {run.cell: run for run in results}
     status = 0
@@ -147,7 +172,7 @@ def run_larger(results: LargerResults, workers: int) -> int:
                 bar.update()
         except KeyboardInterrupt:
             status = INTERRUPTED
-    write_larger_report(results)
+    write_report(results)
     return status
 
 
@@ -159,22 +184,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse_args(argv)
     if args.command == "report":
+        from bench.experiments.larger.report import write_report as write_larger_report
+        from bench.experiments.report import write_report
+        from bench.experiments.results import Results
+
         if args.larger:
             write_larger_report(LargerResults(args.out))
         else:
             write_report(Results(args.out))
         return 0
     if args.command == "low-precision":
+        from bench.low_precision import training
+
         return training.run(args.quick, args.workers, args.out)
+    if args.command == "prepare":
+        gpt2.prepare()
+        return 0
     try:
         if args.larger:
             return run_larger(LargerResults(args.out), args.workers)
-        grid, results = prepare(args)
+        if args.gpt2:
+            runs = gpt2.Runs(args.out, args.tiny)
+        else:
+            grid, results = prepare(args)
     except (RuntimeError, ValueError) as error:
         print(f"bench.experiments: {error}", file=sys.stderr)
         return REFUSED
-    # A GPU takes one run at a time, and a process that is forked cannot use it.
-    return run(grid, results, workers=0 if args.gpt2 else args.workers)
+    if not args.gpt2:
+        return run(grid, results, args.workers)
+    try:
+        runs.make(args.seconds)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
 
 
 if __name__ == "__main__":

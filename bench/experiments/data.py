@@ -11,7 +11,6 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
-from sklearn.datasets import load_breast_cancer, load_digits
 from torch import Tensor
 
 from bench.demo_text import HELD_OUT_FILES, TRAINING_FILES, read_text, standard_library
@@ -23,6 +22,9 @@ SPLIT_SEED = 0  # one split for all seeds of a run
 @cache
 def digits() -> tuple[Tensor, Tensor]:
     """Handwritten digits: [1797, 1, 8, 8] float32 in [0, 1], and labels of 10 classes."""
+    # Not above: tasks of text are to run without scikit-learn.
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     images = torch.tensor(data.images / 16.0, dtype=torch.float32)
     return images.unsqueeze(1), torch.tensor(data.target)
@@ -31,6 +33,8 @@ def digits() -> tuple[Tensor, Tensor]:
 @cache
 def breast_cancer() -> tuple[Tensor, Tensor]:
     """Cell measurements: [569, 30] float64, standardised, and labels of 2 classes."""
+    from sklearn.datasets import load_breast_cancer
+
     data = load_breast_cancer()
     features = torch.tensor(data.data, dtype=torch.float64)
     return (features - features.mean(0)) / features.std(0), torch.tensor(data.target)

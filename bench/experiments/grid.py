@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from bench.experiments.cell import Cell
 from bench.experiments.contestants import BY_ROW, CONTESTANTS, Contestant
-from bench.experiments.data import text_digests
 from bench.experiments.tasks import TASKS, Task
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run: what is trained on what, how. Also the key of its row in the results."""
-
-    task: str
-    contestant: str
-    lr: float
-    warmup: bool
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -28,13 +17,11 @@ class Grid:
     Attributes:
         tasks, contestants: by name.
         seeds: how many; they are 0, 1, 2...
-        texts: digests of the texts that the tasks read, for the results to name.
     """
 
     tasks: Mapping[str, Task]
     contestants: Mapping[str, Contestant]
     seeds: int
-    texts: Callable[[], dict[str, str]] = text_digests
 
     def cells(self) -> list[Cell]:
         """All runs. Seed by seed and task by task: a cut-off leaves whole blocks behind."""

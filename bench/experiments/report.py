@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from bench.experiments.cell import WARMUP_SHARE
 from bench.experiments.formatting import markdown, ratio
 from bench.experiments.plots import write_pictures
 from bench.experiments.results import Results, Run
-from bench.experiments.runner import TRACKED, WARMUP_SHARE
+from bench.experiments.runner import TRACKED
 from bench.experiments.table import Table
 from bench.experiments.verdicts import (
     BASELINES,

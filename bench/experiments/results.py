@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.environment import environment
-from bench.experiments.grid import Cell, Grid
+from bench.experiments.cell import Cell
+from bench.experiments.data import text_digests
+from bench.experiments.grid import Grid
 
 PACKAGES = ("scikit-learn", "schedulefree", "lion-pytorch")
 ROWS = "runs.jsonl"
@@ -128,7 +130,7 @@ class Results:
 def _settings(grid: Grid) -> dict[str, Any]:
     return {
         "environment": environment() | {name: version(name) for name in PACKAGES},
-        "texts": grid.texts(),
+        "texts": text_digests(),
         "seeds": grid.seeds,
         "contestants": {c.name: c.family for c in grid.contestants.values()},
         "tasks": {

@@ -19,30 +19,19 @@ from torch.optim import Optimizer
 
 from adamem_fused import AMSGD, AMAdamW, param_groups
 from bench.demo_model import tensor_label
+from bench.experiments.cell import Cell, lr_factor
 from bench.experiments.contestants import Contestant
-from bench.experiments.grid import Cell, Grid
+from bench.experiments.grid import Grid
 from bench.experiments.results import Run
 from bench.experiments.tasks import Problem, Task
 
 T = TypeVar("T")
 
-WARMUP_SHARE = 0.1  # of the steps
 SEGMENTS = 10  # points of a loss curve: means over as many parts of the run
 # Loss curves are kept of one seed, and betas by tensor of that seed's runs of two contestants:
 # the file of results is to stay small.
 DETAILED_SEED = 0
 TRACKED = ("AM-AdamW level tensor lambda 0.1", "AM-AdamW anchored tensor lambda 0.1")
-
-
-def lr_factor(step: int, steps: int, warmup: bool, cosine: bool) -> float:
-    """What the learning rate of a step, the first of them 0, is multiplied by."""
-    warmup_steps = round(WARMUP_SHARE * steps) if warmup else 0
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    if not cosine:
-        return 1.0
-    progress = (step - warmup_steps) / (steps - warmup_steps)
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 @lru_cache(maxsize=2)
@@ -144,14 +133,7 @@ def _run(cell: Cell) -> Run:
 
 
 def run_cells(grid: Grid, cells: Iterable[Cell], workers: int) -> Iterator[Run]:
-    """The cells' runs, as they finish: each on one thread of one of the worker processes.
-
-    Without workers, here and one after the other.
-    """
-    if not workers:
-        for cell in cells:
-            yield train(grid.tasks[cell.task], grid.contestants[cell.contestant], cell)
-        return
+    """The cells' runs, as they finish: each on one thread of one of the worker processes."""
     torch.set_num_threads(1)  # before the fork, which threads of OpenMP would not survive
     context = multiprocessing.get_context("fork")
     with context.Pool(workers, _start_worker, (grid,)) as pool:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.experiments.grid import Cell
+from bench.experiments.cell import Cell
 from bench.experiments.results import Run
 
 # Below this share of its value at the start, least squares counts as solved: without a floor the

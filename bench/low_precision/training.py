@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import multiprocessing
-import os
 import signal
 import statistics
 from collections.abc import Callable, Iterator, Mapping
@@ -20,13 +19,15 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from adamem_fused import AMAdamW, param_groups, storage
-from bench.arguments import COUNT, output_folder
+from bench.arguments import output_folder
 from bench.environment import environment
 from bench.experiments import data
+from bench.experiments.cell import lr_factor
 from bench.experiments.models import ViT
-from bench.experiments.runner import lr_factor, parts
+from bench.experiments.runner import parts
 from bench.experiments.tasks import Problem, digit_images, new_gpt, text
 from bench.kernels.contestants import PEERS, peer_versions
+from bench.low_precision.command import QUICK_RESULTS
 from bench.low_precision.contestants import (
     BASELINE,
     FORMATS,
@@ -87,7 +88,6 @@ TASKS = {
 }
 SEEDS = 3
 QUICK_STEPS, QUICK_SEEDS = 10, 2
-QUICK_RESULTS = Path("build/low-precision-quick")
 
 
 @dataclass(frozen=True)
@@ -279,27 +279,6 @@ def run_cells(
     context = multiprocessing.get_context("fork")
     with context.Pool(workers, _start_worker, (tasks,)) as pool:
         yield from pool.imap(_run, todo)
-
-
-def add_parser(commands: Any) -> None:
-    """Adds the command to those of `python -m bench.experiments`."""
-    parser = commands.add_parser(
-        "low-precision",
-        help="state and parameters in few bits, beside float32: minutes",
-        description="Trains a small GPT and a small ViT with AdamW, AMAdamW and AMAdamW by row, "
-        "with each format of state and parameters, and with the installed packages' AdamW of 8 "
-        "bits. Writes runs.json, report.md, with a verdict for each and the distributions of "
-        "beta, and two pictures.",
-    )
-    parser.add_argument("--quick", action="store_true", help="two seeds, and a few steps")
-    parser.add_argument(
-        "--workers", type=COUNT, default=os.cpu_count(), help="processes (default: every core)"
-    )
-    parser.add_argument(
-        "--out",
-        type=output_folder,
-        help=f"folder (default: {RESULTS}, of --quick {QUICK_RESULTS})",
-    )
 
 
 def run(quick: bool, workers: int, folder: Path | None) -> int:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.experiments.grid import Cell
+from bench.experiments.cell import Cell
 from bench.experiments.larger.contestants import CONTESTANTS, Contestant
 from bench.experiments.larger.results import Run
 from bench.experiments.larger.tasks import TASKS, LargerTask

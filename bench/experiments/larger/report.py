@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from bench.experiments.cell import WARMUP_SHARE
 from bench.experiments.formatting import markdown, ratio
 from bench.experiments.larger.contestants import ADAMW
 from bench.experiments.larger.plots import steps_needed, title, write_pictures
@@ -14,7 +15,6 @@ from bench.experiments.larger.results import Results, Run
 from bench.experiments.larger.table import Table
 from bench.experiments.larger.training import MAX_NORM
 from bench.experiments.larger.verdicts import QUESTIONS, RULE, Verdict, best_adamw, verdicts
-from bench.experiments.runner import WARMUP_SHARE
 
 REPORT = "report.md"
 WHAT = f"""

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.environment import environment
+from bench.experiments.cell import Cell
 from bench.experiments.corpus import corpus
-from bench.experiments.grid import Cell
 from bench.experiments.larger.tasks import LargerTask
+from bench.gpu_check import gpu
 
 ROWS = "runs.jsonl"
 SETTINGS = "settings.json"
@@ -30,8 +31,9 @@ class Run:
         choosing, comparing: the held-out losses at the end; inf where the run diverged.
         training: mean training loss of each part of the run.
         curve: loss of a few examples of the comparing part, at the end of each part of the run.
-        optimizer_us: CPU time of the optimizer's step, the median, in microseconds.
-        step_us: CPU time of a whole step without evaluation, the median, in microseconds.
+        optimizer_us: CPU time of the optimizer's step, the median, in microseconds; on a GPU the
+            device's time.
+        step_us: that of a whole step without evaluation.
         at_cap: share of the parameters with a beta whose beta was at its cap, by part of the run;
             empty where beta is fixed.
         betas: mean beta of each tensor that has one, by part of the run; kept of one seed.
@@ -90,18 +92,22 @@ class Results:
         self.rows = folder / ROWS
         self.settings = folder / SETTINGS
 
-    def open_for(self, tasks: Mapping[str, LargerTask]) -> int:
+    def open_for(
+        self, tasks: Mapping[str, LargerTask], text: Mapping[str, Any] | None = None
+    ) -> int:
         """Makes the folder ready for runs of these tasks, and says as which environment.
 
-        Runs of several machines stand side by side; each says which it was made on.
+        Runs of several machines stand side by side; each says which it was made on. `text` says
+        what they read, where that is not the corpus as it is here.
 
         Raises:
             ValueError: it holds runs of other tasks of the same names, or of another text.
         """
-        settings: dict[str, Any] = {"corpus": corpus().digest(), "tasks": {}, "environments": []}
+        text = {"corpus": corpus().digest()} if text is None else text
+        settings: dict[str, Any] = {**text, "tasks": {}, "environments": []}
         if self.settings.exists():
             settings = json.loads(self.settings.read_text())
-        if settings["corpus"] != corpus().digest():
+        if not text.items() <= settings.items():
             raise ValueError(
                 f"{self.folder} holds runs on another text: other versions of the packages, or "
                 "of Python. Name another folder with --out"
@@ -118,7 +124,9 @@ class Results:
                     f"{self.folder} holds runs of another {task.name}: name another folder "
                     "with --out"
                 )
-        here = environment()
+        here: dict[str, Any] = environment()
+        if gpu.is_available():
+            here["gpu"] = gpu.describe()
         if here not in settings["environments"]:
             settings["environments"].append(here)
         self.settings.write_text(json.dumps(settings, indent=1) + "\n")

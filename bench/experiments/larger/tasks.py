@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from bench.demo_model import GPT, VOCABULARY
 from bench.experiments import data
+from bench.experiments.cell import lr_factor
 from bench.experiments.corpus import corpus
 from bench.experiments.larger.lora import add_adapters
 from bench.experiments.models import CLASSES, ViT
-from bench.experiments.runner import lr_factor
 from bench.experiments.tasks import batch_indices, seeded
 
 PRETRAINED = Path("build/experiments-larger")

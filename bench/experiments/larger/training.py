@@ -9,22 +9,24 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from multiprocessing.pool import AsyncResult
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bench.demo_model import tensor_label
-from bench.experiments.grid import Cell
+from bench.experiments.cell import Cell, lr_factor
 from bench.experiments.larger.contestants import CONTESTANTS, Contestant, Setting
 from bench.experiments.larger.muon import Muon
 from bench.experiments.larger.plan import SEARCHED_SEED, Study, next_cells, source_run
 from bench.experiments.larger.results import Run
 from bench.experiments.larger.tasks import TASKS, LargerTask, Problem
-from bench.experiments.runner import lr_factor
+from bench.gpu_check import gpu
 
 MAX_NORM = 1.0  # gradients are clipped by their global norm, as everybody trains
 PARTS = 20  # points of a curve
@@ -39,31 +41,49 @@ def _problem(make: Callable[[int, int], Problem], steps: int, seed: int) -> Prob
 
 
 class Betas:
-    """The betas of a run, looked at now and then."""
+    """The betas of a run, looked at now and then. A look waits for no GPU; `read` does.
+
+    Attributes:
+        steps: that were looked at.
+        seen, mean, at_cap: what has been read of each: the betas, on the CPU; their mean, and the
+            share at their cap, in which a beta counts with the elements that it is for.
+    """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.optimizers = optimizers
         self.steps: list[int] = []
         self.seen: list[dict[Tensor, Tensor]] = []
+        self.mean: list[float] = []
         self.at_cap: list[float] = []
+        self._unread: list[tuple[dict[Tensor, float], list[int], Tensor]] = []
 
     def look(self, step: int) -> None:
-        seen, at_cap, elements = {}, 0.0, 0
+        caps: dict[Tensor, float] = {}
+        betas: list[Tensor] = []
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for param in group["params"]:
                     if "beta" in optimizer.state[param]:
-                        beta = optimizer.state[param]["beta"].reshape(-1).clone()
-                        cap = (
+                        caps[param] = (
                             optimizer.momentum if isinstance(optimizer, Muon) else group["betas"][0]
                         )
-                        at_cap += (beta > cap - 1e-6).float().mean().item() * param.numel()
-                        elements += param.numel()
-                        seen[param] = beta
-        if seen:
+                        betas.append(optimizer.state[param]["beta"].reshape(-1))
+        if betas:
             self.steps.append(step)
+            self._unread.append((caps, list(map(len, betas)), torch.cat(betas)))
+
+    def read(self) -> None:
+        for caps, sizes, betas in self._unread:
+            seen = dict(zip(caps, torch.split(betas.cpu(), sizes), strict=True))
+            total, at_cap, elements = 0.0, 0.0, 0
+            for param, beta in seen.items():
+                total += beta.mean().item() * param.numel()
+                at_cap += (beta > caps[param] - 1e-6).float().mean().item() * param.numel()
+                elements += param.numel()
             self.seen.append(seen)
+            self.mean.append(total / elements)
             self.at_cap.append(at_cap / elements)
+        self._unread.clear()
 
     def _parts(self, count: int, steps: int) -> list[list[int]]:
         """Indices of the looks, by part of the run."""
@@ -99,14 +119,45 @@ class Betas:
         ]
 
 
+@dataclass
+class Progress:
+    """How far a run has come, at the end of a part of it.
+
+    Attributes:
+        step: steps that are done.
+        training: mean training loss of the part.
+        curve: the held-out loss, as `Problem.curve` has it.
+        beta, at_cap: mean beta, and share of the parameters whose beta was at its cap, when they
+            were last looked at; None where beta is fixed.
+        seconds: since the run's begin, evaluation included.
+    """
+
+    step: int
+    training: float
+    curve: float
+    beta: float | None
+    at_cap: float | None
+    seconds: float
+
+
+def _cpu_seconds(start: float, end: float) -> float:
+    return end - start
+
+
 def train(
     task: LargerTask,
     contestant: Contestant,
     cell: Cell,
     environment: int = 0,
     quantiles: list[list[list[float]]] | None = None,
+    report: Callable[[Progress], None] | None = None,
 ) -> Run:
-    """One run, to its end or to its first loss that is not finite."""
+    """One run, to its end or to its first loss that is not finite.
+
+    On a GPU losses are read where a part ends, so that no step waits for the one before; a run
+    that diverges goes on to there.
+    """
+    began = time.perf_counter()
     problem = _problem(task.make, task.steps, cell.seed)
     model = copy.deepcopy(problem.model)
     params = [param for param in model.parameters() if param.requires_grad]
@@ -116,36 +167,57 @@ def train(
     )  # fmt: skip
     optimizers = contestant.make(setting)
     betas = Betas(optimizers)
+    on_gpu = params[0].device.type == gpu.device.type
+    now: Callable[[], Any] = gpu.mark if on_gpu else time.thread_time
+    between = gpu.seconds_between if on_gpu else _cpu_seconds
+    moments: list[tuple[Any, Any, Any, Any]] = []
+    unread: list[Tensor] = []
     losses: list[float] = []
     curve: list[float] = []
-    seconds: list[float] = []
-    optimizer_seconds: list[float] = []
-    ends = [task.steps * (part + 1) // PARTS for part in range(PARTS)]
+    bounds = [task.steps * part // PARTS for part in range(PARTS + 1)]
+    ends = bounds[1:]
     for step in range(task.steps):
         factor = lr_factor(step, task.steps, cell.warmup, cosine=True)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = cell.lr * factor
-        start = time.thread_time()
+        start = now()
         loss = problem.training_loss(model, step)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            break
+        unread.append(loss.detach())
+        if not on_gpu or step + 1 in ends:
+            read = torch.stack(unread).tolist()
+            losses += read
+            unread.clear()
+            if not all(map(math.isfinite, read)):
+                break
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(params, MAX_NORM)
-        optimizer_start = time.thread_time()
+        optimizer_start = now()
         for optimizer in optimizers:
             optimizer.step()
-        optimizer_seconds.append(time.thread_time() - optimizer_start)
+        optimizer_end = now()
         for param in params:
             param.grad = None
-        seconds.append(time.thread_time() - start)
+        moments.append((start, optimizer_start, optimizer_end, now()))
         if step % LOOK_EVERY == 0:
             betas.look(step)
         if step + 1 in ends:
             curve.append(problem.curve(model))
+            betas.read()
+            if report is not None:
+                report(
+                    Progress(
+                        step + 1,
+                        statistics.fmean(losses[bounds[ends.index(step + 1)] :]),
+                        curve[-1],
+                        betas.mean[-1] if betas.mean else None,
+                        betas.at_cap[-1] if betas.at_cap else None,
+                        time.perf_counter() - began,
+                    )
+                )
 
-    finished = len(seconds) == task.steps
+    betas.read()
+    finished = len(losses) == task.steps and all(map(math.isfinite, losses))
     searched = cell.seed == SEARCHED_SEED and bool(betas.seen)
     drawn_from = any(other.drawn_from == contestant.name for other in CONTESTANTS.values())
     named = {
@@ -153,7 +225,6 @@ def train(
         for name, param in model.named_parameters()
         if searched and param in betas.seen[0]
     }
-    bounds = [0, *ends]
     return Run(
         cell,
         environment,
@@ -161,8 +232,8 @@ def train(
         comparing=problem.comparing(model) if finished else math.inf,
         training=[statistics.fmean(losses[a:b]) for a, b in pairwise(bounds) if losses[a:b]],
         curve=curve,
-        optimizer_us=1e6 * statistics.median(optimizer_seconds or [0.0]),
-        step_us=1e6 * statistics.median(seconds or [0.0]),
+        optimizer_us=1e6 * statistics.median([between(b, c) for _, b, c, _ in moments] or [0.0]),
+        step_us=1e6 * statistics.median([between(a, d) for a, _, _, d in moments] or [0.0]),
         at_cap=betas.shares_at_cap(task.steps),
         betas=betas.means(list(named.values()), task.steps) if searched else [],
         tensors=[tensor_label(name) for name in named],
