@@ -42,16 +42,25 @@ CORE = (
     "AM-AdamW level row, cap 0.95",
     "AM-AdamW anchored row",
 )
+# For rows that rarely have a gradient.
+RARE = (
+    *FIRST,
+    "AM-AdamW level row, embeddings tensor",
+    "AM-AdamW level row, cap without gradient",
+    "AdamW 0.8, 0.95",
+)
 
 STUDIES = (
     Study("gpt-400k", True, MAIN, seeds=3),
     Study("logistic-fashion", True, (*SHORT, "beta at the cap"), seeds=3),
+    Study("gpt-bpe", True, RARE, seeds=1),
     Study("gpt-1m", True, CORE, seeds=1),
     Study("vit-fashion", True, MAIN, seeds=1),
     Study("gpt-400k", False, SHORT, seeds=1),
     Study("lora-documentation", True, SHORT, seeds=3),
     Study("gpt-400k", True, tuple(CONTESTANTS), seeds=1),
     Study("gpt-400k", True, FIRST, seeds=1, octaves=range(-2, 5)),
+    Study("gpt-bpe", True, RARE, seeds=3),
     Study("gpt-1m", True, CORE, seeds=3),
     Study("vit-fashion", True, MAIN, seeds=3),
     Study("gpt-400k", False, SHORT, seeds=3),

@@ -21,6 +21,7 @@ from bench.experiments.corpus import corpus
 from bench.experiments.larger.lora import add_adapters
 from bench.experiments.models import CLASSES, ViT
 from bench.experiments.tasks import batch_indices, seeded
+from bench.experiments.tokens import tokenised
 
 PRETRAINED = Path("build/experiments-larger")
 HELD_OUT = 512  # examples of each held-out part: windows of text, or images
@@ -100,9 +101,19 @@ def _held_out(loss: BatchLoss, choosing: Tensor, comparing: Tensor) -> tuple[Los
 # ---- text -----------------------------------------------------------------------------
 
 
-def windows(content: bytes, context: int) -> Tensor:
-    """Every run of context + 1 bytes of the text, [windows, context + 1] uint8, a view."""
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8).unfold(0, context + 1, 1)
+def as_bytes(*texts: bytes) -> tuple[Tensor, ...]:
+    """Texts as tokens that are their bytes, [bytes] uint8."""
+    return tuple(torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in texts)
+
+
+def source_bytes() -> tuple[Tensor, ...]:
+    text = corpus()
+    return as_bytes(text.training, text.choosing, text.comparing)
+
+
+def source_tokens(vocabulary: int) -> tuple[Tensor, ...]:
+    tokens = tokenised(vocabulary)
+    return tokens.training, tokens.choosing, tokens.comparing
 
 
 def spread(examples: Tensor, count: int) -> Tensor:
@@ -112,14 +123,14 @@ def spread(examples: Tensor, count: int) -> Tensor:
 
 def language_model(
     model: nn.Module,
-    texts: Callable[[], Sequence[bytes]],
+    text: Sequence[Tensor],
     context: int,
     batch_size: int,
     steps: int,
     seed: int,
 ) -> Problem:
-    """Predicts each next byte of a text; `texts` gives its three parts."""
-    training, choosing, comparing = (windows(text, context) for text in texts())
+    """Predicts each next token of a text, whose three parts are given, [tokens] each."""
+    training, choosing, comparing = (part.unfold(0, context + 1, 1) for part in text)
     batches = batch_indices(len(training), batch_size, steps, seed)
 
     def loss(model: nn.Module, examples: Tensor) -> Tensor:
@@ -133,18 +144,21 @@ def language_model(
     )
 
 
-def source_texts() -> tuple[bytes, bytes, bytes]:
-    text = corpus()
-    return text.training, text.choosing, text.comparing
-
-
 def pretraining(
-    width: int, heads: int, layers: int, context: int, batch_size: int, steps: int, seed: int
+    width: int,
+    heads: int,
+    layers: int,
+    context: int,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    vocabulary: int = VOCABULARY,
 ) -> Problem:
-    """A GPT on the corpus, from initial weights of the seed."""
-    model = GPT(context, width, heads, layers)
+    """A GPT on the corpus, from initial weights of the seed; by bytes, or in other tokens."""
+    model = GPT(context, width, heads, layers, vocabulary)
     model.init_weights(torch.Generator().manual_seed(seed))
-    return language_model(model, source_texts, context, batch_size, steps, seed)
+    text = source_bytes() if vocabulary == VOCABULARY else source_tokens(vocabulary)
+    return language_model(model, text, context, batch_size, steps, seed)
 
 
 # ---- fine-tuning ----------------------------------------------------------------------
@@ -182,16 +196,16 @@ def pretrained() -> GPT:
     return model
 
 
-def documentation_texts() -> tuple[bytes, bytes, bytes]:
+def documentation() -> tuple[Tensor, ...]:
     training, held_out = data.documentation()
     half = len(held_out) // 2
-    return training, held_out[:half], held_out[half:]
+    return as_bytes(training, held_out[:half], held_out[half:])
 
 
 def lora(steps: int, seed: int) -> Problem:
     """Adapters of the pretrained GPT go on with documentation."""
     model = add_adapters(copy.deepcopy(pretrained()), "blocks.", seed)
-    return language_model(model, documentation_texts, 64, 16, steps, seed)
+    return language_model(model, documentation(), 64, 16, steps, seed)
 
 
 # ---- images ---------------------------------------------------------------------------
@@ -227,6 +241,7 @@ def logistic_regression() -> nn.Module:
 
 SMALL = (96, 4, 3)  # width, heads, layers: 0.39 M parameters
 LARGE = (128, 4, 5)  # 1.06 M
+BPE = 2048  # tokens: most of them are rare, so that most rows of an embedding are
 
 
 def _tasks() -> list[LargerTask]:
@@ -248,6 +263,16 @@ def _tasks() -> list[LargerTask]:
             weight_decay=0.1,
             make=partial(pretraining, *LARGE, 64, 16),
             inner="blocks.",
+        ),
+        LargerTask(
+            "gpt-bpe",
+            f"GPT of 0.72 M parameters, {BPE} tokens by BPE, 16 x 64 tokens a step",
+            steps=1000,
+            lr=3e-3,
+            weight_decay=0.1,
+            make=partial(pretraining, *SMALL, 64, 16, vocabulary=BPE),
+            inner="blocks.",
+            classes=BPE,
         ),
         LargerTask(
             "gpt-1m-batch128",

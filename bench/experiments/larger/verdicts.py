@@ -24,9 +24,9 @@ a question's numbers are those of all tasks and seeds at which both have been ru
 convex tasks apart. The first is
 **better** where the 95% t interval of their mean lies below 0 and the mean of every task does,
 **worse** where interval and tasks lie above, **level** where the interval lies within 1% on either
-side, and otherwise it is **not decided**. A run that diverged counts as a loss of log 256 for text
-and of log 10 for images, which is guessing. The interval speaks of other seeds of these tasks; it
-is not one of other tasks, of which there are few."""
+side, and otherwise it is **not decided**. A run that diverged counts as guessing: as a loss of the
+log of as many bytes, tokens or classes as there are. The interval speaks of other seeds of these
+tasks; it is not one of other tasks, of which there are few."""
 
 # Questions, and for each the pairs (contestant, against) that answer it. "best AdamW" is the one
 # with the lowest loss on the part for choosing, picked for each task and warm-up.
