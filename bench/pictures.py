@@ -8,13 +8,16 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.demo_report import COLOURS
+from bench.experiments.larger.results import SETTINGS, Results
+from bench.experiments.larger.table import Table
 from bench.kernels.results import Report
 
-DEMO = "bench/results/demo/demo.json"
+LARGER = "bench/results/experiments-larger"
 TRAIN = "bench/results/amd-epyc-avx512/train.json"
 KERNELS = "bench/results/amd-epyc-avx512/kernels.json"
 GPU = "bench/results/nvidia-h100-80gb-hbm3/gpu.json"
@@ -46,6 +49,16 @@ CPU_CASES = {
     "AMAdamW cpu, all missed": "all below it",
     "AMAdamW cpu, anchored": 'memory_plane="anchored"',
     "AMAdamW cpu, row": "one beta a row",
+}
+
+# Of the larger trainings, with warm-up: the task, and the contestants that are drawn.
+LOSSES_OF = "gpt-400k"
+LOSSES = {
+    "AdamW 0.9": ("AdamW", "#000000"),
+    "AdamW 0.8, 0.95": ("AdamW, both betas tuned", GREY),
+    "AM-AdamW level tensor": ("AMAdamW", BLUE),
+    "AM-AdamW level row": ("AMAdamW, one beta a row", ORANGE),
+    "Muon + AdamW 0.9": ("Muon, and AdamW beside it", GREEN),
 }
 
 # Bytes of a float32 parameter, of each reading and writing: of one reading, and of what follows.
@@ -122,19 +135,24 @@ def ratios(root: Path) -> dict[str, list[tuple[str, float]]]:
 def draw_overview(root: Path) -> Figure:
     figure = Figure(figsize=(9.5, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[5, 4])
-    _plot_losses(left, _read(root / DEMO))
+    _plot_losses(left, Table(Results(root / LARGER), _read(root / LARGER / SETTINGS)))
     _plot_ratios(right, ratios(root))
     return figure
 
 
-def _plot_losses(ax: Axes, demo: Any) -> None:
-    for (name, run), colour in zip(demo["contestants"].items(), COLOURS, strict=True):
-        label = f"{name}: {run['final_held_out_loss']:.3f}"
-        ax.plot(run["eval_steps"], run["held_out_losses"], color=colour, linewidth=1.6, label=label)
-    ax.set_ylim(1.6, 3.4)
+def _plot_losses(ax: Axes, table: Table) -> None:
+    """The held-out loss of a task of the larger trainings, means over its seeds."""
+    for name, (label, colour) in LOSSES.items():
+        runs = list(table.found(LOSSES_OF, True, name).values())
+        steps = table.settings["tasks"][LOSSES_OF]["steps"]
+        curve = np.mean([run.curve for run in runs], axis=0)
+        places = steps * (np.arange(len(curve)) + 1) / len(curve)
+        end = np.mean([run.comparing for run in runs])
+        ax.plot(places, curve, color=colour, linewidth=1.6, label=f"{label}: {end:.3f}")
+    ax.set_ylim(1.5, 3.6)
     ax.set_xlabel("step")
     ax.set_ylabel("held-out loss, nats a byte")
-    ax.set_title("A small GPT, lr 0.003, no warm-up", loc="left")
+    ax.set_title("A small GPT, each at its best lr", loc="left")
     ax.grid(alpha=0.25)
     ax.legend(frameon=False, title="at the end", alignment="left")
 
