@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from bench import host, phase, pictures, train
+from bench.experiments.formatting import ratio
+from bench.experiments.larger.results import SETTINGS
+from bench.experiments.larger.results import Results as LargerResults
+from bench.experiments.larger.table import Table as LargerTable
+from bench.experiments.larger.verdicts import verdicts
 from bench.kernels.contestants import ADAMW_BASELINE, is_ours_fused
 from bench.kernels.results import Report, Row, Spread, baseline
 from bench.kernels.tables import format_ratio, format_reasons, target_cells
@@ -20,8 +26,8 @@ from bench.low_precision.results import Trainings
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("bench/results")
-PAGE = Path("docs/performance.md")
-BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
+LARGER = "experiments-larger"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 PICTURES = {
     "ratios.png": "Ratio of step times by parameter list",
@@ -44,22 +50,25 @@ CONTESTANT_HEADERS = [
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `python -m bench`."""
+    words = " and ".join(map(str, PAGES))
     parser = commands.add_parser(
         "readme",
-        help=f"writes the tables of {PAGE}, and {pictures.FOLDER}, from the committed results",
-        description=f"Writes what stands between {BEGIN} and {END} in {PAGE} from every "
+        help=f"writes the tables of {words}, and {pictures.FOLDER}, from the committed results",
+        description=f"Writes what stands between {BEGIN} and {END} in {words} from every "
         f"{RESULTS}/*/kernels.json, and the train.json, phase.json, {steps.NAME}, host.json and "
-        f"pictures beside it; and the pictures in {pictures.FOLDER}.",
+        f"pictures beside it, and from {RESULTS}/{LARGER}; and the pictures in {pictures.FOLDER}.",
     )
     parser.set_defaults(run=run, parser=parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Rewrites the section in the page, and the pictures."""
-    path = ROOT / PAGE
-    path.write_text(replace_section(path.read_text(), performance(ROOT)))
+    """Rewrites the section of each page, and the pictures."""
+    for page, section in PAGES.items():
+        path = ROOT / page
+        path.write_text(replace_section(path.read_text(), section(ROOT)))
+        print(f"Wrote the tables of {path}")
     pictures.write(ROOT, ROOT / pictures.FOLDER)
-    print(f"Wrote the tables of {path}, and {ROOT / pictures.FOLDER}")
+    print(f"Wrote {ROOT / pictures.FOLDER}")
     return 0
 
 
@@ -83,6 +92,29 @@ def performance(root: Path) -> str:
         for path in sorted((root / RESULTS).glob("*/kernels.json"))
     ]
     return "\n" + "\n".join(parts or ["Nothing was measured yet.\n"]) + "\n"
+
+
+def larger(root: Path) -> str:
+    """The section: the verdicts of the larger trainings on networks."""
+    folder = root / RESULTS / LARGER
+    table = LargerTable(LargerResults(folder), json.loads((folder / SETTINGS).read_text()))
+    parts = []
+    found = [verdict for verdict in verdicts(table) if not verdict.convex]
+    for question, of_question in groupby(found, key=lambda verdict: verdict.question):
+        rows = [
+            [
+                verdict.contestant,
+                verdict.against,
+                "with" if verdict.warmup else "without",
+                f"{len(verdict.per_task)}, {verdict.numbers}",
+                ratio(verdict.interval),
+                f"**{verdict.outcome}**",
+            ]
+            for verdict in of_question
+        ]
+        headers = [question, "against", "warm-up", "tasks, runs", "ratio of losses", ""]
+        parts.append(_table(rows, headers))
+    return "\n" + "\n".join(parts) + "\n"
 
 
 def device_section(report: Report, folder: Path, root: Path) -> str:
@@ -250,3 +282,9 @@ def _contestant(report: Report, row: Row, seconds: Spread) -> list[str]:
         f"{row.peak_bytes / 1e6:.0f}" if row.peak_bytes is not None else "-",
         f"{row.state_bytes / row.numel:.2f}" if row.state_bytes is not None else "-",
     ]
+
+
+PAGES: dict[Path, Callable[[Path], str]] = {
+    Path("docs/performance.md"): performance,
+    Path("docs/experiments.md"): larger,
+}

@@ -1,6 +1,7 @@
 """The tables of docs/performance.md are what the committed results say; and bench train."""
 
 import json
+import shutil
 
 import pytest
 
@@ -8,14 +9,15 @@ from adamem_fused.backends import ops
 from bench import __main__ as commands
 from bench import pictures, readme, train
 from bench.kernels.results import Report, Row
-from bench.readme import BEGIN, END, PAGE, ROOT, performance, replace_section
+from bench.readme import BEGIN, END, PAGES, ROOT, performance, replace_section
 
 needs_extension = pytest.mark.skipif(ops.unavailable is not None, reason=str(ops.unavailable))
 
 
-def test_the_section_is_what_the_committed_results_give():
-    text = (ROOT / PAGE).read_text()
-    assert replace_section(text, performance(ROOT)) == text
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_the_section_is_what_the_committed_results_give(page):
+    text = (ROOT / page).read_text()
+    assert replace_section(text, PAGES[page](ROOT)) == text
 
 
 def test_the_pictures_are_what_the_committed_results_give(tmp_path):
@@ -111,15 +113,16 @@ def test_without_results_there_are_no_numbers(tmp_path):
     assert "Nothing was measured yet." in performance(tmp_path)
 
 
-def test_the_command_writes_the_section(results, monkeypatch):
+def test_the_command_writes_the_sections(results, monkeypatch):
     monkeypatch.setattr(readme, "ROOT", results)
     monkeypatch.setattr(pictures, "write", lambda root, folder: None)
-    page = results / PAGE
-    page.parent.mkdir()
-    page.write_text(f"a\n{BEGIN}\n{END}\nb\n")
+    shutil.copytree(ROOT / readme.RESULTS / readme.LARGER, results / readme.RESULTS / readme.LARGER)
+    for page in PAGES:
+        (results / page).parent.mkdir(exist_ok=True)
+        (results / page).write_text(f"a\n{BEGIN}\n{END}\nb\n")
     assert commands.main(["readme"]) == 0
-    text = page.read_text()
-    assert text == f"a\n{BEGIN}\n{performance(results)}{END}\nb\n"
+    for page, section in PAGES.items():
+        assert (results / page).read_text() == f"a\n{BEGIN}\n{section(results)}{END}\nb\n"
 
 
 @needs_extension
