@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from bench.demo_report import COLOURS
 from bench.experiments.larger.results import SETTINGS, Results
 from bench.experiments.larger.table import Table
+from bench.experiments.larger.verdicts import BEST_ADAMW, best_adamw
 from bench.kernels.results import Report
 
 LARGER = "bench/results/experiments-larger"
@@ -55,9 +56,9 @@ CPU_CASES = {
 LOSSES_OF = "gpt-400k"
 LOSSES = {
     "AdamW 0.9": ("AdamW", "#000000"),
-    "AdamW 0.8, 0.95": ("AdamW, both betas tuned", GREY),
+    BEST_ADAMW: ("AdamW, both betas tuned", GREY),
     "AM-AdamW level tensor": ("AMAdamW", BLUE),
-    "AM-AdamW level row": ("AMAdamW, one beta a row", ORANGE),
+    "AM-AdamW level row, layers only, cap 0.95": ("AMAdamW, rows in the layers", ORANGE),
     "Muon + AdamW 0.9": ("Muon, and AdamW beside it", GREEN),
 }
 
@@ -143,7 +144,11 @@ def draw_overview(root: Path) -> Figure:
 def _plot_losses(ax: Axes, table: Table) -> None:
     """The held-out loss of a task of the larger trainings, means over its seeds."""
     for name, (label, colour) in LOSSES.items():
+        if name == BEST_ADAMW:
+            name = best_adamw(table, LOSSES_OF, True) or name
         runs = list(table.found(LOSSES_OF, True, name).values())
+        if not runs:
+            continue
         steps = table.settings["tasks"][LOSSES_OF]["steps"]
         curve = np.mean([run.curve for run in runs], axis=0)
         places = steps * (np.arange(len(curve)) + 1) / len(curve)

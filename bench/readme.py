@@ -95,24 +95,24 @@ def performance(root: Path) -> str:
 
 
 def larger(root: Path) -> str:
-    """The section: the verdicts of the larger trainings on networks."""
+    """The section: the verdicts of the larger trainings."""
     folder = root / RESULTS / LARGER
     table = LargerTable(LargerResults(folder), json.loads((folder / SETTINGS).read_text()))
     parts = []
-    found = [verdict for verdict in verdicts(table) if not verdict.convex]
-    for question, of_question in groupby(found, key=lambda verdict: verdict.question):
+    for question, of_question in groupby(verdicts(table), key=lambda verdict: verdict.question):
         rows = [
             [
                 verdict.contestant,
                 verdict.against,
+                ", ".join(verdict.per_task),
                 "with" if verdict.warmup else "without",
-                f"{len(verdict.per_task)}, {verdict.numbers}",
+                str(verdict.numbers),
                 ratio(verdict.interval),
                 f"**{verdict.outcome}**",
             ]
             for verdict in of_question
         ]
-        headers = [question, "against", "warm-up", "tasks, runs", "ratio of losses", ""]
+        headers = [question, "against", "tasks", "warm-up", "runs", "ratio of losses", ""]
         parts.append(_table(rows, headers))
     return "\n" + "\n".join(parts) + "\n"
 

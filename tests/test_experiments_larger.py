@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -167,6 +168,15 @@ def test_rows_without_a_gradient_may_keep_the_cap():
     assert moved.abs().max() < 0.02  # on as AdamW goes on, but for lambda
 
 
+def test_at_the_cap_and_without_lambda_the_step_is_adamws():
+    # So its bias correction follows the betas that were used, not those of the closed form.
+    ours, _ = trained(
+        lambda groups: PlainAMAdamW(groups, 0.02, rule=plain.at_cap, memory_lambda=0.0)
+    )
+    theirs, _ = trained(lambda groups: torch.optim.AdamW(groups, lr=0.02, betas=(0.89, 0.999)))
+    assert_same_training(ours, theirs)
+
+
 def test_drawn_betas_have_the_distribution_of_their_tensor_and_part():
     quantiles = torch.stack(
         [
@@ -228,6 +238,21 @@ def test_momentum_of_am_muon_is_that_of_am_sgd_by_row():
         torch.testing.assert_close(a["momentum_buffer"], b["momentum_buffer"], rtol=1e-5, atol=1e-6)
         betas.append(b["beta"].clone())
     assert torch.stack(betas).unique().numel() > 10
+
+
+def test_am_muon_looks_ahead_with_its_rows_betas():
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(torch.zeros(6, 32))
+    muon = Muon([param], 0.01, weight_decay=0.0, adaptive=True)
+    for scale in (1.0, 0.1, 0.3):
+        before, grad = param.detach().clone(), scale * torch.randn(6, 32)
+        param.grad = grad
+        muon.step()
+    state = muon.state[param]
+    beta = state["beta"].unsqueeze(1)
+    assert beta.min() < 0.8
+    ahead = orthogonalised(torch.lerp(grad, state["momentum_buffer"], beta))
+    torch.testing.assert_close(before - param, 0.2 * 32**0.5 * 0.01 * ahead)
 
 
 def test_every_contestant_shares_the_parameters_out_whole():
@@ -422,6 +447,20 @@ def test_drawn_betas_wait_for_the_run_that_they_are_drawn_from():
     assert order == [LEVEL_TENSOR.name] * 3 + [DRAWN] * 3
 
 
+def test_betas_are_drawn_from_the_run_at_the_learning_rate_that_was_found():
+    studies = [Study("gpt-400k", True, [LEVEL_TENSOR.name], seeds=2)]
+    runs = planted_runs(studies, valley)
+    assert plan.source_run(runs, GPT_TASK, LEVEL_TENSOR.name, True).cell.lr == 0.006
+    assert next(iter(runs)).lr == 0.003
+    assert plan.source_run(runs, GPT_TASK, LEVEL_TENSOR.name, False) is None
+
+
+def test_a_search_ends_where_nothing_trains():
+    studies = [Study("gpt-400k", True, [ADAMW.name], seeds=2)]
+    runs = planted_runs(studies, lambda cell: math.inf)
+    assert len(runs) <= 2 * len(plan.OCTAVES)
+
+
 def test_all_studies_name_tasks_and_contestants_that_there_are():
     for study in STUDIES:
         assert study.task in tasks.TASKS
@@ -585,6 +624,25 @@ def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_the_same(
     assert {path.name: path.read_bytes() for path in cut.iterdir()} == content
 
 
+def test_a_run_that_fails_ends_the_others_and_leaves_a_report(short_studies, tmp_path, monkeypatch):
+    train = training.train
+
+    def killed(task, contestant, cell, *args):
+        if cell.contestant == DRAWN:
+            os._exit(9)
+        return train(task, contestant, cell, *args)
+
+    monkeypatch.setattr(training, "train", killed)
+    with pytest.raises(RuntimeError, match="beta drawn.* ended without a result"):
+        experiments.main(["run", "--larger", "--workers", "2", "--out", str(tmp_path)])
+    assert LEVEL_TENSOR.name in (tmp_path / REPORT).read_text()
+
+
+def test_a_report_of_nothing_is_refused(tmp_path, capsys):
+    assert experiments.main(["report", "--larger", "--out", str(tmp_path)]) == 2
+    assert "holds no results" in capsys.readouterr().err
+
+
 def test_runs_of_another_text_or_task_are_not_added_to(small, tmp_path, capsys):
     folder = Results(tmp_path)
     assert folder.open_for({small.name: small}) == 0
@@ -661,6 +719,7 @@ def test_outcomes_are_of_interval_and_tasks():
     assert outcome(Interval(0.0, -0.009, 0.009), [0.0]) == LEVEL
     assert outcome(Interval(-0.004, -0.007, -0.001), [0.001, -0.009]) == LEVEL
     assert outcome(Interval(0.0, -0.02, 0.009), [0.0]) == OPEN
+    assert outcome(Interval(0.0, -0.009, 0.011), [0.0]) == OPEN
     assert outcome(interval([-0.5]), [-0.5]) == OPEN  # one run decides nothing
 
 
@@ -704,6 +763,43 @@ def test_best_adamw_is_picked_on_the_part_for_choosing():
     assert best_adamw(table, "gpt-400k", True) in (ADAMW.name, "AdamW 0.6")
     assert found(table, LEVEL_ROW.name, BEST_ADAMW).interval.mean == pytest.approx(0.0)
     assert best_adamw(table, "gpt-400k", False) is None
+
+
+def test_convex_tasks_and_runs_without_warm_up_have_verdicts_of_their_own():
+    def loss(cell):
+        factor = 1.1 if cell.task == "logistic-fashion" else 0.9 if cell.warmup else 1.3
+        return valley(cell) * (factor if cell.contestant == LEVEL_ROW.name else 1.0)
+
+    studies = [
+        Study(task, warmup, PAIR, seeds=3)
+        for task, warmup in (("gpt-400k", True), ("gpt-400k", False), ("logistic-fashion", True))
+    ]
+    table = Table(planted_runs(studies, loss).values(), SETTINGS)
+    outcomes = {
+        (v.convex, v.warmup): (math.exp(v.interval.mean), v.numbers)
+        for v in verdicts(table)
+        if (v.contestant, v.against) == (LEVEL_ROW.name, LEVEL_TENSOR.name)
+    }
+    assert outcomes == {
+        (False, True): (pytest.approx(0.9), 3),
+        (False, False): (pytest.approx(1.3), 3),
+        (True, True): (pytest.approx(1.1), 3),
+    }
+
+
+def test_time_is_the_models_of_all_runs_and_the_optimizers_own():
+    runs = [
+        run_of(cell_of(ADAMW.name, lr=lr), 1.0, step_us=step, optimizer_us=optimizer)
+        for lr, step, optimizer in ((0.1, 100.0, 10.0), (0.2, 120.0, 10.0), (0.3, 170.0, 20.0))
+    ]
+    table = Table(runs, SETTINGS)
+    assert table.step_us("gpt-400k", runs[:1]) == 110.0 + 10.0
+    assert table.step_us("gpt-400k", runs[2:]) == 110.0 + 20.0
+
+
+def test_runs_of_a_contestant_that_is_not_there_are_an_error():
+    with pytest.raises(ValueError, match="AdamW 7"):
+        Table([run_of(cell_of("AdamW 7"), 1.0)], SETTINGS)
 
 
 def test_steps_needed_are_read_off_the_curves():

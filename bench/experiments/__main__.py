@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 # work without them.
 from bench.arguments import COUNT, POSITIVE, output_folder
 from bench.experiments import gpt2
+from bench.experiments.data import fashion_mnist_folder
 from bench.experiments.larger.results import Results as LargerResults
 from bench.experiments.larger.studies import STUDIES
 from bench.experiments.larger.tasks import TASKS as LARGER_TASKS
@@ -152,16 +153,15 @@ def run(grid: Grid, results: Results, workers: int) -> int:
     return status
 
 
-def run_larger(results: LargerResults, workers: int) -> int:
+def run_larger(results: LargerResults, environment: int, workers: int) -> int:
     """Runs what is missing of the larger trainings.
 
-    Interrupted, it leaves the finished runs and a report of them.
+    Interrupted, or where a run fails, it leaves the finished ones and a report of them.
     """
     from tqdm import tqdm
 
     from bench.experiments.larger.report import write_report
 
-    environment = results.open_for(LARGER_TASKS)
     runs = {run.cell: run for run in results}
     status = 0
     with tqdm(initial=len(runs), unit="run") as bar:  # a search's length is not known
@@ -172,7 +172,8 @@ def run_larger(results: LargerResults, workers: int) -> int:
                 bar.update()
         except KeyboardInterrupt:
             status = INTERRUPTED
-    write_report(results)
+        finally:
+            write_report(results)
     return status
 
 
@@ -186,8 +187,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "report":
         from bench.experiments.larger.report import write_report as write_larger_report
         from bench.experiments.report import write_report
-        from bench.experiments.results import Results
+        from bench.experiments.results import SETTINGS, Results
 
+        if not (args.out / SETTINGS).exists():
+            print(f"bench.experiments: {args.out} holds no results", file=sys.stderr)
+            return REFUSED
         if args.larger:
             write_larger_report(LargerResults(args.out))
         else:
@@ -202,14 +206,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         if args.larger:
-            return run_larger(LargerResults(args.out), args.workers)
-        if args.gpt2:
+            fashion_mnist_folder()  # asked for now, not when it is its turn
+            larger = LargerResults(args.out)
+            environment = larger.open_for(LARGER_TASKS)
+        elif args.gpt2:
             runs = gpt2.Runs(args.out, args.tiny)
         else:
             grid, results = prepare(args)
     except (RuntimeError, ValueError) as error:
         print(f"bench.experiments: {error}", file=sys.stderr)
         return REFUSED
+    if args.larger:
+        return run_larger(larger, environment, args.workers)
     if not args.gpt2:
         return run(grid, results, args.workers)
     try:

@@ -44,13 +44,12 @@ def breast_cancer() -> tuple[Tensor, Tensor]:
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 
 
-@cache
-def fashion_mnist() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Training and test part, each [images, 1, 28, 28] float32 in [0, 1], and their labels.
+def fashion_mnist_folder() -> Path:
+    """Where the files are.
 
     Raises:
-        RuntimeError: the files are neither in Debian's folder nor in that of the environment
-            variable FASHION_MNIST.
+        RuntimeError: they are neither in Debian's folder nor in that of the environment variable
+            FASHION_MNIST.
     """
     folder = Path(os.environ.get("FASHION_MNIST", FASHION_MNIST))
     if not folder.is_dir():
@@ -58,6 +57,17 @@ def fashion_mnist() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
             "Fashion-MNIST is not here: install Debian's package dataset-fashion-mnist, or name "
             "the folder that has its four files in the environment variable FASHION_MNIST"
         )
+    return folder
+
+
+@cache
+def fashion_mnist() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Training and test part, each [images, 1, 28, 28] float32 in [0, 1], and their labels.
+
+    Raises:
+        RuntimeError: the files are not there, as `fashion_mnist_folder` has it.
+    """
+    folder = fashion_mnist_folder()
     training, tests = (
         (
             _idx(folder / f"{part}-images-idx3-ubyte.gz", 16).view(-1, 1, 28, 28) / 255.0,

@@ -6,6 +6,7 @@ the GPU needs torch and numpy alone, and no network.
     python -m bench.experiments prepare                     # here, with tokenizers
     python -m bench.experiments run --gpt2 --seconds 500    # there, with what that wrote
 
+`--out` names the folder that the results are written to, for one that is brought back.
 What is to be brought there, beside a checkout, is the folder build/gpt2, of 23.4 MiB. The
 optimizers' kernels are compiled there at their first use, or brought along as CONTRIBUTING.md has
 it. `--tiny` goes the same way with a model of 0.8 million parameters and 20 steps.
@@ -29,6 +30,7 @@ import io
 import json
 import math
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -204,7 +206,12 @@ class Runs:
                 print("the rest would take longer than there is time")
                 return
             lines = Lines(self.results.folder / PROGRESS, cell)
-            run = train(self.task, contestant, cell, self.environment, report=lines.add)
+            try:
+                run = train(self.task, contestant, cell, self.environment, report=lines.add)
+            except Exception:  # the others are to be made all the same
+                print(f"{cell.contestant}, lr {cell.lr:g} failed:")
+                traceback.print_exc()
+                continue
             self.results.add(run)
             last = time.perf_counter() - start
             tokens = self.size.batch * self.size.context

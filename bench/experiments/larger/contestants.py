@@ -111,6 +111,26 @@ def am_adamw(
     return Contestant(name, make, start=1 if scope == "row" else 0)
 
 
+def _row_in_layers(options: dict[str, Any], setting: Setting) -> Optimizers:
+    """One beta a row in the layers' matrices, one a tensor in embeddings and head."""
+    inner: list[tuple[str, nn.Parameter]] = []
+    rest: list[tuple[str, nn.Parameter]] = []
+    for name, param in setting.model.named_parameters():
+        (inner if name.startswith(setting.inner) else rest).append((name, param))
+    groups = [
+        group | {"beta_scope": scope}
+        for scope, named in (("row", inner), ("tensor", rest))
+        for group in param_groups(named, setting.weight_decay)
+    ]
+    return [AMAdamW(groups, lr=setting.lr, fused=True, **options)]
+
+
+def row_in_layers(cap: float) -> Contestant:
+    name = "AM-AdamW level row, layers only" + ("" if cap == CAP else f", cap {cap:g}")
+    options = {"betas": (cap, BETA2), "memory_lambda": MEMORY_LAMBDA, "memory_plane": "level"}
+    return Contestant(name, partial(_row_in_layers, options), start=1)
+
+
 def _plain(
     segments: Callable[[Tensor], Segments], rule: Rule | None, setting: Setting
 ) -> Optimizers:
@@ -180,6 +200,8 @@ OPTIONS = [
     am_adamw("level", "tensor", beta2=0.95),
     am_adamw("level", "row", beta2=0.95),
     am_adamw("level", "row", embeddings="tensor"),
+    row_in_layers(CAP),
+    row_in_layers(0.95),
 ]
 CUTS = [
     cut("columns", plain.columns),
@@ -198,6 +220,8 @@ MUON = [
     muon("Muon", False, LEVEL_ROW),
     muon("AM-Muon row", True, LEVEL_ROW),
 ]
+# In plain PyTorch: what their steps take says nothing of a fused one.
+PLAIN = (*ABLATIONS, *CUTS, *SILENT, *MUON)
 CONTESTANTS = {
     contestant.name: contestant
     for contestant in (*FIXED, *ADAPTIVE, *ABLATIONS, *OPTIONS, *CUTS, *SILENT, *MUON)

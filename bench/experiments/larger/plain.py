@@ -106,7 +106,7 @@ def cap_when_silent(moment: Moment) -> Tensor:
 
 
 class Drawn:
-    """Adaptive Memory's betas without their time: drawn at random as often as it has them.
+    """Adaptive Memory's betas at other times, and for other rows: drawn as often as it has them.
 
     Args:
         quantiles: of the betas of an adaptive run, [parts of the run, tensors, quantiles evenly

@@ -18,6 +18,7 @@ from bench.experiments.larger.results import Run
 from bench.experiments.larger.tasks import TASKS, LargerTask
 
 SEARCHED_SEED = 0
+OCTAVES = range(-8, 9)  # beyond which no search goes
 Runs = Mapping[Cell, Run]
 
 
@@ -64,18 +65,22 @@ class Search:
             octave: Cell(
                 task.name, contestant.name, learning_rate(task, octave), warmup, SEARCHED_SEED
             )
-            for octave in range(-8, 9)
+            for octave in OCTAVES
         }
         losses = {octave: runs[cell].choosing for octave, cell in cells.items() if cell in runs}
         return Search(task, contestant, warmup, losses)
 
     def next_octave(self) -> int | None:
-        """What is to be tried next; None where the best has been tried on both sides."""
+        """What is to be tried next; None where the best has been tried on both sides.
+
+        None, too, where the next would be beyond OCTAVES.
+        """
         if not self.losses:
             return self.contestant.start
         best = self.best_octave()
         sides = (best - 1, best + 1) if math.isinf(self.losses[best]) else (best + 1, best - 1)
-        return next((octave for octave in sides if octave not in self.losses), None)
+        missing = (octave for octave in sides if octave not in self.losses and octave in OCTAVES)
+        return next(missing, None)
 
     def best_octave(self) -> int:
         """Where the loss is lowest; the lower learning rate, where it is equal."""

@@ -12,7 +12,13 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.experiments.larger.contestants import ADAMW, LEVEL_ROW, LEVEL_TENSOR
+from bench.experiments.larger.contestants import (
+    ADAMW,
+    CONTESTANTS,
+    LEVEL_ROW,
+    LEVEL_TENSOR,
+    PLAIN,
+)
 from bench.experiments.larger.results import Run
 from bench.experiments.larger.table import Table
 from bench.experiments.larger.training import PARTS
@@ -24,7 +30,7 @@ SHOWN = {
     "AdamW 0.9, 0.95": "#999999",
     LEVEL_TENSOR.name: "#0072B2",
     LEVEL_ROW.name: "#D55E00",
-    "AM-AdamW anchored row": "#E69F00",
+    "AM-AdamW level row, layers only, cap 0.95": "#E69F00",
     "Muon + AdamW 0.9": "#009E73",
     "AM-Muon row + AM-AdamW level row": "#CC79A7",
 }
@@ -94,13 +100,16 @@ def loss_curves(table: Table, time: bool) -> Figure:
     def draw(ax: Axes, condition: Condition) -> None:
         lowest, highest = math.inf, 0.0
         for name, colour in SHOWN.items():
+            if time and CONTESTANTS[name] in PLAIN:
+                continue
             if runs := _whole(table, condition, name):
                 curve = _mean_curve(runs)
                 steps = PLACES * table.settings["tasks"][condition[0]]["steps"]
                 seconds = 1e-6 * table.step_us(condition[0], runs)
                 ax.plot(steps * (seconds if time else 1), curve, color=colour, label=name)
                 lowest, highest = min(lowest, curve.min()), max(highest, curve[PARTS // 5])
-        ax.set_ylim(lowest - 0.02 * (highest - lowest), highest)
+        if lowest < highest:
+            ax.set_ylim(lowest - 0.02 * (highest - lowest), highest)
         ax.set_xlabel("seconds of CPU time, evaluation not counted" if time else "step")
         ax.set_ylabel("held-out loss")
 

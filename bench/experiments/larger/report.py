@@ -9,7 +9,11 @@ from collections.abc import Sequence
 
 from bench.experiments.cell import WARMUP_SHARE
 from bench.experiments.formatting import markdown, ratio
-from bench.experiments.larger.contestants import ADAMW
+from bench.experiments.larger.contestants import (
+    ADAMW,
+    CONTESTANTS,
+    PLAIN,
+)
 from bench.experiments.larger.plots import steps_needed, title, write_pictures
 from bench.experiments.larger.results import Results, Run
 from bench.experiments.larger.table import Table
@@ -24,10 +28,16 @@ the same initial weights, on the same batches. beta2 is 0.999 and AM-AdamW's cap
 0.1 where none is named. "beta at the cap", "drawn" and "of the last step" are AM-AdamW's step
 ("level") with another beta: the cap at every step; one drawn anew for each segment and step, from
 the distribution that AM-AdamW's own betas had in that tensor and fifth of the run (seed 0, the
-learning rate found for it); and that of the step before. "Muon" takes the layers' matrices and what
+learning rate found for it), of all its rows together where each has one, those of an embedding that
+had no gradient included; and that of the step before. "Muon" takes the layers' matrices and what
 is named behind it the rest, both at one learning rate; it is torch.optim.Muon in float32, with
 `adjust_lr_fn="match_rms_adamw"`. "AM-Muon row" has AM-SGD's momentum, one beta a row with a cap of
 0.95, in place of Muon's before the matrix is orthogonalised.
+
+"Layers only" has one beta a row in the layers' matrices, and one a tensor in embeddings, positions
+and head; "embeddings tensor" in the embeddings alone. "Cap without gradient" takes the cap for a
+row at a step at which it has no gradient. "Layers only" was added when the first runs of gpt-bpe
+showed "row" to be far behind there, and not before.
 
 CPU time is the model's, the median of all runs of the task, and the optimizer's, the median of the
 contestant's. It was taken beside other processes; `python -m bench kernels` measures optimizers.
@@ -35,13 +45,13 @@ contestant's. It was taken beside other processes; `python -m bench kernels` mea
 TASK = """
 Held-out loss at the end (the part for comparing; mean over the seeds, and standard deviation), the
 learning rate that was found, the share of the steps after which the loss was as low as that of
-AdamW 0.9 at the end, the share of the parameters at the cap, and the CPU time of the optimizer's
-step to that of AdamW 0.9 (plain PyTorch, where it says "plain": it is not this package's).
+AdamW 0.9 at the end, of the elements that have a beta the share at the cap, and the CPU time of the
+optimizer's step to that of AdamW 0.9 (plain PyTorch, where it says "plain": it is not this
+package's).
 """
 SEARCHES = """
 Every run of a search: the loss on the part for choosing at the end, by learning rate; seed 0.
 """
-PLAIN = ("beta ", "AM-AdamW level columns", "AM-AdamW level blocks", "Muon", "AM-Muon")
 
 
 def write_report(results: Results) -> None:
@@ -165,7 +175,7 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def _cost(name: str, runs: Sequence[Run], baseline: Sequence[Run]) -> str:
-    if name.startswith(PLAIN):
+    if CONTESTANTS[name] in PLAIN:
         return "plain"
     if not baseline:
         return "-"

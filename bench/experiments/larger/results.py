@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -34,8 +35,8 @@ class Run:
         optimizer_us: CPU time of the optimizer's step, the median, in microseconds; on a GPU the
             device's time.
         step_us: that of a whole step without evaluation.
-        at_cap: share of the parameters with a beta whose beta was at its cap, by part of the run;
-            empty where beta is fixed.
+        at_cap: of the elements that have a beta, the share whose beta was at its cap, by part of
+            the run; empty for AdamW. With Muon, of those that it does not take.
         betas: mean beta of each tensor that has one, by part of the run; kept of one seed.
         tensors: labels of those tensors.
         quantiles: of the betas of each tensor, [parts, tensors, quantiles]; kept where another
@@ -129,11 +130,12 @@ class Results:
             here["gpu"] = gpu.describe()
         if here not in settings["environments"]:
             settings["environments"].append(here)
-        self.settings.write_text(json.dumps(settings, indent=1) + "\n")
+        unfinished = self.settings.with_suffix(".new")
+        unfinished.write_text(json.dumps(settings, indent=1) + "\n")
+        unfinished.replace(self.settings)
         if self.rows.exists():
             # Where it was killed, the last line may be half of one.
-            content = self.rows.read_bytes()
-            self.rows.write_bytes(content[: content.rfind(b"\n") + 1])
+            os.truncate(self.rows, self.rows.read_bytes().rfind(b"\n") + 1)
         index: int = settings["environments"].index(here)
         return index
 

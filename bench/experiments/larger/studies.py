@@ -36,6 +36,7 @@ SHORT = (
 )
 CORE = (
     *FIRST,
+    "AM-AdamW level row, layers only, cap 0.95",
     *_names(MUON),
     "AdamW 0.8, 0.95",
     "AdamW 0.9, 0.95",
@@ -45,6 +46,8 @@ CORE = (
 # For rows that rarely have a gradient.
 RARE = (
     *FIRST,
+    "AM-AdamW level row, layers only",
+    "AM-AdamW level row, layers only, cap 0.95",
     "AM-AdamW level row, embeddings tensor",
     "AM-AdamW level row, cap without gradient",
     "AdamW 0.8, 0.95",
@@ -53,14 +56,13 @@ RARE = (
 STUDIES = (
     Study("gpt-400k", True, MAIN, seeds=3),
     Study("logistic-fashion", True, (*SHORT, "beta at the cap"), seeds=3),
-    Study("gpt-bpe", True, RARE, seeds=1),
+    Study("gpt-bpe", True, RARE, seeds=3),
     Study("gpt-1m", True, CORE, seeds=1),
     Study("vit-fashion", True, MAIN, seeds=1),
     Study("gpt-400k", False, SHORT, seeds=1),
     Study("lora-documentation", True, SHORT, seeds=3),
     Study("gpt-400k", True, tuple(CONTESTANTS), seeds=1),
     Study("gpt-400k", True, FIRST, seeds=1, octaves=range(-2, 5)),
-    Study("gpt-bpe", True, RARE, seeds=3),
     Study("gpt-1m", True, CORE, seeds=3),
     Study("vit-fashion", True, MAIN, seeds=3),
     Study("gpt-400k", False, SHORT, seeds=3),

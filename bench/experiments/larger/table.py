@@ -19,11 +19,17 @@ class Table:
     Args:
         runs: the results.
         settings: what they were made with, as `Results.settings` has it.
+
+    Raises:
+        ValueError: there are runs of a contestant that is none of CONTESTANTS.
     """
 
     def __init__(self, runs: Iterable[Run], settings: Mapping[str, Any]) -> None:
         self.settings = settings
         self.runs = {run.cell: run for run in runs}
+        unknown = {cell.contestant for cell in self.runs} - set(CONTESTANTS)
+        if unknown:
+            raise ValueError(f"there are runs of contestants that are not: {sorted(unknown)}")
         names = {cell.task for cell in self.runs}
         self.tasks = [name for name in TASKS if name in names]
 

@@ -163,7 +163,7 @@ def pretraining(
 
 # ---- fine-tuning ----------------------------------------------------------------------
 
-PRETRAINING_STEPS, PRETRAINING_LR, PRETRAINING_WARMUP = 2000, 3e-3, 200
+PRETRAINING_STEPS, PRETRAINING_LR = 2000, 3e-3
 
 
 @cache

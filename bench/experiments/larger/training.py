@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from multiprocessing.pool import AsyncResult
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from bench.experiments.cell import Cell, lr_factor
 from bench.experiments.larger.contestants import CONTESTANTS, Contestant, Setting
 from bench.experiments.larger.muon import Muon
 from bench.experiments.larger.plan import SEARCHED_SEED, Study, next_cells, source_run
-from bench.experiments.larger.results import Run
+from bench.experiments.larger.results import Run, from_json, to_json
 from bench.experiments.larger.tasks import TASKS, LargerTask, Problem
 from bench.gpu_check import gpu
 
@@ -244,43 +245,66 @@ def train(
 # ---- many runs ------------------------------------------------------------------------
 
 
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
-
-
-def _train_cell(cell: Cell, environment: int, quantiles: list[list[list[float]]] | None) -> Run:
-    return train(TASKS[cell.task], CONTESTANTS[cell.contestant], cell, environment, quantiles)
+def _train_cell(
+    connection: Connection,
+    cell: Cell,
+    environment: int,
+    quantiles: list[list[list[float]]] | None,
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    task, contestant = TASKS[cell.task], CONTESTANTS[cell.contestant]
+    connection.send(train(task, contestant, cell, environment, quantiles))
 
 
 def run_studies(
     runs: dict[Cell, Run], studies: Sequence[Study], environment: int, workers: int
 ) -> Iterator[Run]:
-    """What is missing, as it finishes: each run on one thread of one of the worker processes.
+    """What is missing, as it finishes: each run on one thread of a process of its own.
 
     `runs` is added to.
+
+    Raises:
+        RuntimeError: a process ended without a result. Its own error is on stderr.
     """
     torch.set_num_threads(1)  # before the fork, which threads of OpenMP would not survive
     context = multiprocessing.get_context("fork")
-    with context.Pool(workers, _start_worker) as pool:
-        pending: dict[Cell, AsyncResult[Run]] = {}
+    running: dict[Cell, tuple[ForkProcess, Connection]] = {}
+    try:
         while True:
             for cell in next_cells(runs, studies):
-                if len(pending) == workers:
+                if len(running) == workers:
                     break
-                if cell not in pending:
-                    source = CONTESTANTS[cell.contestant].drawn_from
-                    quantiles = None
-                    if source is not None:
-                        found = source_run(runs, TASKS[cell.task], source, cell.warmup)
-                        assert found is not None  # next_cells waits for it
-                        quantiles = found.quantiles
-                    pending[cell] = pool.apply_async(_train_cell, (cell, environment, quantiles))
-            if not pending:
+                if cell not in running:
+                    ours, theirs = context.Pipe(duplex=False)
+                    arguments = theirs, cell, environment, _quantiles(runs, cell)
+                    process = context.Process(target=_train_cell, args=arguments)
+                    process.start()
+                    theirs.close()  # so that ours ends when the process does
+                    running[cell] = process, ours
+            if not running:
                 return
-            done = [cell for cell, result in pending.items() if result.ready()]
-            if not done:
-                time.sleep(0.2)
-            for cell in done:
-                runs[cell] = pending.pop(cell).get()
-                yield runs[cell]
+            ready = wait([connection for _, connection in running.values()])
+            for cell, (process, connection) in list(running.items()):
+                if connection in ready:
+                    del running[cell]
+                    try:
+                        run = connection.recv()
+                    except EOFError:
+                        raise RuntimeError(
+                            f"the process of {cell} ended without a result"
+                        ) from None
+                    process.join()
+                    # With the digits that are kept, so that what is drawn from it is the same
+                    # after an interruption.
+                    runs[cell] = from_json(to_json(run))
+                    yield runs[cell]
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+
+
+def _quantiles(runs: dict[Cell, Run], cell: Cell) -> list[list[list[float]]] | None:
+    """Of the betas that a contestant draws from, if it does; next_cells waits for them."""
+    source = CONTESTANTS[cell.contestant].drawn_from
+    found = source and source_run(runs, TASKS[cell.task], source, cell.warmup)
+    return found.quantiles if found else None
