@@ -633,7 +633,7 @@ def test_a_run_that_fails_ends_the_others_and_leaves_a_report(short_studies, tmp
         return train(task, contestant, cell, *args)
 
     monkeypatch.setattr(training, "train", killed)
-    with pytest.raises(RuntimeError, match="beta drawn.* ended without a result"):
+    with pytest.raises(RuntimeError, match=r"beta drawn.* ended without a result"):
         experiments.main(["run", "--larger", "--workers", "2", "--out", str(tmp_path)])
     assert LEVEL_TENSOR.name in (tmp_path / REPORT).read_text()
 
