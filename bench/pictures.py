@@ -56,7 +56,7 @@ CPU_CASES = {
 LOSSES_OF = "gpt-400k"
 LOSSES = {
     "AdamW 0.9": ("AdamW", "#000000"),
-    BEST_ADAMW: ("AdamW, both betas tuned", GREY),
+    BEST_ADAMW: ("AdamW, best of six betas", GREY),
     "AM-AdamW level tensor": ("AMAdamW", BLUE),
     "AM-AdamW level row, layers only, cap 0.95": ("AMAdamW, rows in the layers", ORANGE),
     "Muon + AdamW 0.9": ("Muon, and AdamW beside it", GREEN),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -104,7 +105,7 @@ def larger(root: Path) -> str:
             [
                 verdict.contestant,
                 verdict.against,
-                ", ".join(verdict.per_task),
+                ", ".join(f"{task} {math.exp(v):.3f}" for task, v in verdict.per_task.items()),
                 "with" if verdict.warmup else "without",
                 str(verdict.numbers),
                 ratio(verdict.interval),
@@ -112,7 +113,15 @@ def larger(root: Path) -> str:
             ]
             for verdict in of_question
         ]
-        headers = [question, "against", "tasks", "warm-up", "runs", "ratio of losses", ""]
+        headers = [
+            question,
+            "against",
+            "each task",
+            "warm-up",
+            "runs",
+            "ratio of losses",
+            "verdict",
+        ]
         parts.append(_table(rows, headers))
     return "\n" + "\n".join(parts) + "\n"
 

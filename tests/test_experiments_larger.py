@@ -39,7 +39,7 @@ from bench.experiments.larger.table import Table
 from bench.experiments.larger.verdicts import (
     BEST_ADAMW,
     BETTER,
-    LEVEL,
+    EQUAL,
     OPEN,
     QUESTIONS,
     WORSE,
@@ -681,7 +681,7 @@ def found(table, contestant, against):
 
 
 @pytest.mark.parametrize(
-    "factor, expected", [(0.95, BETTER), (1.05, WORSE), (1.0, LEVEL), (0.995, BETTER)]
+    "factor, expected", [(0.95, BETTER), (1.05, WORSE), (1.0, EQUAL), (0.995, BETTER)]
 )
 def test_a_verdict_follows_the_ratio_of_losses(factor, expected):
     def loss(cell):
@@ -696,7 +696,7 @@ def test_a_verdict_follows_the_ratio_of_losses(factor, expected):
     if factor != 1.0:
         assert verdict.outcome == expected
     else:  # the noise is all on one side
-        assert verdict.outcome in (LEVEL, WORSE)
+        assert verdict.outcome in (EQUAL, WORSE)
 
 
 def test_tasks_that_disagree_decide_nothing():
@@ -716,8 +716,8 @@ def test_outcomes_are_of_interval_and_tasks():
     assert outcome(Interval(-0.02, -0.03, -0.01), [-0.01, -0.03]) == BETTER
     assert outcome(Interval(-0.02, -0.03, -0.01), [0.01, -0.05]) == OPEN
     assert outcome(Interval(0.02, 0.01, 0.03), [0.01, 0.03]) == WORSE
-    assert outcome(Interval(0.0, -0.009, 0.009), [0.0]) == LEVEL
-    assert outcome(Interval(-0.004, -0.007, -0.001), [0.001, -0.009]) == LEVEL
+    assert outcome(Interval(0.0, -0.009, 0.009), [0.0]) == EQUAL
+    assert outcome(Interval(-0.004, -0.007, -0.001), [0.001, -0.009]) == EQUAL
     assert outcome(Interval(0.0, -0.02, 0.009), [0.0]) == OPEN
     assert outcome(Interval(0.0, -0.009, 0.011), [0.0]) == OPEN
     assert outcome(interval([-0.5]), [-0.5]) == OPEN  # one run decides nothing

@@ -21,16 +21,18 @@ from bench.experiments.larger.contestants import (
 )
 from bench.experiments.larger.results import Run
 from bench.experiments.larger.table import Table
+from bench.experiments.larger.tasks import TASKS
 from bench.experiments.larger.training import PARTS
+from bench.experiments.larger.verdicts import LAYERS
 from bench.experiments.table import Array
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 SHOWN = {
     ADAMW.name: "#000000",
-    "AdamW 0.9, 0.95": "#999999",
+    "AdamW 0.8, 0.95": "#999999",
     LEVEL_TENSOR.name: "#0072B2",
     LEVEL_ROW.name: "#D55E00",
-    "AM-AdamW level row, layers only, cap 0.95": "#E69F00",
+    LAYERS: "#E69F00",
     "Muon + AdamW 0.9": "#009E73",
     "AM-Muon row + AM-AdamW level row": "#CC79A7",
 }
@@ -38,11 +40,13 @@ WITH_BETA = {
     LEVEL_TENSOR.name: "#0072B2",
     "AM-AdamW level global": "#56B4E9",
     LEVEL_ROW.name: "#D55E00",
-    "AM-AdamW anchored tensor": "#009E73",
-    "AM-AdamW anchored row": "#E69F00",
+    LAYERS: "#E69F00",
+    "AM-AdamW anchored tensor": "#999999",
+    "AM-AdamW anchored row": "#000000",
 }
-BY_LAYER = (LEVEL_TENSOR.name, LEVEL_ROW.name, "AM-AdamW anchored tensor")
+BY_LAYER = (LEVEL_TENSOR.name, LEVEL_ROW.name, LAYERS, "AM-AdamW anchored tensor")
 PLACES = (np.arange(PARTS) + 1) / PARTS
+HIGHEST_CAP = 0.95
 WIDTH = 5.2  # inches of a panel
 COLUMNS = 3
 
@@ -69,6 +73,7 @@ def _panels(
         draw(ax, condition)
         ax.set_title(title(condition), loc="left", fontsize=10)
         ax.grid(alpha=0.25)
+        ax.set_axisbelow(True)
         handles, names = ax.get_legend_handles_labels()
         labels |= dict(zip(names, handles, strict=True))
     figure.legend(
@@ -135,7 +140,9 @@ def loss_by_lr(table: Table) -> Figure:
         ax.set_xlabel("learning rate")
         ax.set_ylabel("held-out loss at the end")
 
-    return _panels(table.conditions(), draw, "Loss by learning rate, seed 0")
+    return _panels(
+        table.conditions(), draw, "Loss by learning rate, on the part for comparing, seed 0"
+    )
 
 
 def steps_needed(table: Table, condition: Condition, name: str) -> float | None:
@@ -174,7 +181,7 @@ def steps_to_adamw(table: Table) -> Figure:
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
         ax.set_xlabel(f"steps to {ADAMW.name}'s final loss")
 
-    return _panels(table.conditions(), draw, "")
+    return _panels(table.conditions(), draw, "Who is not named does not reach it")
 
 
 def at_cap(table: Table) -> Figure:
@@ -210,10 +217,11 @@ def beta_by_layer(table: Table, condition: Condition) -> Figure | None:
             interpolation="nearest",
             extent=(0, 1, len(run.tensors) - 0.5, -0.5),
             vmin=0.0,
-            vmax=0.9,
+            vmax=HIGHEST_CAP,
             cmap="cividis",
         )
-        ax.set_title(f"{run.cell.contestant}, lr {run.cell.lr:g}", loc="left", fontsize=9)
+        words = f"{run.cell.contestant}, lr {run.cell.lr:g}"
+        ax.set_title(textwrap.fill(words, 34), loc="left", fontsize=9)
         ax.set_xlabel("share of the run")
     axes[0].set_yticks(range(len(shown[0].tensors)), shown[0].tensors, fontsize=7)
     figure.colorbar(image, ax=axes, label="beta (of rows: the mean)", pad=0.01)
@@ -230,7 +238,8 @@ def write_pictures(table: Table, folder: Path) -> dict[str, str]:
         "steps.png": (steps_to_adamw(table), "Steps to AdamW's final loss"),
         "at-cap.png": (at_cap(table), "Share of the parameters at the cap, over training"),
     }
-    for task, warmup in table.conditions():
+    networks = [condition for condition in table.conditions() if not TASKS[condition[0]].convex]
+    for task, warmup in networks:
         name = f"beta-{task}{'' if warmup else '-without-warmup'}.png"
         figure = beta_by_layer(table, (task, warmup))
         pictures[name] = (figure, f"Beta by tensor and time, {title((task, warmup))}")

@@ -9,13 +9,8 @@ from collections.abc import Sequence
 
 from bench.experiments.cell import WARMUP_SHARE
 from bench.experiments.formatting import markdown, ratio
-from bench.experiments.larger.contestants import (
-    ADAMW,
-    CONTESTANTS,
-    PLAIN,
-)
 from bench.experiments.larger.plots import steps_needed, title, write_pictures
-from bench.experiments.larger.results import Results, Run
+from bench.experiments.larger.results import Results
 from bench.experiments.larger.table import Table
 from bench.experiments.larger.training import MAX_NORM
 from bench.experiments.larger.verdicts import QUESTIONS, RULE, Verdict, best_adamw, verdicts
@@ -25,14 +20,15 @@ WHAT = f"""
 Everybody trains with gradients clipped at a global norm of {MAX_NORM:g} and a learning rate that
 falls to zero as a cosine, with warm-up over {WARMUP_SHARE:.0%} of the steps where it says so; from
 the same initial weights, on the same batches. beta2 is 0.999 and AM-AdamW's cap 0.89 with lambda
-0.1 where none is named. "beta at the cap", "drawn" and "of the last step" are AM-AdamW's step
+0.1 where none is named; docs/options.md has what "level", "anchored", "tensor", "row" and "global"
+are. "beta at the cap", "drawn" and "of the last step" are AM-AdamW's step
 ("level") with another beta: the cap at every step; one drawn anew for each segment and step, from
 the distribution that AM-AdamW's own betas had in that tensor and fifth of the run (seed 0, the
 learning rate found for it), of all its rows together where each has one, those of an embedding that
 had no gradient included; and that of the step before. "Muon" takes the layers' matrices and what
-is named behind it the rest, both at one learning rate; it is torch.optim.Muon in float32, with
-`adjust_lr_fn="match_rms_adamw"`. "AM-Muon row" has AM-SGD's momentum, one beta a row with a cap of
-0.95, in place of Muon's before the matrix is orthogonalised.
+is named behind it the rest, both at one learning rate; it is torch.optim.Muon's algorithm in
+float32, with `adjust_lr_fn="match_rms_adamw"`. "AM-Muon row" has AM-SGD's momentum, one beta a row
+with a cap of 0.95, in place of Muon's before the matrix is orthogonalised.
 
 "Layers only" has one beta a row in the layers' matrices, and one a tensor in embeddings, positions
 and head; "embeddings tensor" in the embeddings alone. "Cap without gradient" takes the cap for a
@@ -45,12 +41,13 @@ contestant's. It was taken beside other processes; `python -m bench kernels` mea
 TASK = """
 Held-out loss at the end (the part for comparing; mean over the seeds, and standard deviation), the
 learning rate that was found, the share of the steps after which the loss was as low as that of
-AdamW 0.9 at the end, of the elements that have a beta the share at the cap, and the CPU time of the
-optimizer's step to that of AdamW 0.9 (plain PyTorch, where it says "plain": it is not this
-package's).
+AdamW 0.9 at the end, and of the elements that have a beta the share at the cap. Steps are read off
+the curves in the pictures, which are of fewer held-out examples than the loss. Best AdamW: of those
+that were run on the task the one with the lowest loss on the other part, seed 0.
 """
 SEARCHES = """
-Every run of a search: the loss on the part for choosing at the end, by learning rate; seed 0.
+Every run of a search: the loss on the part for choosing at the end, by learning rate; seed 0. (The
+picture of losses by learning rate has the other part.)
 """
 
 
@@ -146,7 +143,6 @@ def _verdict_sections(found: Sequence[Verdict]) -> list[str]:
 
 def _task_section(table: Table, task: str, warmup: bool) -> str:
     names = table.finished(task, warmup)
-    baseline = list(table.found(task, warmup, ADAMW.name).values())
     best = best_adamw(table, task, warmup)
     rows = []
     for name in names:
@@ -162,25 +158,15 @@ def _task_section(table: Table, task: str, warmup: bool) -> str:
             f"{runs[0].cell.lr:g}",
             "-" if share is None else f"{share:.0%}",
             _mean([value for run in runs for value in run.at_cap]),
-            _cost(name, runs, baseline),
         ]
         rows.append((mean, row))
-    headers = ["", "loss", "seeds", "lr", "steps", "at cap", "step's time"]
+    headers = ["", "loss", "seeds", "lr", "steps", "at cap"]
     ordered = [row for _, row in sorted(rows, key=lambda item: item[0])]
     return f"### {title((task, warmup))}\n\n" + markdown(ordered, headers)
 
 
 def _mean(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.0%}" if values else "-"
-
-
-def _cost(name: str, runs: Sequence[Run], baseline: Sequence[Run]) -> str:
-    if CONTESTANTS[name] in PLAIN:
-        return "plain"
-    if not baseline:
-        return "-"
-    ours, theirs = (statistics.median(run.optimizer_us for run in r) for r in (runs, baseline))
-    return f"{ours / theirs:.2f}"
 
 
 def _search_section(table: Table, task: str, warmup: bool) -> str:

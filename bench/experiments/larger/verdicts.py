@@ -24,10 +24,10 @@ contestants on a task at a seed, with the same initial weights and the same batc
 a question's numbers are those of all tasks and seeds at which both have been run, networks and
 convex tasks apart. The first is
 **better** where the 95% t interval of their mean lies below 0 and the mean of every task does,
-**worse** where interval and tasks lie above, **level** where the interval lies within 1% on either
+**worse** where interval and tasks lie above, **equal** where the interval lies within 1% on either
 side, and otherwise it is **not decided**. A run that diverged counts as guessing: as a loss of the
-log of as many bytes, tokens or classes as there are. The interval speaks of other seeds of these
-tasks; it is not one of other tasks, of which there are few and which share their text. Seed 0 is
+log of as many bytes, tokens or classes as there are. The interval is of these tasks' seeds, taken
+together; it is not one of other tasks, of which there are few and which share their text. Seed 0 is
 one of those compared, and intervals are not corrected for their number."""
 
 # Questions, and for each the pairs (contestant, against) that answer it. "best AdamW" is the one
@@ -99,7 +99,7 @@ QUESTIONS = {
 }
 
 MARGIN = 0.01
-BETTER, WORSE, LEVEL, OPEN = "better", "worse", "level", "not decided"
+BETTER, WORSE, EQUAL, OPEN = "better", "worse", "equal", "not decided"
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Verdict:
         per_task: the mean log ratio of losses on each task.
         numbers: how many tasks and seeds it was taken over.
         interval: of the mean over all of them.
-        outcome: BETTER, WORSE, LEVEL or OPEN.
+        outcome: BETTER, WORSE, EQUAL or OPEN.
     """
 
     question: str
@@ -135,7 +135,7 @@ def outcome(found: Interval, means: list[float]) -> str:
     if found.low > 0 and all(mean > 0 for mean in means):
         return WORSE
     margin = math.log1p(MARGIN)
-    return LEVEL if -margin < found.low and found.high < margin else OPEN
+    return EQUAL if -margin < found.low and found.high < margin else OPEN
 
 
 def log_ratios(
