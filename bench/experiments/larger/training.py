@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import multiprocessing
 import signal
@@ -266,7 +267,10 @@ def run_studies(
     Raises:
         RuntimeError: a process ended without a result. Its own error is on stderr.
     """
-    torch.set_num_threads(1)  # before the fork, which threads of OpenMP would not survive
+    # Before the fork, which threads of OpenMP would not survive; and so what optimizers import at
+    # their first step, which would take every process seconds.
+    torch.set_num_threads(1)
+    importlib.import_module("torch._dynamo")
     context = multiprocessing.get_context("fork")
     running: dict[Cell, tuple[ForkProcess, Connection]] = {}
     try:
