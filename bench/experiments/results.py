@@ -14,6 +14,7 @@ from bench.environment import environment
 from bench.experiments.cell import Cell
 from bench.experiments.data import text_digests
 from bench.experiments.grid import Grid
+from bench.experiments.rounding import rounded
 
 PACKAGES = ("scikit-learn", "schedulefree", "lion-pytorch")
 ROWS = "runs.jsonl"
@@ -56,20 +57,11 @@ class Run:
     step_us: float = 0.0
 
 
-def _rounded(value: Any, digits: int) -> Any:
-    """A number, or a list of them, to so many significant digits; what is not finite is None."""
-    if isinstance(value, list):
-        return [_rounded(v, digits) for v in value]
-    if isinstance(value, float):
-        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
-    return value
-
-
 def to_json(run: Run) -> str:
     row = asdict(run)
     row = row.pop("cell") | row
     short = {"curve", "betas", "beta", "at_cap", "optimizer_us", "step_us"}
-    row = {k: _rounded(v, CURVE_DIGITS if k in short else DIGITS) for k, v in row.items()}
+    row = {k: rounded(v, CURVE_DIGITS if k in short else DIGITS) for k, v in row.items()}
     return json.dumps(
         {k: v for k, v in row.items() if v not in (None, [])},
         allow_nan=False,

@@ -14,6 +14,7 @@ from bench.environment import environment
 from bench.experiments.cell import Cell
 from bench.experiments.corpus import corpus
 from bench.experiments.larger.tasks import LargerTask
+from bench.experiments.rounding import rounded
 from bench.gpu_check import gpu
 
 ROWS = "runs.jsonl"
@@ -57,20 +58,11 @@ class Run:
     quantiles: list[list[list[float]]] = field(default_factory=list)
 
 
-def _rounded(value: Any, digits: int) -> Any:
-    """A number, or lists of them, to so many significant digits; what is not finite is None."""
-    if isinstance(value, list):
-        return [_rounded(v, digits) for v in value]
-    if isinstance(value, float):
-        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
-    return value
-
-
 def to_json(run: Run) -> str:
     row = asdict(run)
     row = row.pop("cell") | row
     exact = {"choosing", "comparing", "lr"}
-    row = {k: _rounded(v, DIGITS if k in exact else CURVE_DIGITS) for k, v in row.items()}
+    row = {k: rounded(v, DIGITS if k in exact else CURVE_DIGITS) for k, v in row.items()}
     kept = {k: v for k, v in row.items() if v != []}
     return json.dumps(kept, allow_nan=False, separators=(",", ":"))
 
