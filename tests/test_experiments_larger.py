@@ -41,6 +41,7 @@ from bench.experiments.larger.verdicts import (
     BEST_ADAMW,
     BETTER,
     EQUAL,
+    LAYERS,
     OPEN,
     QUESTIONS,
     WORSE,
@@ -271,6 +272,25 @@ def test_every_contestant_shares_the_parameters_out_whole():
             for p in group["params"]
         }
         assert all(decays[id(p)] == (0.1 if p.dim() > 1 else 0) for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", [ADAMW.name, LEVEL_ROW.name, LAYERS])
+def test_adapters_are_trained_by_whoever_trains_layers(name):
+    model = add_adapters(GPT(8, 32, 2, 1), "blocks.", seed=0)
+    (optimizer,) = CONTESTANTS[name].make(Setting(model, "blocks.", 1e-3, 0.0, 10, 0))
+    params = {p for group in optimizer.param_groups for p in group["params"]}
+    assert params == {p for p in model.parameters() if p.requires_grad}
+
+
+def test_rows_are_in_the_layers_only():
+    model = GPT(8, 32, 2, 1)
+    (optimizer,) = CONTESTANTS[LAYERS].make(Setting(model, "blocks.", 1e-3, 0.1, 10, 0))
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        assert group["betas"][0] == 0.95
+        for param in group["params"]:
+            in_layers = names[id(param)].startswith("blocks.")
+            assert group["beta_scope"] == ("row" if in_layers else "tensor")
 
 
 def test_muon_takes_the_layers_matrices_only():

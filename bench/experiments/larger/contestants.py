@@ -116,10 +116,12 @@ def _row_in_layers(options: dict[str, Any], setting: Setting) -> Optimizers:
     inner: list[tuple[str, nn.Parameter]] = []
     rest: list[tuple[str, nn.Parameter]] = []
     for name, param in setting.model.named_parameters():
-        (inner if name.startswith(setting.inner) else rest).append((name, param))
+        if param.requires_grad:
+            (inner if name.startswith(setting.inner) else rest).append((name, param))
     groups = [
         group | {"beta_scope": scope}
         for scope, named in (("row", inner), ("tensor", rest))
+        if named
         for group in param_groups(named, setting.weight_decay)
     ]
     return [AMAdamW(groups, lr=setting.lr, fused=True, **options)]

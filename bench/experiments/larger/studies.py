@@ -34,6 +34,7 @@ SHORT = (
     "AM-AdamW anchored tensor",
     "AM-AdamW anchored row",
 )
+NETWORKS = (*SHORT, "AM-AdamW level row, layers only, cap 0.95", "AdamW 0.8, 0.95")
 CORE = (
     *FIRST,
     "AM-AdamW level row, layers only, cap 0.95",
@@ -59,14 +60,14 @@ STUDIES = (
     Study("gpt-bpe", True, RARE, seeds=3),
     Study("gpt-1m", True, CORE, seeds=1),
     Study("vit-fashion", True, MAIN, seeds=1),
-    Study("gpt-400k", False, SHORT, seeds=1),
-    Study("lora-documentation", True, SHORT, seeds=3),
+    Study("gpt-400k", False, NETWORKS, seeds=1),
+    Study("lora-documentation", True, NETWORKS, seeds=3),
     Study("gpt-400k", True, tuple(CONTESTANTS), seeds=1),
     Study("gpt-400k", True, FIRST, seeds=1, octaves=range(-2, 5)),
     Study("gpt-1m", True, CORE, seeds=3),
     Study("vit-fashion", True, MAIN, seeds=3),
-    Study("gpt-400k", False, SHORT, seeds=3),
-    Study("gpt-400k-no-decay", True, FIRST, seeds=3),
+    Study("gpt-400k", False, NETWORKS, seeds=3),
+    Study("gpt-400k-no-decay", True, CORE[:4], seeds=3),
     Study("gpt-1m-batch128", True, CORE[:4], seeds=1),
     Study("gpt-1m", False, FIRST, seeds=1),
     Study("gpt-400k", True, tuple(CONTESTANTS), seeds=3),
