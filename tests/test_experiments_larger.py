@@ -293,6 +293,48 @@ def test_rows_are_in_the_layers_only():
             assert group["beta_scope"] == ("row" if in_layers else "tensor")
 
 
+def trained_gpt(name, rule=None):
+    """A small GPT after a few steps of a contestant, and its optimizer."""
+    model = GPT(8, 32, 2, 1).double()
+    model.init_weights(torch.Generator().manual_seed(0))
+    quantiles = torch.full((5, len(list(model.parameters())), 21), 0.5)
+    setting = Setting(model, "blocks.", 1e-2, 0.1, 8, 0, quantiles)
+    (optimizer,) = CONTESTANTS[name].make(setting)
+    for group in optimizer.param_groups if rule else ():
+        group["rule"] = rule
+    generator = torch.Generator().manual_seed(1)
+    for step in range(8):
+        windows = torch.randint(256, (4, 9), dtype=torch.uint8, generator=generator)
+        optimizer.zero_grad()
+        (0.6**step * model(windows)).backward()
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("name", ["beta drawn, layers only", "beta of the last step, layers only"])
+def test_ablations_of_layers_are_its_step_but_for_the_rule(name):
+    ours, optimizer = trained_gpt(name, plain.exact)
+    assert_same_training(ours, trained_gpt(LAYERS)[0])
+    betas = [optimizer.state[p]["beta"] for p in ours.parameters()]
+    assert min(beta.min() for beta in betas) < 0.9  # it adapts: more than the cap is compared
+    other, _ = trained_gpt(name)
+    assert not torch.equal(other.blocks[0].qkv.weight, ours.blocks[0].qkv.weight)
+
+
+def test_rest_at_the_cap_has_rows_in_the_layers_all_the_same():
+    model, optimizer = trained_gpt(f"{LAYERS}, rest at the cap")
+    for name, param in model.named_parameters():
+        beta = optimizer.state[param]["beta"]
+        in_layers = name.startswith("blocks.")
+        assert len(beta) == (len(param) if in_layers and param.dim() > 1 else 1)
+        assert (beta.min() < 0.95) == in_layers, name
+
+
+def test_a_beta_at_the_cap_of_layers_is_that_cap():
+    _, optimizer = trained_gpt("beta at the cap of 0.95")
+    assert {beta for s in optimizer.state.values() for beta in s["beta"].tolist()} == {0.95}
+
+
 def test_muon_takes_the_layers_matrices_only():
     model = GPT(8, 32, 2, 1)
     setting = Setting(model, "blocks.", 1e-3, 0.1, 10, 0)

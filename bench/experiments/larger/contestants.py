@@ -21,6 +21,7 @@ from bench.experiments.larger.plain import Drawn, PlainAMAdamW, Rule, Segments, 
 
 BETA2 = 0.999
 CAP = 0.89  # the paper's for its memory_lambda of 0.1
+HIGH_CAP = 0.95
 MEMORY_LAMBDA = 0.1
 
 
@@ -47,6 +48,21 @@ class Setting:
 
     def groups(self) -> list[dict[str, Any]]:
         return param_groups(self.model, self.weight_decay)
+
+    def groups_of_layers_and_rest(
+        self, layers: dict[str, Any], rest: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """The layers' groups and those of embeddings, positions and head, with these options."""
+        named: tuple[list[tuple[str, nn.Parameter]], ...] = [], []
+        for name, param in self.model.named_parameters():
+            if param.requires_grad:
+                named[not name.startswith(self.inner)].append((name, param))
+        return [
+            group | options
+            for params, options in zip(named, (layers, rest), strict=True)
+            if params
+            for group in param_groups(params, self.weight_decay)
+        ]
 
 
 Optimizers: TypeAlias = list[Optimizer]
@@ -112,38 +128,59 @@ def am_adamw(
 
 
 def _row_in_layers(options: dict[str, Any], setting: Setting) -> Optimizers:
-    """One beta a row in the layers' matrices, one a tensor in embeddings and head."""
-    inner: list[tuple[str, nn.Parameter]] = []
-    rest: list[tuple[str, nn.Parameter]] = []
-    for name, param in setting.model.named_parameters():
-        if param.requires_grad:
-            (inner if name.startswith(setting.inner) else rest).append((name, param))
-    groups = [
-        group | {"beta_scope": scope}
-        for scope, named in (("row", inner), ("tensor", rest))
-        if named
-        for group in param_groups(named, setting.weight_decay)
-    ]
+    groups = setting.groups_of_layers_and_rest({"beta_scope": "row"}, {"beta_scope": "tensor"})
     return [AMAdamW(groups, lr=setting.lr, fused=True, **options)]
 
 
-def row_in_layers(cap: float) -> Contestant:
-    name = "AM-AdamW level row, layers only" + ("" if cap == CAP else f", cap {cap:g}")
-    options = {"betas": (cap, BETA2), "memory_lambda": MEMORY_LAMBDA, "memory_plane": "level"}
+def row_in_layers(
+    plane: str = "level",
+    cap: float = HIGH_CAP,
+    memory_lambda: float = MEMORY_LAMBDA,
+    beta2: float = BETA2,
+) -> Contestant:
+    """One beta a row in the layers' matrices, one a tensor in embeddings and head."""
+    name = f"AM-AdamW {plane} row, layers only" + ("" if cap == CAP else f", cap {cap:g}")
+    name += "" if memory_lambda == MEMORY_LAMBDA else f", lambda {memory_lambda:g}"
+    name += "" if beta2 == BETA2 else f", beta2 {beta2:g}"
+    options = {
+        "betas": (cap, beta2),
+        "memory_lambda": memory_lambda,
+        "memory_plane": plane,
+    }
     return Contestant(name, partial(_row_in_layers, options), start=1)
+
+
+def _rule(rule: Rule | None, setting: Setting) -> Rule:
+    """None: drawn."""
+    if rule is not None:
+        return rule
+    assert setting.quantiles is not None
+    return Drawn(setting.quantiles, setting.seed)
 
 
 def _plain(
     segments: Callable[[Tensor], Segments], rule: Rule | None, setting: Setting
 ) -> Optimizers:
-    if rule is None:
-        assert setting.quantiles is not None
-        rule = Drawn(setting.quantiles, setting.seed)
-    return [PlainAMAdamW(setting.groups(), setting.lr, segments, rule, steps=setting.steps)]
+    used = _rule(rule, setting)
+    return [PlainAMAdamW(setting.groups(), setting.lr, segments, used, steps=setting.steps)]
+
+
+def _plain_in_layers(
+    segments: Callable[[Tensor], Segments],
+    rule: Rule | None,
+    setting: Setting,
+    rest: Rule | None = None,
+) -> Optimizers:
+    """With the rule for the rest, too, where it has none of its own."""
+    of_rest = {} if rest is None else {"rule": rest}
+    groups = setting.groups_of_layers_and_rest({"segments": segments}, of_rest)
+    used, betas = _rule(rule, setting), (HIGH_CAP, BETA2)
+    return [PlainAMAdamW(groups, setting.lr, plain.whole, used, betas, steps=setting.steps)]
 
 
 def cut(name: str, segments: Callable[[Tensor], Segments]) -> Contestant:
-    return Contestant(f"AM-AdamW level {name}", partial(_plain, segments, exact), start=1)
+    full = f"AM-AdamW level {name}, layers only, cap {HIGH_CAP:g}"
+    return Contestant(full, partial(_plain_in_layers, segments, exact), start=1)
 
 
 def _muon(adaptive: bool, rest: Contestant, setting: Setting) -> Optimizers:
@@ -166,6 +203,7 @@ def muon(name: str, adaptive: bool, rest: Contestant) -> Contestant:
 
 LEVEL_TENSOR = am_adamw("level", "tensor")
 LEVEL_ROW = am_adamw("level", "row")
+LAYERS = row_in_layers()
 ADAMW = adamw(0.9)
 
 # Adaptive Memory's step with betas that are not adapted to it.
@@ -190,21 +228,46 @@ ABLATIONS = [
         )
     ),
 ]
+# The same of LAYERS.
+ABLATIONS_OF_LAYERS = [
+    Contestant(
+        f"beta at the cap of {HIGH_CAP:g}", partial(_plain_in_layers, plain.whole, plain.at_cap)
+    ),
+    Contestant(
+        "beta drawn, layers only",
+        partial(_plain_in_layers, plain.rows, None),
+        start=1,
+        drawn_from=LAYERS.name,
+    ),
+    Contestant(
+        "beta of the last step, layers only",
+        partial(_plain_in_layers, plain.rows, plain.last_step),
+        start=1,
+    ),
+]
 FIXED = [adamw(0.6), adamw(0.8), ADAMW, adamw(0.95), adamw(0.9, 0.95), adamw(0.8, 0.95)]
 ADAPTIVE = [am_adamw(p, s) for p in ("level", "anchored") for s in ("tensor", "global", "row")]
 OPTIONS = [
-    am_adamw("level", "tensor", cap=0.95),
-    am_adamw("level", "row", cap=0.95),
-    am_adamw("level", "row", cap=0.98),
-    am_adamw("anchored", "row", cap=0.95),
-    am_adamw("level", "row", memory_lambda=0.0),
-    am_adamw("level", "row", memory_lambda=1.0),
+    am_adamw("level", "tensor", cap=HIGH_CAP),
+    am_adamw("level", "row", cap=HIGH_CAP),
+    am_adamw("anchored", "row", cap=HIGH_CAP),
     am_adamw("level", "tensor", beta2=0.95),
-    am_adamw("level", "row", beta2=0.95),
     am_adamw("level", "row", embeddings="tensor"),
-    row_in_layers(CAP),
-    row_in_layers(0.95),
 ]
+IN_LAYERS = [
+    row_in_layers(cap=CAP),
+    LAYERS,
+    row_in_layers(cap=0.98),
+    row_in_layers("anchored"),
+    row_in_layers(memory_lambda=0.0),
+    row_in_layers(memory_lambda=1.0),
+    row_in_layers(beta2=0.95),
+]
+REST_FIXED = Contestant(
+    f"{LAYERS.name}, rest at the cap",
+    partial(_plain_in_layers, plain.rows, exact, rest=plain.at_cap),
+    start=1,
+)
 CUTS = [
     cut("columns", plain.columns),
     cut("blocks of 32", plain.Blocks(32)),
@@ -223,8 +286,19 @@ MUON = [
     muon("AM-Muon row", True, LEVEL_ROW),
 ]
 # In plain PyTorch: what their steps take says nothing of a fused one.
-PLAIN = (*ABLATIONS, *CUTS, *SILENT, *MUON)
+PLAIN = (*ABLATIONS, *ABLATIONS_OF_LAYERS, REST_FIXED, *CUTS, *SILENT, *MUON)
 CONTESTANTS = {
     contestant.name: contestant
-    for contestant in (*FIXED, *ADAPTIVE, *ABLATIONS, *OPTIONS, *CUTS, *SILENT, *MUON)
+    for contestant in (
+        *FIXED,
+        *ADAPTIVE,
+        *OPTIONS,
+        *IN_LAYERS,
+        *ABLATIONS,
+        *ABLATIONS_OF_LAYERS,
+        REST_FIXED,
+        *CUTS,
+        *SILENT,
+        *MUON,
+    )
 }

@@ -129,7 +129,8 @@ class Drawn:
 class PlainAMAdamW(Optimizer):
     """AM-AdamW, "level", with any segments and any rule for beta.
 
-    `steps`, the length of the run, is what `Moment.progress` is a share of.
+    `segments` and `rule` are options of each group. `steps`, the length of the run, is what
+    `Moment.progress` is a share of.
     """
 
     def __init__(
@@ -144,9 +145,7 @@ class PlainAMAdamW(Optimizer):
         steps: int = 1,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "memory_lambda": memory_lambda, "eps": eps}
-        super().__init__(params, defaults)
-        self.segments = segments
-        self.rule = rule
+        super().__init__(params, defaults | {"segments": segments, "rule": rule})
         self.steps = steps
 
     @torch.no_grad()
@@ -162,7 +161,7 @@ class PlainAMAdamW(Optimizer):
         state = self.state[x]
         eta, mu, lam, eps = (group[k] for k in ("lr", "weight_decay", "memory_lambda", "eps"))
         cap, beta2 = group["betas"]
-        cut = self.segments(x)
+        cut = group["segments"](x)
         if not state:
             ones = torch.ones_like(cut.sums(x))
             state.update(
@@ -185,7 +184,7 @@ class PlainAMAdamW(Optimizer):
             beta = torch.where(den == 0, 0.0, (num / den).clamp(0.0, cap))
         silent = cut.sums(g * g) == 0
         moment = Moment(tensor, (t - 1) / self.steps, beta, state["exact"], silent, cap)
-        used = self.rule(moment)
+        used = group["rule"](moment)
         state["exact"], state["beta"] = beta, used
         b = cut.spread(used)
         d.copy_(((1 - b) * g + (b + lam * P) * d) / (1 + lam * P))

@@ -12,6 +12,7 @@ from itertools import product
 from statistics import fmean
 
 from bench.experiments.larger.contestants import FIXED
+from bench.experiments.larger.contestants import LAYERS as ROWS_IN_LAYERS
 from bench.experiments.larger.table import Table
 from bench.experiments.larger.tasks import TASKS
 from bench.experiments.verdicts import Interval, interval
@@ -34,7 +35,7 @@ one of those compared, and intervals are not corrected for their number."""
 # with the lowest loss on the part for choosing, picked for each task and warm-up.
 BEST_ADAMW = "best AdamW"
 TENSOR, ROW = "AM-AdamW level tensor", "AM-AdamW level row"
-LAYERS = "AM-AdamW level row, layers only, cap 0.95"
+LAYERS = ROWS_IN_LAYERS.name
 QUESTIONS = {
     "Is it the adaptation?": [
         (TENSOR, "beta at the cap"),
@@ -43,6 +44,9 @@ QUESTIONS = {
         (ROW, "beta at the cap"),
         (ROW, "beta drawn, row"),
         (ROW, "beta of the last step, row"),
+        (LAYERS, "beta at the cap of 0.95"),
+        (LAYERS, "beta drawn, layers only"),
+        (LAYERS, "beta of the last step, layers only"),
     ],
     "How much over AdamW?": [
         (ours, against)
@@ -57,6 +61,7 @@ QUESTIONS = {
     ],
     "One beta a tensor, a row, or one for the model?": [
         (ROW, TENSOR),
+        (LAYERS, TENSOR),
         ("AM-AdamW anchored row", "AM-AdamW anchored tensor"),
         ("AM-AdamW level global", TENSOR),
         ("AM-AdamW anchored global", "AM-AdamW anchored tensor"),
@@ -64,24 +69,25 @@ QUESTIONS = {
     "Level or anchored?": [
         ("AM-AdamW anchored tensor", TENSOR),
         ("AM-AdamW anchored row", ROW),
+        ("AM-AdamW anchored row, layers only, cap 0.95", LAYERS),
     ],
     "Which cap?": [
         ("AM-AdamW level tensor, cap 0.95", TENSOR),
         ("AM-AdamW level row, cap 0.95", ROW),
-        ("AM-AdamW level row, cap 0.98", "AM-AdamW level row, cap 0.95"),
         (LAYERS, "AM-AdamW level row, layers only"),
+        ("AM-AdamW level row, layers only, cap 0.98", LAYERS),
         ("AM-AdamW anchored row, cap 0.95", "AM-AdamW anchored row"),
     ],
     "Which lambda and beta2?": [
-        ("AM-AdamW level row, lambda 0", ROW),
-        ("AM-AdamW level row, lambda 1", ROW),
-        ("AM-AdamW level row, beta2 0.95", ROW),
+        (f"{LAYERS}, lambda 0", LAYERS),
+        (f"{LAYERS}, lambda 1", LAYERS),
+        (f"{LAYERS}, beta2 0.95", LAYERS),
         ("AM-AdamW level tensor, beta2 0.95", TENSOR),
     ],
     "Rows, or other parts of a tensor?": [
-        ("AM-AdamW level columns", ROW),
-        ("AM-AdamW level blocks of 32", ROW),
-        ("AM-AdamW level blocks of 128", ROW),
+        ("AM-AdamW level columns, layers only, cap 0.95", LAYERS),
+        ("AM-AdamW level blocks of 32, layers only, cap 0.95", LAYERS),
+        ("AM-AdamW level blocks of 128, layers only, cap 0.95", LAYERS),
     ],
     "And rows that rarely have a gradient?": [
         ("AM-AdamW level row, embeddings tensor", TENSOR),
@@ -90,9 +96,11 @@ QUESTIONS = {
         ("AM-AdamW level row, embeddings tensor", ROW),
         ("AM-AdamW level row, cap without gradient", ROW),
         ("AM-AdamW level row, cap without gradient", "AM-AdamW level row, embeddings tensor"),
+        (f"{LAYERS}, rest at the cap", LAYERS),
     ],
     "And Muon?": [
         ("Muon + AdamW 0.9", ROW),
+        ("Muon + AdamW 0.9", LAYERS),
         ("Muon + AM-AdamW level row", "Muon + AdamW 0.9"),
         ("AM-Muon row + AM-AdamW level row", "Muon + AM-AdamW level row"),
     ],
