@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import os
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from bench.experiments import corpus as corpus_module
 from bench.experiments import data
 from bench.experiments.cell import Cell
 from bench.experiments.corpus import Corpus
-from bench.experiments.larger import plain, plan, results, tasks, training
+from bench.experiments.larger import plain, plan, reach, results, tasks, training
 from bench.experiments.larger import report as report_module
 from bench.experiments.larger.contestants import (
     ADAMW,
@@ -555,7 +556,7 @@ def small(monkeypatch):
         return tasks.pretraining(16, 2, 1, 8, 4, steps, seed)
 
     task = replace(GPT_TASK, steps=40, make=make)
-    for module in (tasks, plan, training, experiments):
+    for module in (tasks, plan, training, reach, experiments):
         name = "LARGER_TASKS" if module is experiments else "TASKS"
         monkeypatch.setattr(module, name, {**tasks.TASKS, task.name: task})
     return task
@@ -889,8 +890,64 @@ def test_steps_needed_are_read_off_the_curves():
 COMMITTED = Path(__file__).parent.parent / experiments.LARGER_RESULTS
 
 
+def rows_of_two_kinds(contestant):
+    """Shares and cosines of four rows; the last one's gradients are large and rare."""
+    embedding = torch.nn.Embedding(4, 32)
+    follower = reach.Follower(contestant, embedding, "none.")
+    total = torch.zeros(4, 32)
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(4, 32, generator=generator)
+    for step in range(reach.FORGOTTEN + reach.SUMMED):
+        noise = torch.randn(4, 32, generator=generator)
+        gradient = direction + 0.1 * noise
+        if step % 20 != 10:
+            gradient[3] = 0.01 * noise[3]
+        follower.step([gradient])
+        total += gradient if step >= reach.FORGOTTEN else 0
+    assert torch.equal(follower.params[0], embedding.weight)
+    return reach.arrived(follower.momentum[0], total)
+
+
+def test_with_a_fixed_beta_every_gradient_arrives():
+    shares, cosines = rows_of_two_kinds(ADAMW.name)
+    torch.testing.assert_close(shares, torch.ones(4), atol=0.05, rtol=0)
+    torch.testing.assert_close(cosines, torch.ones(4), atol=0.01, rtol=0)
+
+
+def test_of_a_row_with_rare_gradients_little_arrives():
+    shares, _ = rows_of_two_kinds(LEVEL_ROW.name)
+    assert shares[:3].min() > 0.9
+    # At the step with the gradient beta is at its cap: 1 - 0.89 of it. At the next it is near 0.
+    assert shares[3].item() == pytest.approx(0.11, abs=0.03)
+
+
+def test_rows_without_gradients_are_not_counted():
+    gradients = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]])
+    momentum = torch.tensor([[1.5, 2.0], [1.0, 1.0], [0.0, -1.0]])
+    shares, cosines = reach.arrived(momentum, gradients)
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.0]))
+    torch.testing.assert_close(cosines, torch.tensor([1.0, 0.0]))
+
+
+def test_reach_is_measured_written_and_reported(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(reach, "TRAINED_FOR", 4)
+    monkeypatch.setattr(reach, "FORGOTTEN", 2)
+    monkeypatch.setattr(reach, "SUMMED", 5)
+    monkeypatch.setattr(reach, "PARTS", {small.name: {"layers": "blocks.", "head": "head."}})
+    assert experiments.main(["reach", "--out", str(tmp_path)]) == 0
+    found = reach.read(tmp_path)
+    assert [(r.part, r.contestant) for r in found] == [
+        (part, name) for part in ("layers", "head") for name in reach.COMPARED
+    ]
+    assert all(len(r.shares) == len(r.cosines) == reach.QUANTILES and r.rows for r in found)
+    text = re.sub(" +", " ", "\n".join(reach.section(found, tmp_path)))
+    assert all(f"| {small.name}: {r.part} | {r.contestant} |" in text for r in found)
+    assert (tmp_path / reach.PICTURE).stat().st_size > 5000
+    assert reach.section(reach.read(tmp_path / "nothing"), tmp_path) == []
+
+
 def test_the_committed_report_is_what_its_results_say(tmp_path):
-    for name in (results.ROWS, results.SETTINGS):
+    for name in (results.ROWS, results.SETTINGS, reach.ROWS):
         (tmp_path / name).write_bytes((COMMITTED / name).read_bytes())
     assert experiments.main(["report", "--larger", "--out", str(tmp_path)]) == 0
     assert (tmp_path / REPORT).read_text() == (COMMITTED / REPORT).read_text()

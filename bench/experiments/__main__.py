@@ -4,6 +4,7 @@
     python -m bench.experiments run --quick    # as many tables and pictures, in minutes
     python -m bench.experiments run --row      # betas by row, beside what they would replace: hours
     python -m bench.experiments run --larger   # larger models, with ablations: many hours
+    python -m bench.experiments reach          # how much of a gradient reaches the weights: minutes
     python -m bench.experiments prepare        # the text as tokens, which the next one reads
     python -m bench.experiments run --gpt2     # GPT-2 small; needs a GPU
     python -m bench.experiments report         # the report again, from the results on disk
@@ -91,6 +92,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         f"of --quick {QUICK_RESULTS}, of --gpt2 {GPT2_RESULTS}, with --tiny {TINY_RESULTS})",
     )
     commands.add_parser("prepare", help="make what run --gpt2 reads: the text as tokens")
+    reach = commands.add_parser(
+        "reach", help="how much of a gradient reaches the weights, by row; then report --larger"
+    )
+    reach.add_argument(
+        "--out",
+        type=output_folder,
+        default=str(LARGER_RESULTS),
+        help=f"folder (default: {LARGER_RESULTS})",
+    )
     report = commands.add_parser("report", help="write the report of results that are there")
     report.add_argument("--larger", action="store_true", help="that of `run --larger`")
     report.add_argument(
@@ -177,6 +187,18 @@ def run_larger(results: LargerResults, environment: int, workers: int) -> int:
     return status
 
 
+def reach(folder: Path) -> int:
+    """Measures how much of a gradient arrives, and adds it to the report of the runs there are."""
+    from bench.experiments.larger import reach as measured
+    from bench.experiments.larger.report import write_report
+
+    measured.write([found for task in measured.PARTS for found in measured.measure(task)], folder)
+    results = LargerResults(folder)
+    if results.settings.exists():
+        write_report(results)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
@@ -201,6 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from bench.low_precision import training
 
         return training.run(args.quick, args.workers, args.out)
+    if args.command == "reach":
+        return reach(args.out)
     if args.command == "prepare":
         gpt2.prepare()
         return 0

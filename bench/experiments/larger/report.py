@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from bench.experiments.cell import WARMUP_SHARE
 from bench.experiments.formatting import markdown, ratio
+from bench.experiments.larger import reach
 from bench.experiments.larger.plots import steps_needed, title, write_pictures
 from bench.experiments.larger.results import Results
 from bench.experiments.larger.table import Table
@@ -56,10 +57,16 @@ def write_report(results: Results) -> None:
     table = Table(results, json.loads(results.settings.read_text()))
     if table.conditions():
         pictures = write_pictures(table, results.folder)
-        (results.folder / REPORT).write_text(report(table, pictures))
+        arrived = reach.section(reach.read(results.folder), results.folder)
+        (results.folder / REPORT).write_text(report(table, pictures, arrived))
 
 
-def report(table: Table, pictures: dict[str, str]) -> str:
+def report(table: Table, pictures: dict[str, str], arrived: Sequence[str] = ()) -> str:
+    """Args:
+    table: the runs.
+    pictures: by file name what they show.
+    arrived: the section of how much of a gradient arrives.
+    """
     sections = [
         "# Larger trainings",
         "Made by `python -m bench.experiments report --larger` from runs.jsonl and settings.json "
@@ -71,6 +78,7 @@ def report(table: Table, pictures: dict[str, str]) -> str:
         *_verdict_sections(verdicts(table)),
         "## Pictures",
         *(f"![{what}]({name})" for name, what in pictures.items()),
+        *arrived,
         "## Every task",
         TASK.strip(),
         *(_task_section(table, *condition) for condition in table.conditions()),
