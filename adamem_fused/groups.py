@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -11,14 +11,15 @@ from torch.nn.utils.parametrize import is_parametrized
 from adamem_fused.metrics import named_parameters
 from adamem_fused.options import check_number
 
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+Options: TypeAlias = Mapping[str, Any]
 
 
 def param_groups(
     model: nn.Module | Iterable[tuple[str, Tensor]],
     weight_decay: float | None = None,
     *,
-    embeddings: dict[str, Any] | None = None,
+    # By modules and classes of them: Any, since Mapping is invariant in its keys.
+    modules: Mapping[Any, Options] | None = None,
 ) -> list[dict[str, Any]]:
     """A model's trained parameters in groups for an optimizer of torch.optim or of this package.
 
@@ -28,41 +29,36 @@ def param_groups(
     All others have it. Frozen parameters are left out.
 
     Args:
-        model: a module; or (name, parameter) pairs, in which norms and embeddings are not known as
-            such.
+        model: a module; or (name, parameter) pairs, in which norms are not known as such.
         weight_decay: of those that decay; None: the optimizer's.
-        embeddings: options for the weights of nn.Embedding and nn.EmbeddingBag, in a group of their
-            own: {"weight_decay": 0.0}, or {"beta_scope": "tensor"} beside rows. They decay unless
-            it says otherwise, or the model exempts them. A weight that an output layer shares is
-            one of them. None: they are as other matrices.
+        modules: options for all parameters in a module of the model, or in every module of a class:
+            {model.layers: {"beta_scope": "row"}}, {nn.Embedding: {"weight_decay": 0.0}}. Where a
+            parameter is in several, as a weight that an output layer shares with an embedding, the
+            later ones count before the earlier. What does not decay stays so.
 
     Returns:
         Groups of which "params" is a list of (name, parameter) pairs, in the model's order, from
-        which torch's optimizers keep the names in "param_names": those that decay, embeddings,
-        those that do not. None of them is empty.
+        which torch's optimizers keep the names in "param_names": first those that decay, then
+        those that do not, in a group for each of the options' combinations. None of them is empty.
 
     Raises:
-        TypeError: model or embeddings is something else.
-        ValueError: a bad weight_decay; nothing to train; embeddings with pairs, or with "params".
+        TypeError: model or modules is something else.
+        ValueError: a bad weight_decay; nothing to train; modules with pairs, with "params", or
+            with one that the model does not have.
     """
     if weight_decay is not None:
         check_number("weight_decay", weight_decay)
     named = named_parameters(model)
-    _check_embeddings(embeddings, model)
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    of_embeddings = {
-        id(param)
-        for module in modules
-        if embeddings is not None and isinstance(module, _EMBEDDINGS)
-        for param in _own(module)
-    }
+    _check_modules(modules, model)
+    within = list(model.modules()) if isinstance(model, nn.Module) else []
+    entries = [(_parameters_in(key, within), options) for key, options in (modules or {}).items()]
     exempt = {
         id(param)
-        for module in modules
+        for module in within
         for param in (*(_own(module) if _is_norm(module) else ()), *_no_weight_decay(module))
     }
 
-    found: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}
+    found: dict[tuple[bool, tuple[int, ...]], list[tuple[str, Tensor]]] = {}
     seen: set[int] = set()
     for name, param in named:
         if not param.requires_grad or id(param) in seen:
@@ -70,34 +66,56 @@ def param_groups(
         seen.add(id(param))
         is_bias = "bias" in name.rpartition(".")[2]
         decays = param.dim() > 1 and not is_bias and id(param) not in exempt
-        found.setdefault((id(param) in of_embeddings, decays), []).append((name, param))
-    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
-    groups: list[dict[str, Any]] = [
-        {
-            "params": found.get((is_embedding, decays), []),
-            **(decay if decays else {"weight_decay": 0.0}),
-            **((embeddings or {}) if is_embedding else {}),
-        }
-        for is_embedding, decays in ((False, True), (True, True), (True, False), (False, False))
-    ]
-    groups = [group for group in groups if group["params"]]
-    if not groups:
+        which = tuple(i for i, (ids, _) in enumerate(entries) if id(param) in ids)
+        found.setdefault((not decays, which), []).append((name, param))
+    if not found:
         raise ValueError(f"no parameter to train: of {len(named)} parameters none requires grad")
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+    groups = []
+    for exempted, which in sorted(found, key=lambda key: key[0]):
+        group: dict[str, Any] = {"params": found[exempted, which], **decay}
+        for i in which:
+            group.update(entries[i][1])
+        groups.append(group | ({"weight_decay": 0.0} if exempted else {}))
     return groups
 
 
-def _check_embeddings(embeddings: Any, model: Any) -> None:
-    if embeddings is None:
+def _check_modules(modules: Any, model: Any) -> None:
+    if modules is None:
         return
-    if not isinstance(embeddings, dict):
+    if not isinstance(modules, Mapping):
         raise TypeError(
-            "embeddings has to be a dict of a group's options, or None, not a "
-            f"{type(embeddings).__name__}"
+            "modules has to be a dict of options by module or class, or None, not a "
+            f"{type(modules).__name__}"
         )
     if not isinstance(model, nn.Module):
-        raise ValueError("embeddings needs the model: its parameters do not say what they are of")
-    if "params" in embeddings:
-        raise ValueError('embeddings has "params", which are found in the model')
+        raise ValueError("modules needs the model: its parameters do not say what they are of")
+    within = {
+        *model.modules(),
+        *(cls for module in model.modules() for cls in type(module).__mro__),
+    }
+    for key, options in modules.items():
+        if not isinstance(key, nn.Module) and not (
+            isinstance(key, type) and issubclass(key, nn.Module)
+        ):
+            raise TypeError(
+                f"modules has options for {key!r}, which is neither a module nor a class of modules"
+            )
+        name = key.__name__ if isinstance(key, type) else f"this {type(key).__name__}"
+        if not isinstance(options, Mapping):
+            raise TypeError(
+                f"the options that modules has for {name} have to be a dict, not a "
+                f"{type(options).__name__}"
+            )
+        if "params" in options:
+            raise ValueError(f'modules has "params" for {name}: which they are, the model says')
+        if key not in within:
+            raise ValueError(f"modules has options for {name}, and the model has none")
+
+
+def _parameters_in(key: nn.Module | type[nn.Module], within: Iterable[nn.Module]) -> set[int]:
+    of_key = [key] if isinstance(key, nn.Module) else [m for m in within if isinstance(m, key)]
+    return {id(param) for module in of_key for param in module.parameters()}
 
 
 def _own(module: nn.Module) -> Iterator[Tensor]:

@@ -43,12 +43,11 @@ class Model(nn.Module):
     def __init__(self, width: int = 128) -> None:
         super().__init__()
         self.embedding = nn.Embedding(256, width // CONTEXT)
-        self.layers = nn.Sequential(
-            nn.Flatten(), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 256)
-        )
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(width, 2 * width), nn.GELU())
+        self.head = nn.Linear(2 * width, 256)
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
-        logits = self.layers(self.embedding(text[:, :-1]))
+        logits = self.head(self.layers(self.embedding(text[:, :-1])))
         return nn.functional.cross_entropy(logits.float(), text[:, -1])
 
 
@@ -68,8 +67,8 @@ def main() -> None:
     torch.manual_seed(0)
     model = Model()
     # beta_scope "tensor" or "row": one for the whole model takes all groups at once.
-    groups = param_groups(model, weight_decay=0.1, embeddings={"beta_scope": "tensor"})
-    optimizer = AMAdamW(groups, lr=3e-3, beta_scope="row")
+    groups = param_groups(model, weight_decay=0.1, modules={model.layers: {"beta_scope": "row"}})
+    optimizer = AMAdamW(groups, lr=3e-3, betas=(0.95, 0.999))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(args.stage))
 
     start = 0

@@ -60,12 +60,12 @@ def main() -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
-    # After fully_shard, which makes new parameters. Matrices have one beta a row, and a rank has
-    # whole rows: added up over ranks are the sums of vectors and of the embedding, and the norm.
+    # After fully_shard, which makes new parameters. The blocks' matrices have one beta a row, and a
+    # rank has whole rows: added up over ranks are the sums of all other tensors, and the norm.
     optimizer = AMAdamW(
-        param_groups(model, weight_decay=0.1, embeddings={"beta_scope": "tensor"}),
+        param_groups(model, weight_decay=0.1, modules={Block: {"beta_scope": "row"}}),
         lr=3e-3,
-        beta_scope="row",
+        betas=(0.95, 0.999),
         max_grad_norm=1.0,
         state_dtype=args.state_dtype,
     )

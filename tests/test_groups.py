@@ -86,7 +86,7 @@ def test_each_parameter_is_there_once_under_its_name_and_in_the_models_order():
     pairs = [pair for group in param_groups(model) for pair in group["params"]]
     assert len(pairs) == len(order)
     assert all(param is model.get_parameter(name) for name, param in pairs)
-    for group in param_groups(model, embeddings={}):
+    for group in param_groups(model, modules={nn.Embedding: {}}):
         places = [order[name] for name, _ in group["params"]]
         assert places == sorted(places)
 
@@ -120,7 +120,7 @@ def test_frozen_parameters_are_left_out_and_empty_groups_are_not_made():
     model = Model()
     for name, param in model.named_parameters():
         param.requires_grad = name == "hidden.weight"
-    (group,) = param_groups(model, 0.1, embeddings={})
+    (group,) = param_groups(model, 0.1, modules={nn.Embedding: {"lr": 0.5}})
     assert group == {"params": [("hidden.weight", model.hidden.weight)], "weight_decay": 0.1}
     model.hidden.weight.requires_grad = False
     model.hidden.bias.requires_grad = True
@@ -173,13 +173,15 @@ def test_an_embedding_that_the_model_exempts_stays_so():
         def no_weight_decay(self):
             return {"places.weight"}
 
-    decayed, exempt = param_groups(Exempting(), 0.1, embeddings={"beta_scope": "tensor"})
+    decayed, exempt = param_groups(
+        Exempting(), 0.1, modules={nn.Embedding: {"beta_scope": "tensor"}}
+    )
     assert [name for name, _ in decayed["params"]] == ["words.weight"]
     assert [name for name, _ in exempt["params"]] == ["places.weight"]
     assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.1, 0.0)
     assert exempt["beta_scope"] == "tensor"
-    (group,) = param_groups(Exempting(), 0.1, embeddings={"weight_decay": 0.2})[:1]
-    assert group["weight_decay"] == 0.2
+    groups = param_groups(Exempting(), 0.1, modules={nn.Embedding: {"weight_decay": 0.2}})
+    assert names(groups) == {0.2: ["words.weight"], 0.0: ["places.weight"]}
 
 
 def test_parametrized_norms_and_embeddings_are_known():
@@ -191,7 +193,8 @@ def test_parametrized_norms_and_embeddings_are_known():
     model = nn.Sequential(nn.Embedding(5, 4), TableNorm())
     for module in model:
         nn.utils.parametrize.register_parametrization(module, "weight", nn.Identity())
-    embedded, others = param_groups(model, 0.1, embeddings={})
+    embedded, others = param_groups(model, 0.1, modules={nn.Embedding: {"lr": 0.5}})
+    assert embedded["lr"] == 0.5
     assert [name for name, _ in embedded["params"]] == ["0.parametrizations.weight.original"]
     assert [name for name, _ in others["params"]] == ["1.parametrizations.weight.original"]
 
@@ -208,7 +211,7 @@ def test_a_bias_is_one_by_its_own_name_and_not_by_its_modules():
 
 def test_without_a_weight_decay_it_is_the_optimizers():
     model = Model()
-    optimizer = AMAdamW(param_groups(model, embeddings={}), weight_decay=0.3)
+    optimizer = AMAdamW(param_groups(model, modules={nn.Embedding: {}}), weight_decay=0.3)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3, 0.0]
 
 
@@ -221,35 +224,64 @@ def test_pairs_are_taken_by_dimensions_and_names():
     assert names(param_groups(twice, 0.1)) == {0.1: ["a"]}
 
 
-# ---- embeddings -----------------------------------------------------------------------
+# ---- options of modules ---------------------------------------------------------------
 
 
-def test_embeddings_have_a_group_of_their_own_options():
-    model = Model()
-    options = {"beta_scope": "tensor", "lr": 0.5}
-    decayed, embedded, undecayed = param_groups(model, 0.1, embeddings=options)
-    assert [name for name, _ in embedded["params"]] == ["embedding.weight", "bag.weight"]
-    assert {key: embedded[key] for key in embedded if key != "params"} == {
-        "weight_decay": 0.1,
-        **options,
+def options_of(groups):
+    """Options by name, without the weight decay."""
+    return {
+        name: {k: v for k, v in group.items() if k not in ("params", "weight_decay")}
+        for group in groups
+        for name, _ in group["params"]
     }
-    assert sorted(name for name, _ in decayed["params"]) == sorted(DECAYED)
-    assert undecayed["weight_decay"] == 0.0
-    assert options == {"beta_scope": "tensor", "lr": 0.5}
-    _, embedded, _ = param_groups(model, 0.1, embeddings={"weight_decay": 0.0})
-    assert embedded["weight_decay"] == 0.0
 
 
-def test_a_weight_tied_to_an_output_is_an_embedding_whichever_comes_first():
-    class HeadFirst(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = nn.Linear(16, 9, bias=False)
-            self.embedding = nn.Embedding(9, 16)
-            self.embedding.weight = self.head.weight
+def test_a_module_and_all_in_it_have_its_options():
+    model = Model()
+    options = {"beta_scope": "row", "lr": 0.5}
+    groups = param_groups(model, 0.1, modules={model.attention: options})
+    for name, found in options_of(groups).items():
+        assert found == (options if name.startswith("attention.") else {}), name
+    decays = {name: decay for decay, found in names(groups).items() for name in found}
+    plain = names(param_groups(model, 0.1))
+    assert decays == {name: decay for decay, found in plain.items() for name in found}
+    assert options == {"beta_scope": "row", "lr": 0.5}
 
-    (group,) = param_groups(HeadFirst(), 0.1, embeddings={"weight_decay": 0.0})
-    assert names([group]) == {0.0: ["head.weight"]}
+
+def test_a_class_is_all_its_modules():
+    model = Model()
+    groups = param_groups(model, 0.1, modules={ScaleNorm: {"lr": 0.5}, nn.Linear: {"lr": 0.2}})
+    found = options_of(groups)
+    assert found["own.scale"] == {"lr": 0.5}
+    assert found["own.projection.weight"] == {"lr": 0.2}  # a Linear in a ScaleNorm
+    # A head that is an embedding is a Linear's, and so is attention's projection, by a base.
+    assert found["embedding.weight"] == found["attention.out_proj.weight"] == {"lr": 0.2}
+    assert found["bag.weight"] == found["attention.in_proj_weight"] == {}
+
+
+@pytest.mark.parametrize("last", [nn.Linear, nn.Embedding])
+def test_of_two_that_have_a_weight_the_later_counts(last):
+    first = nn.Embedding if last is nn.Linear else nn.Linear
+    modules = {first: {"lr": 0.5, "eps": 1e-6}, last: {"lr": 0.2}}
+    found = options_of(param_groups(Model(), 0.1, modules=modules))
+    assert found["embedding.weight"] == {"lr": 0.2, "eps": 1e-6}
+
+
+def test_what_decays_comes_first_and_options_may_say_how_much():
+    model = Model()
+    modules = {nn.Embedding: {"weight_decay": 0.0}, model.hidden: {"weight_decay": 0.3}}
+    groups = param_groups(model, 0.1, modules=modules)
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.1, 0.3, 0.0, 0.0]
+    assert names(groups[:1]) == {0.0: ["embedding.weight"]}
+    assert names(groups[2:3]) == {0.3: ["hidden.weight"]}
+    assert {"hidden.bias", "norm.weight"} <= set(names(groups[3:])[0.0])
+
+
+def test_what_is_not_trained_makes_no_group():
+    model = Model()
+    model.hidden.requires_grad_(False)
+    groups = param_groups(model, 0.1, modules={model.hidden: {"lr": 0.5}})
+    assert groups == param_groups(model, 0.1)
 
 
 # ---- what optimizers make of them ------------------------------------------------------
@@ -270,11 +302,10 @@ def test_optimizers_keep_the_names(cls):
         }
 
 
-def test_rows_beside_embeddings_of_one_beta():
+def test_rows_in_the_layers_only():
     model = Model()
-    optimizer = AMAdamW(
-        param_groups(model, 0.1, embeddings={"beta_scope": "tensor"}), lr=3e-3, beta_scope="row"
-    )
+    groups = param_groups(model, 0.1, modules={model.hidden: {"beta_scope": "row"}})
+    optimizer = AMAdamW(groups, lr=3e-3)
     train(model, optimizer)
     assert optimizer.state[model.embedding.weight]["beta"].shape == ()
     assert optimizer.state[model.hidden.weight]["beta"].shape == (16,)
@@ -357,13 +388,23 @@ def test_a_bad_weight_decay_is_refused(weight_decay):
         param_groups(nn.Linear(2, 2), weight_decay)
 
 
-def test_bad_options_of_embeddings_are_refused():
+def test_bad_modules_are_refused():
     model = Model()
-    with pytest.raises(TypeError, match=r"embeddings has to be a dict .* not a float"):
-        param_groups(model, embeddings=0.0)
-    with pytest.raises(ValueError, match="embeddings needs the model"):
-        param_groups(model.named_parameters(), embeddings={"weight_decay": 0.0})
-    with pytest.raises(ValueError, match='embeddings has "params"'):
-        param_groups(model, embeddings={"params": [], "lr": 1.0})
+    with pytest.raises(TypeError, match=r"modules has to be a dict .* not a float"):
+        param_groups(model, modules=0.0)
+    with pytest.raises(ValueError, match="modules needs the model"):
+        param_groups(model.named_parameters(), modules={nn.Embedding: {"weight_decay": 0.0}})
+    with pytest.raises(TypeError, match="options for 'hidden', which is neither"):
+        param_groups(model, modules={"hidden": {"lr": 1.0}})
+    with pytest.raises(TypeError, match="options for <class 'int'>, which is neither"):
+        param_groups(model, modules={int: {"lr": 1.0}})
+    with pytest.raises(TypeError, match="for Embedding have to be a dict, not a str"):
+        param_groups(model, modules={nn.Embedding: "row"})
+    with pytest.raises(ValueError, match='"params" for this Linear'):
+        param_groups(model, modules={model.hidden: {"params": [], "lr": 1.0}})
+    with pytest.raises(ValueError, match="for Conv2d, and the model has none"):
+        param_groups(model, modules={nn.Conv2d: {"lr": 1.0}})
+    with pytest.raises(ValueError, match="for this Linear, and the model has none"):
+        param_groups(model, modules={nn.Linear(16, 16): {"lr": 1.0}})
     with pytest.raises(ValueError, match="Invalid beta_scope: 'rows'"):  # the optimizer's
-        AMSGD(param_groups(model, embeddings={"beta_scope": "rows"}))
+        AMSGD(param_groups(model, modules={nn.Embedding: {"beta_scope": "rows"}}))

@@ -697,7 +697,7 @@ def test_groups_have_options_of_their_own(cls):
 @both
 def test_param_groups_pass_options_on(cls):
     model = nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 64))
-    groups = param_groups(model, 0.1, embeddings={"state_dtype": torch.bfloat16})
+    groups = param_groups(model, 0.1, modules={torch.nn.Embedding: {"state_dtype": torch.bfloat16}})
     optimizer = cls(groups, backend="reference", state_dtype="int8")
     take_steps(optimizer, 0)
     assert set(dtypes_of(optimizer, model[0].weight).values()) == {torch.bfloat16}

@@ -97,7 +97,8 @@ def adamw(beta1: float, beta2: float = BETA2) -> Contestant:
 def _am_adamw(
     options: dict[str, Any], embeddings: dict[str, Any] | None, setting: Setting
 ) -> Optimizers:
-    groups = param_groups(setting.model, setting.weight_decay, embeddings=embeddings)
+    modules = None if embeddings is None else {nn.Embedding: embeddings}
+    groups = param_groups(setting.model, setting.weight_decay, modules=modules)
     return [AMAdamW(groups, lr=setting.lr, fused=True, **options)]
 
 

@@ -186,7 +186,7 @@ def picture(found: Sequence[Reach]) -> Figure:
                 colour = COMPARED[reach.contestant]
                 ax.plot(reach.shares, places, color=colour, label=reach.contestant)
         ax.set_title(": ".join(panel), loc="left", fontsize=10)
-        ax.set_xlim(0, 1.2)
+        ax.set_xlim(-0.6, 1.2)
         ax.grid(alpha=0.25)
         ax.set_xlabel("share of the gradients that arrives")
     axes[0].set_ylabel("rows with less")
