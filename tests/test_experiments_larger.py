@@ -25,6 +25,7 @@ from bench.experiments.larger.contestants import (
     ADAMW,
     CONTESTANTS,
     FIXED,
+    GATED,
     LEVEL_ROW,
     LEVEL_TENSOR,
     Setting,
@@ -171,6 +172,38 @@ def test_rows_without_a_gradient_may_keep_the_cap():
     assert moved.abs().max() < 0.02  # on as AdamW goes on, but for lambda
 
 
+def test_a_gate_lets_adaptation_through_as_far_as_a_gradient_is_as_large_as_usual():
+    exact, size = torch.tensor([0.2, 0.2, 0.2, 0.2, 0.89]), torch.tensor([0.0, 0.5, 1.0, 7.0, 0.5])
+    moment = Moment(0, 0.5, exact, None, size < 0, size, 0.89)
+    expected = torch.tensor([0.89, 0.89 - 0.5 * 0.69, 0.2, 0.2, 0.89])
+    torch.testing.assert_close(plain.gated(moment), expected)
+
+
+def test_size_is_that_of_a_gradient_against_its_usual_one():
+    sizes = []
+
+    def rule(moment):
+        sizes.append(moment.size.clone())
+        return moment.exact
+
+    weight = torch.nn.Parameter(torch.zeros(3, 32, dtype=torch.float64))
+    group = {"params": [weight], "weight_decay": 0.0}
+    optimizer = PlainAMAdamW([group], 0.02, plain.rows, rule, betas=(0.89, 0.9))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(40):
+        sign = torch.randint(2, (3, 32), generator=generator) * 2.0 - 1.0
+        weight.grad = (sign * torch.tensor([[1e-3], [10.0], [0.0]])).double()
+        weight.grad *= 1.0 if step < 39 else 0.1
+        optimizer.step()
+    for step in (0, 20, 38):
+        torch.testing.assert_close(
+            sizes[step], torch.tensor([1.0, 1.0, 0.0]).double(), atol=1e-3, rtol=0
+        )
+    # A hundredth, of a mean square of 0.9 + 0.1 * 0.01 of the usual one.
+    expected = torch.tensor([1.0, 1.0, 0.0]).double() * 0.01 / 0.901
+    torch.testing.assert_close(sizes[39], expected, atol=1e-3, rtol=0.03)
+
+
 def test_at_the_cap_and_without_lambda_the_step_is_adamws():
     # So its bias correction follows the betas that were used, not those of the closed form.
     ours, _ = trained(
@@ -191,7 +224,7 @@ def test_drawn_betas_have_the_distribution_of_their_tensor_and_part():
 
     def drawn(tensor, progress):
         exact = torch.full((40_000,), 0.5)
-        return rule(Moment(tensor, progress, exact, None, exact < 0, 0.89))
+        return rule(Moment(tensor, progress, exact, None, exact < 0, exact, 0.89))
 
     first = drawn(0, 0.49)
     assert 0 <= first.min() < 0.001 and 0.199 < first.max() <= 0.2
@@ -919,6 +952,11 @@ def test_of_a_row_with_rare_gradients_little_arrives():
     assert shares[:3].min() > 0.9
     # At the step with the gradient beta is at its cap: 1 - 0.89 of it. At the next it is near 0.
     assert shares[3].item() == pytest.approx(0.11, abs=0.03)
+
+
+def test_gated_rows_keep_rare_gradients():
+    shares, _ = rows_of_two_kinds(GATED.name)
+    assert shares[:3].min() > 0.9 and shares[3] > 0.6
 
 
 def test_rows_without_gradients_are_not_counted():

@@ -160,10 +160,10 @@ def _rule(rule: Rule | None, setting: Setting) -> Rule:
 
 
 def _plain(
-    segments: Callable[[Tensor], Segments], rule: Rule | None, setting: Setting
+    segments: Callable[[Tensor], Segments], rule: Rule | None, setting: Setting, cap: float = CAP
 ) -> Optimizers:
-    used = _rule(rule, setting)
-    return [PlainAMAdamW(setting.groups(), setting.lr, segments, used, steps=setting.steps)]
+    used, betas = _rule(rule, setting), (cap, BETA2)
+    return [PlainAMAdamW(setting.groups(), setting.lr, segments, used, betas, steps=setting.steps)]
 
 
 def _plain_in_layers(
@@ -269,6 +269,11 @@ REST_FIXED = Contestant(
     partial(_plain_in_layers, plain.rows, exact, rest=plain.at_cap),
     start=1,
 )
+GATED = Contestant(
+    f"AM-AdamW level row, gated, cap {HIGH_CAP:g}",
+    partial(_plain, plain.rows, plain.gated, cap=HIGH_CAP),
+    start=1,
+)
 CUTS = [
     cut("columns", plain.columns),
     cut("blocks of 32", plain.Blocks(32)),
@@ -287,7 +292,7 @@ MUON = [
     muon("AM-Muon row", True, LEVEL_ROW),
 ]
 # In plain PyTorch: what their steps take says nothing of a fused one.
-PLAIN = (*ABLATIONS, *ABLATIONS_OF_LAYERS, REST_FIXED, *CUTS, *SILENT, *MUON)
+PLAIN = (*ABLATIONS, *ABLATIONS_OF_LAYERS, REST_FIXED, GATED, *CUTS, *SILENT, *MUON)
 CONTESTANTS = {
     contestant.name: contestant
     for contestant in (
@@ -298,6 +303,7 @@ CONTESTANTS = {
         *ABLATIONS,
         *ABLATIONS_OF_LAYERS,
         REST_FIXED,
+        GATED,
         *CUTS,
         *SILENT,
         *MUON,

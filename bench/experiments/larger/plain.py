@@ -71,6 +71,9 @@ class Moment:
         exact: this step's beta by the closed form, [segments].
         last: the last step's, by the closed form; None at the first step.
         silent: whether the segment's gradient is zero everywhere, [segments].
+        size: mean of the squares of the gradient's elements as AdamW scales them, by the root of
+            their own mean square over the last steps: about 1 of a gradient of the usual size,
+            [segments].
         cap: the largest beta.
     """
 
@@ -79,6 +82,7 @@ class Moment:
     exact: Tensor
     last: Tensor | None
     silent: Tensor
+    size: Tensor
     cap: float
 
 
@@ -103,6 +107,14 @@ def last_step(moment: Moment) -> Tensor:
 def cap_when_silent(moment: Moment) -> Tensor:
     """Adaptive Memory, and AdamW where a segment has no gradient: it keeps its memory there."""
     return torch.where(moment.silent, moment.cap, moment.exact)
+
+
+def gated(moment: Moment) -> Tensor:
+    """Adaptive Memory, as far as a segment's gradient is as large as it usually is.
+
+    A small one says little: beta stays near the cap then, and what is remembered is kept.
+    """
+    return moment.cap - (moment.cap - moment.exact) * moment.size.clamp(max=1.0)
 
 
 class Drawn:
@@ -172,7 +184,8 @@ class PlainAMAdamW(Optimizer):
         t, d, v = state["step"], state["exp_avg"], state["exp_avg_sq"]
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         bias = 1 - cap * cut.spread(state["beta_prod"])
-        P = bias * ((v / (1 - beta2**t)).sqrt_() + eps)
+        scale = (v / (1 - beta2**t)).sqrt_() + eps
+        P = bias * scale
         M = 1 / (P * (1 + lam * P))
         e = d - g
         if t == 1:
@@ -183,7 +196,8 @@ class PlainAMAdamW(Optimizer):
             den = cut.sums(e * e * M)
             beta = torch.where(den == 0, 0.0, (num / den).clamp(0.0, cap))
         silent = cut.sums(g * g) == 0
-        moment = Moment(tensor, (t - 1) / self.steps, beta, state["exact"], silent, cap)
+        size = cut.sums((g / scale).square_()) / cut.sums(torch.ones_like(g))
+        moment = Moment(tensor, (t - 1) / self.steps, beta, state["exact"], silent, size, cap)
         used = group["rule"](moment)
         state["exact"], state["beta"] = beta, used
         b = cut.spread(used)

@@ -23,6 +23,7 @@ from bench.experiments.formatting import markdown
 from bench.experiments.larger.contestants import (
     ADAMW,
     CONTESTANTS,
+    GATED,
     LEVEL_ROW,
     LEVEL_TENSOR,
     Setting,
@@ -33,7 +34,12 @@ from bench.experiments.rounding import rounded
 
 ROWS = "reach.json"
 PICTURE = "reach.png"
-COMPARED = {ADAMW.name: "#000000", LEVEL_TENSOR.name: "#0072B2", LEVEL_ROW.name: "#D55E00"}
+COMPARED = {
+    ADAMW.name: "#000000",
+    LEVEL_TENSOR.name: "#0072B2",
+    LEVEL_ROW.name: "#D55E00",
+    GATED.name: "#009E73",
+}
 # Parts of models, by how the names of their parameters begin.
 PARTS = {
     "gpt-bpe": {"embedding": "embedding.", "layers": "blocks.", "head": "head."},

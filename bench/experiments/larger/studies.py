@@ -12,6 +12,7 @@ from bench.experiments.larger.contestants import (
     CONTESTANTS,
     CUTS,
     FIXED,
+    GATED,
     IN_LAYERS,
     LAYERS,
     LEVEL_ROW,
@@ -46,13 +47,21 @@ RARE = (
 # Around what did best in the first runs.
 AROUND = _names(ABLATIONS_OF_LAYERS, [REST_FIXED], IN_LAYERS, CUTS)
 LARGER = (
-    *_names([ADAMW, LEVEL_TENSOR, LAYERS]),
+    *_names([ADAMW, LEVEL_TENSOR, LAYERS, GATED]),
     "AdamW 0.8, 0.95",
     "AdamW 0.9, 0.95",
     "Muon + AdamW 0.9",
 )
 ADAPTATION = _names([LEVEL_TENSOR, LAYERS], ABLATIONS[:1], ABLATIONS_OF_LAYERS)
-NETWORKS = (*FIRST, LAYERS.name, "AdamW 0.8", "AdamW 0.8, 0.95", "AdamW 0.9, 0.95", *ANCHORED)
+NETWORKS = (
+    *FIRST,
+    LAYERS.name,
+    GATED.name,
+    "AdamW 0.8",
+    "AdamW 0.8, 0.95",
+    "AdamW 0.9, 0.95",
+    *ANCHORED,
+)
 IMAGES = tuple(dict.fromkeys((*NETWORKS, *ADAPTATION)))
 ADAPTERS = (*LARGER[:-1], LEVEL_ROW.name, "AM-AdamW anchored tensor")
 
@@ -60,11 +69,13 @@ STUDIES = (
     Study("gpt-400k", True, MAIN, seeds=3),
     Study("logistic-fashion", True, (*SHORT, "beta at the cap"), seeds=3),
     Study("gpt-bpe", True, RARE, seeds=3),
-    Study("gpt-bpe", True, (REST_FIXED.name,), seeds=1),
+    Study("gpt-bpe", True, (GATED.name,), seeds=3),
+    Study("gpt-400k", True, (GATED.name,), seeds=3),
+    Study("logistic-fashion", True, (GATED.name, "AM-AdamW level row, cap 0.95"), seeds=3),
     Study("gpt-1m", True, LARGER, seeds=1),
     Study("vit-fashion", True, IMAGES, seeds=1),
     Study("gpt-400k", True, AROUND, seeds=1),
-    Study("gpt-bpe", True, ADAPTATION, seeds=1),
+    Study("gpt-bpe", True, (REST_FIXED.name, *ADAPTATION), seeds=1),
     Study("lora-documentation", True, ADAPTERS, seeds=3),
     Study("gpt-400k", False, NETWORKS, seeds=1),
     Study("gpt-400k", True, ADAPTATION, seeds=3),
@@ -74,8 +85,8 @@ STUDIES = (
     Study("gpt-400k", True, AROUND, seeds=3),
     Study("gpt-400k", True, (*FIRST, LAYERS.name), seeds=1, octaves=range(-2, 5)),
     Study("gpt-400k", False, NETWORKS, seeds=3),
-    Study("gpt-400k-no-decay", True, LARGER[:4], seeds=3),
-    Study("gpt-1m-batch128", True, LARGER[:4], seeds=1),
-    Study("gpt-1m", False, LARGER[:4], seeds=1),
+    Study("gpt-400k-no-decay", True, LARGER[:5], seeds=3),
+    Study("gpt-1m-batch128", True, LARGER[:5], seeds=1),
+    Study("gpt-1m", False, LARGER[:5], seeds=1),
     Study("gpt-400k", True, tuple(CONTESTANTS), seeds=3),
 )

@@ -12,6 +12,7 @@ from itertools import product
 from statistics import fmean
 
 from bench.experiments.larger.contestants import FIXED
+from bench.experiments.larger.contestants import GATED as GATED_ROWS
 from bench.experiments.larger.contestants import LAYERS as ROWS_IN_LAYERS
 from bench.experiments.larger.table import Table
 from bench.experiments.larger.tasks import TASKS
@@ -35,7 +36,7 @@ one of those compared, and intervals are not corrected for their number."""
 # with the lowest loss on the part for choosing, picked for each task and warm-up.
 BEST_ADAMW = "best AdamW"
 TENSOR, ROW = "AM-AdamW level tensor", "AM-AdamW level row"
-LAYERS = ROWS_IN_LAYERS.name
+LAYERS, GATED = ROWS_IN_LAYERS.name, GATED_ROWS.name
 QUESTIONS = {
     "Is it the adaptation?": [
         (TENSOR, "beta at the cap"),
@@ -54,6 +55,7 @@ QUESTIONS = {
             TENSOR,
             ROW,
             LAYERS,
+            GATED,
             "AM-AdamW anchored tensor",
             "AM-AdamW anchored row",
         )
@@ -97,6 +99,9 @@ QUESTIONS = {
         ("AM-AdamW level row, cap without gradient", ROW),
         ("AM-AdamW level row, cap without gradient", "AM-AdamW level row, embeddings tensor"),
         (f"{LAYERS}, rest at the cap", LAYERS),
+        (GATED, TENSOR),
+        (GATED, "AM-AdamW level row, cap 0.95"),
+        (GATED, LAYERS),
     ],
     "And Muon?": [
         ("Muon + AdamW 0.9", ROW),
