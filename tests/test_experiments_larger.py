@@ -177,6 +177,8 @@ def test_a_gate_lets_adaptation_through_as_far_as_a_gradient_is_as_large_as_usua
     moment = Moment(0, 0.5, exact, None, size < 0, size, 0.89)
     expected = torch.tensor([0.89, 0.89 - 0.5 * 0.69, 0.2, 0.2, 0.89])
     torch.testing.assert_close(plain.gated(moment), expected)
+    one = Moment(0, 0.5, exact[:1], None, size[:1] < 0, size[:1], 0.89)
+    assert plain.gated(one).tolist() == exact[:1].tolist()
 
 
 def test_size_is_that_of_a_gradient_against_its_usual_one():

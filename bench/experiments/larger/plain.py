@@ -110,10 +110,13 @@ def cap_when_silent(moment: Moment) -> Tensor:
 
 
 def gated(moment: Moment) -> Tensor:
-    """Adaptive Memory, as far as a segment's gradient is as large as it usually is.
+    """Adaptive Memory, in rows as far as their gradient is as large as it usually is.
 
-    A small one says little: beta stays near the cap then, and what is remembered is kept.
+    A small one says little: beta stays near the cap then, and what is remembered is kept. A tensor
+    with one beta has adaptive memory as it is.
     """
+    if moment.exact.numel() == 1:
+        return moment.exact
     return moment.cap - (moment.cap - moment.exact) * moment.size.clamp(max=1.0)
 
 
