@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from bench.demo_model import GPT
 from bench.experiments.cell import Cell
-from bench.experiments.larger.contestants import Contestant, adamw, am_adamw
+from bench.experiments.larger.contestants import Contestant, adamw, am_adamw, gated_rows
 from bench.experiments.larger.results import Results
 from bench.experiments.larger.tasks import LargerTask, Loss, Problem, spread
 from bench.experiments.larger.training import Progress, train
@@ -59,11 +59,13 @@ ADAMW = adamw(0.9, BETA2)
 # The head is tied, so that it has one beta with the embedding.
 ROW = am_adamw("level", "row", beta2=BETA2, cap=0.95, embeddings="tensor")
 TENSOR = am_adamw("level", "tensor", beta2=BETA2)
+GATED = gated_rows(BETA2)
 # Contestant, learning rate and warm-up, the first first. Rows want higher learning rates.
 PLAN = (
     (ADAMW, LR, True),
     (ROW, 2 * LR, True),
     (TENSOR, LR, True),
+    (GATED, 2 * LR, True),
     (ADAMW, 2 * LR, True),
     (ROW, LR, True),
     (ROW, 4 * LR, True),

@@ -160,9 +160,12 @@ def _rule(rule: Rule | None, setting: Setting) -> Rule:
 
 
 def _plain(
-    segments: Callable[[Tensor], Segments], rule: Rule | None, setting: Setting, cap: float = CAP
+    segments: Callable[[Tensor], Segments],
+    rule: Rule | None,
+    setting: Setting,
+    betas: tuple[float, float] = (CAP, BETA2),
 ) -> Optimizers:
-    used, betas = _rule(rule, setting), (cap, BETA2)
+    used = _rule(rule, setting)
     return [PlainAMAdamW(setting.groups(), setting.lr, segments, used, betas, steps=setting.steps)]
 
 
@@ -177,6 +180,14 @@ def _plain_in_layers(
     groups = setting.groups_of_layers_and_rest({"segments": segments}, of_rest)
     used, betas = _rule(rule, setting), (HIGH_CAP, BETA2)
     return [PlainAMAdamW(groups, setting.lr, plain.whole, used, betas, steps=setting.steps)]
+
+
+def gated_rows(beta2: float = BETA2) -> Contestant:
+    """One beta a row in every matrix, whose adaptation is gated."""
+    name = f"AM-AdamW level row, gated, cap {HIGH_CAP:g}"
+    name += "" if beta2 == BETA2 else f", beta2 {beta2:g}"
+    make = partial(_plain, plain.rows, plain.gated, betas=(HIGH_CAP, beta2))
+    return Contestant(name, make, start=1)
 
 
 def cut(name: str, segments: Callable[[Tensor], Segments]) -> Contestant:
@@ -255,7 +266,7 @@ OPTIONS = [
     am_adamw("level", "tensor", beta2=0.95),
     am_adamw("level", "row", embeddings="tensor"),
 ]
-IN_LAYERS = [
+AROUND = [
     row_in_layers(cap=CAP),
     LAYERS,
     row_in_layers(cap=0.98),
@@ -269,11 +280,8 @@ REST_FIXED = Contestant(
     partial(_plain_in_layers, plain.rows, exact, rest=plain.at_cap),
     start=1,
 )
-GATED = Contestant(
-    f"AM-AdamW level row, gated, cap {HIGH_CAP:g}",
-    partial(_plain, plain.rows, plain.gated, cap=HIGH_CAP),
-    start=1,
-)
+GATED = gated_rows()
+GATES = [GATED, gated_rows(beta2=0.95)]
 CUTS = [
     cut("columns", plain.columns),
     cut("blocks of 32", plain.Blocks(32)),
@@ -292,18 +300,18 @@ MUON = [
     muon("AM-Muon row", True, LEVEL_ROW),
 ]
 # In plain PyTorch: what their steps take says nothing of a fused one.
-PLAIN = (*ABLATIONS, *ABLATIONS_OF_LAYERS, REST_FIXED, GATED, *CUTS, *SILENT, *MUON)
+PLAIN = (*ABLATIONS, *ABLATIONS_OF_LAYERS, REST_FIXED, *GATES, *CUTS, *SILENT, *MUON)
 CONTESTANTS = {
     contestant.name: contestant
     for contestant in (
         *FIXED,
         *ADAPTIVE,
         *OPTIONS,
-        *IN_LAYERS,
+        *AROUND,
         *ABLATIONS,
         *ABLATIONS_OF_LAYERS,
         REST_FIXED,
-        GATED,
+        *GATES,
         *CUTS,
         *SILENT,
         *MUON,

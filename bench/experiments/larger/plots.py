@@ -23,7 +23,7 @@ from bench.experiments.larger.results import Run
 from bench.experiments.larger.table import Table
 from bench.experiments.larger.tasks import TASKS
 from bench.experiments.larger.training import PARTS
-from bench.experiments.larger.verdicts import LAYERS
+from bench.experiments.larger.verdicts import GATED, LAYERS
 from bench.experiments.table import Array
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -33,6 +33,7 @@ SHOWN = {
     LEVEL_TENSOR.name: "#0072B2",
     LEVEL_ROW.name: "#D55E00",
     LAYERS: "#E69F00",
+    GATED: "#56B4E9",
     "Muon + AdamW 0.9": "#009E73",
     "AM-Muon row + AM-AdamW level row": "#CC79A7",
 }
@@ -41,10 +42,11 @@ WITH_BETA = {
     "AM-AdamW level global": "#56B4E9",
     LEVEL_ROW.name: "#D55E00",
     LAYERS: "#E69F00",
+    GATED: "#009E73",
     "AM-AdamW anchored tensor": "#999999",
     "AM-AdamW anchored row": "#000000",
 }
-BY_LAYER = (LEVEL_TENSOR.name, LEVEL_ROW.name, LAYERS, "AM-AdamW anchored tensor")
+BY_LAYER = (LEVEL_TENSOR.name, LEVEL_ROW.name, LAYERS, GATED)
 PLACES = (np.arange(PARTS) + 1) / PARTS
 HIGHEST_CAP = 0.95
 WIDTH = 5.2  # inches of a panel

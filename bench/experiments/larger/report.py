@@ -33,8 +33,12 @@ with a cap of 0.95, in place of Muon's before the matrix is orthogonalised.
 
 "Layers only" has one beta a row in the layers' matrices, and one a tensor in embeddings, positions
 and head; "embeddings tensor" in the embeddings alone. "Cap without gradient" takes the cap for a
-row at a step at which it has no gradient. "Layers only" was added when the first runs of gpt-bpe
-showed "row" to be far behind there, and not before.
+row at a step at which it has no gradient. "Gated" has one beta a row in every matrix, embeddings
+and head too: cap - (cap - beta) min(1, s), where beta is adaptive memory's and s the mean over the
+row of the squares of the gradient as AdamW scales it, g / (sqrt(v) + eps), v bias-corrected.
+"Layers only" was added when the first runs of gpt-bpe showed "row" to be far behind there, and not
+before; "gated" when it had been measured how much of a gradient arrives (below), and after trials
+on gpt-bpe, gpt-400k and logistic-fashion at seed 0.
 
 CPU time is the model's, the median of all runs of the task, and the optimizer's, the median of the
 contestant's. It was taken beside other processes; `python -m bench kernels` measures optimizers.

@@ -9,11 +9,12 @@ from bench.experiments.larger.contestants import (
     ABLATIONS_OF_LAYERS,
     ADAMW,
     ADAPTIVE,
+    AROUND,
     CONTESTANTS,
     CUTS,
     FIXED,
     GATED,
-    IN_LAYERS,
+    GATES,
     LAYERS,
     LEVEL_ROW,
     LEVEL_TENSOR,
@@ -44,26 +45,9 @@ RARE = (
     "AM-AdamW level row, cap without gradient",
     "AdamW 0.8, 0.95",
 )
-# Around what did best in the first runs.
-AROUND = _names(ABLATIONS_OF_LAYERS, [REST_FIXED], IN_LAYERS, CUTS)
-LARGER = (
-    *_names([ADAMW, LEVEL_TENSOR, LAYERS, GATED]),
-    "AdamW 0.8, 0.95",
-    "AdamW 0.9, 0.95",
-    "Muon + AdamW 0.9",
-)
-ADAPTATION = _names([LEVEL_TENSOR, LAYERS], ABLATIONS[:1], ABLATIONS_OF_LAYERS)
-NETWORKS = (
-    *FIRST,
-    LAYERS.name,
-    GATED.name,
-    "AdamW 0.8",
-    "AdamW 0.8, 0.95",
-    "AdamW 0.9, 0.95",
-    *ANCHORED,
-)
-IMAGES = tuple(dict.fromkeys((*NETWORKS, *ADAPTATION)))
-ADAPTERS = (*LARGER[:-1], LEVEL_ROW.name, "AM-AdamW anchored tensor")
+CLOSELY = _names(AROUND, GATES, CUTS, [REST_FIXED])
+ADAPTATION = _names([LAYERS], ABLATIONS[:1], ABLATIONS_OF_LAYERS)
+LARGER = (*_names([ADAMW, LEVEL_TENSOR, LAYERS, GATED]), "AdamW 0.8, 0.95")
 
 STUDIES = (
     Study("gpt-400k", True, MAIN, seeds=3),
@@ -72,21 +56,26 @@ STUDIES = (
     Study("gpt-bpe", True, (GATED.name,), seeds=3),
     Study("gpt-400k", True, (GATED.name,), seeds=3),
     Study("logistic-fashion", True, (GATED.name, "AM-AdamW level row, cap 0.95"), seeds=3),
+    Study("vit-fashion", True, (*LARGER, LEVEL_ROW.name), seeds=1),
     Study("gpt-1m", True, LARGER, seeds=1),
-    Study("vit-fashion", True, IMAGES, seeds=1),
-    Study("gpt-400k", True, AROUND, seeds=1),
-    Study("gpt-bpe", True, (REST_FIXED.name, *ADAPTATION), seeds=1),
-    Study("lora-documentation", True, ADAPTERS, seeds=3),
-    Study("gpt-400k", False, NETWORKS, seeds=1),
-    Study("gpt-400k", True, ADAPTATION, seeds=3),
-    Study("gpt-bpe", True, (REST_FIXED.name, *ADAPTATION), seeds=3),
-    Study("vit-fashion", True, IMAGES, seeds=3),
-    Study("gpt-1m", True, LARGER, seeds=3),
-    Study("gpt-400k", True, AROUND, seeds=3),
-    Study("gpt-400k", True, (*FIRST, LAYERS.name), seeds=1, octaves=range(-2, 5)),
-    Study("gpt-400k", False, NETWORKS, seeds=3),
-    Study("gpt-400k-no-decay", True, LARGER[:5], seeds=3),
-    Study("gpt-1m-batch128", True, LARGER[:5], seeds=1),
-    Study("gpt-1m", False, LARGER[:5], seeds=1),
+    Study("lora-documentation", True, LARGER, seeds=1),
+    Study("gpt-400k", True, ADAPTATION, seeds=1),
+    Study("gpt-bpe", True, ADAPTATION, seeds=1),
+    Study("gpt-400k", False, LARGER, seeds=1),
+    Study("gpt-400k", True, CLOSELY, seeds=1),
+    Study("gpt-400k-no-decay", True, LARGER[:4], seeds=1),
+    Study("gpt-400k-batch128", True, LARGER[:4], seeds=1),
+    Study("gpt-1m", True, ("Muon + AdamW 0.9",), seeds=1),
+    Study("vit-fashion", True, ("Muon + AdamW 0.9", *ADAPTATION), seeds=1),
+    Study("gpt-400k", True, (*FIRST, LAYERS.name, GATED.name), seeds=1, octaves=range(-2, 5)),
+    Study("gpt-400k", True, (*ADAPTATION, *CLOSELY), seeds=3),
+    Study("gpt-bpe", True, (*ADAPTATION, REST_FIXED.name), seeds=3),
+    Study("lora-documentation", True, (*LARGER, *ANCHORED), seeds=3),
+    Study("vit-fashion", True, (*LARGER, *FIRST, *ADAPTATION, *ANCHORED), seeds=3),
+    Study("gpt-400k", False, (*LARGER, *FIRST, *ANCHORED), seeds=3),
+    Study("gpt-1m", True, (*LARGER, "Muon + AdamW 0.9"), seeds=3),
+    Study("gpt-400k-no-decay", True, LARGER[:4], seeds=3),
+    Study("gpt-400k-batch128", True, LARGER[:4], seeds=3),
+    Study("gpt-1m", False, LARGER, seeds=1),
     Study("gpt-400k", True, tuple(CONTESTANTS), seeds=3),
 )

@@ -275,12 +275,12 @@ def _tasks() -> list[LargerTask]:
             classes=BPE,
         ),
         LargerTask(
-            "gpt-1m-batch128",
-            "the same GPT, 128 x 32 bytes a step",
-            steps=1000,
+            "gpt-400k-batch128",
+            "the GPT of 0.39 M parameters, 128 x 32 bytes a step",
+            steps=500,
             lr=3e-3,
             weight_decay=0.1,
-            make=partial(pretraining, *LARGE, 32, 128),
+            make=partial(pretraining, *SMALL, 32, 128),
             inner="blocks.",
         ),
         LargerTask(

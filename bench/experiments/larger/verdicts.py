@@ -84,6 +84,7 @@ QUESTIONS = {
         (f"{LAYERS}, lambda 0", LAYERS),
         (f"{LAYERS}, lambda 1", LAYERS),
         (f"{LAYERS}, beta2 0.95", LAYERS),
+        (f"{GATED}, beta2 0.95", GATED),
         ("AM-AdamW level tensor, beta2 0.95", TENSOR),
     ],
     "Rows, or other parts of a tensor?": [
