@@ -106,20 +106,17 @@ def am_adamw(
     plane: str,
     scope: str,
     *,
-    memory_lambda: float = MEMORY_LAMBDA,
-    cap: float | None = None,
+    cap: float = CAP,
     beta2: float = BETA2,
     embeddings: str | None = None,
 ) -> Contestant:
-    """AM-AdamW with the paper's cap for its lambda, 0.9 - 0.1 lambda, or with another."""
     name = f"AM-AdamW {plane} {scope}"
-    name += "" if memory_lambda == MEMORY_LAMBDA else f", lambda {memory_lambda:g}"
-    name += "" if cap is None else f", cap {cap:g}"
+    name += "" if cap == CAP else f", cap {cap:g}"
     name += "" if beta2 == BETA2 else f", beta2 {beta2:g}"
     name += "" if embeddings is None else f", embeddings {embeddings}"
     options = {
-        "betas": (0.9 - 0.1 * memory_lambda if cap is None else cap, beta2),
-        "memory_lambda": memory_lambda,
+        "betas": (cap, beta2),
+        "memory_lambda": MEMORY_LAMBDA,
         "memory_plane": plane,
         "beta_scope": scope,
     }
