@@ -33,13 +33,15 @@ def param_groups(
         weight_decay: of those that decay; None: the optimizer's.
         modules: options for all parameters in a module of the model, or in every module of a class:
             {model.layers: {"beta_scope": "row"}}, {nn.Embedding: {"weight_decay": 0.0}}. Where a
-            parameter is in several, as a weight that an output layer shares with an embedding, the
-            later ones count before the earlier. What does not decay stays so.
+            parameter is in several, as a weight that an output layer shares with an embedding, it
+            has the options of all of them, and of one that several have the last. What does not
+            decay, by the above, stays so.
 
     Returns:
         Groups of which "params" is a list of (name, parameter) pairs, in the model's order, from
-        which torch's optimizers keep the names in "param_names": first those that decay, then
-        those that do not, in a group for each of the options' combinations. None of them is empty.
+        which torch's optimizers keep the names in "param_names": matrices and the like first, then
+        what does not decay by the above, with a group for all that have the same options. None of
+        them is empty.
 
     Raises:
         TypeError: model or modules is something else.
@@ -58,7 +60,9 @@ def param_groups(
         for param in (*(_own(module) if _is_norm(module) else ()), *_no_weight_decay(module))
     }
 
-    found: dict[tuple[bool, tuple[int, ...]], list[tuple[str, Tensor]]] = {}
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+    # By whether they decay: options, and what has them.
+    found: dict[bool, list[tuple[dict[str, Any], list[tuple[str, Tensor]]]]] = {True: [], False: []}
     seen: set[int] = set()
     for name, param in named:
         if not param.requires_grad or id(param) in seen:
@@ -66,18 +70,20 @@ def param_groups(
         seen.add(id(param))
         is_bias = "bias" in name.rpartition(".")[2]
         decays = param.dim() > 1 and not is_bias and id(param) not in exempt
-        which = tuple(i for i, (ids, _) in enumerate(entries) if id(param) in ids)
-        found.setdefault((not decays, which), []).append((name, param))
-    if not found:
+        own: dict[str, Any] = dict(decay)
+        for ids, options in entries:
+            if id(param) in ids:
+                own.update(options)
+        if not decays:
+            own["weight_decay"] = 0.0
+        alike = next((pairs for options, pairs in found[decays] if options == own), None)
+        if alike is None:
+            alike = []
+            found[decays].append((own, alike))
+        alike.append((name, param))
+    if not seen:
         raise ValueError(f"no parameter to train: of {len(named)} parameters none requires grad")
-    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
-    groups = []
-    for exempted, which in sorted(found, key=lambda key: key[0]):
-        group: dict[str, Any] = {"params": found[exempted, which], **decay}
-        for i in which:
-            group.update(entries[i][1])
-        groups.append(group | ({"weight_decay": 0.0} if exempted else {}))
-    return groups
+    return [{"params": pairs, **own} for own, pairs in (*found[True], *found[False])]
 
 
 def _check_modules(modules: Any, model: Any) -> None:
@@ -99,7 +105,8 @@ def _check_modules(modules: Any, model: Any) -> None:
             isinstance(key, type) and issubclass(key, nn.Module)
         ):
             raise TypeError(
-                f"modules has options for {key!r}, which is neither a module nor a class of modules"
+                f"modules has options for a {type(key).__name__}, which is neither a module nor a "
+                "class of modules"
             )
         name = key.__name__ if isinstance(key, type) else f"this {type(key).__name__}"
         if not isinstance(options, Mapping):
@@ -110,7 +117,11 @@ def _check_modules(modules: Any, model: Any) -> None:
         if "params" in options:
             raise ValueError(f'modules has "params" for {name}: which they are, the model says')
         if key not in within:
-            raise ValueError(f"modules has options for {name}, and the model has none")
+            what = "one of a class" if isinstance(key, type) else "one"
+            raise ValueError(
+                f"modules has options for {name}, and the model has no such module: it has to be "
+                f"{what} that model.modules() gives, not a slice or a copy of it"
+            )
 
 
 def _parameters_in(key: nn.Module | type[nn.Module], within: Iterable[nn.Module]) -> set[int]:

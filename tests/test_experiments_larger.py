@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -308,6 +309,70 @@ def test_every_contestant_shares_the_parameters_out_whole():
             for p in group["params"]
         }
         assert all(decays[id(p)] == (0.1 if p.dim() > 1 else 0) for p in model.parameters())
+
+
+def number_after(word, name, otherwise):
+    found = re.search(rf"{word} (\d+(\.\d+)?)", name)
+    return float(found[1]) if found else otherwise
+
+
+def expected_betas(name, param_name, param):
+    """How many a parameter has, by the contestant's name."""
+    in_layers = param_name.startswith("blocks.")
+    is_embedding = param_name in ("embedding.weight", "positions.weight")
+    if param.dim() < 2 or ("layers only" in name and not in_layers):
+        return 1
+    if "embeddings tensor" in name and is_embedding:
+        return 1
+    if "columns" in name:
+        return param.shape[1]
+    if "blocks of" in name:
+        return param.numel() // int(number_after("blocks of", name, None))
+    return len(param) if re.search(r"\brow\b|drawn, layers|step, layers", name) else 1
+
+
+RULES = {
+    "at the cap": plain.at_cap,
+    "of the last step": plain.last_step,
+    "cap without gradient": plain.cap_when_silent,
+    "gated": plain.gated,
+}
+
+
+@pytest.mark.parametrize("name", [name for name in CONTESTANTS if "Muon" not in name])
+def test_a_contestant_is_what_its_name_says(name):
+    model = GPT(8, 32, 2, 1)
+    model.init_weights(torch.Generator().manual_seed(0))
+    quantiles = torch.full((5, len(list(model.parameters())), 21), 0.5)
+    (optimizer,) = CONTESTANTS[name].make(Setting(model, "blocks.", 1e-3, 0.1, 10, 0, quantiles))
+    beta2 = number_after("beta2", name, 0.999)
+    if name.startswith("AdamW"):
+        betas = [float(number) for number in re.findall(r"\d\.\d+", name)]
+        expected = (betas[0], betas[1] if len(betas) > 1 else 0.999)
+    else:
+        high = "layers only" in name and name.startswith("beta ")
+        expected = (number_after(r"cap(?: of)?", name, 0.95 if high else 0.89), beta2)
+    for group in optimizer.param_groups:
+        assert group["betas"] == expected
+    if name.startswith("AdamW"):
+        assert isinstance(optimizer, torch.optim.AdamW)
+        return
+    scope = "global" if "global" in name else None
+    rule = next((rule for word, rule in RULES.items() if f"beta {word}" in name), None)
+    rule = rule or next((rule for word, rule in RULES.items() if f", {word}" in name), plain.exact)
+    for group in optimizer.param_groups:
+        assert group["memory_lambda"] == number_after("lambda", name, 0.1)
+        if isinstance(optimizer, AMAdamW):
+            assert group["memory_plane"] == ("anchored" if "anchored" in name else "level")
+            assert scope is None or group["beta_scope"] == scope
+        elif "drawn" in name:
+            assert isinstance(group["rule"], Drawn)
+        elif "rest at the cap" not in name:
+            assert group["rule"] is rule
+    model(torch.randint(256, (4, 9), dtype=torch.uint8)).backward()
+    optimizer.step()
+    for param_name, param in model.named_parameters():
+        assert optimizer.state[param]["beta"].numel() == expected_betas(name, param_name, param)
 
 
 @pytest.mark.parametrize("name", [ADAMW.name, LEVEL_ROW.name, LAYERS])
@@ -970,20 +1035,64 @@ def test_rows_without_gradients_are_not_counted():
 
 
 def test_reach_is_measured_written_and_reported(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(reach, "TRAINED_FOR", 4)
-    monkeypatch.setattr(reach, "FORGOTTEN", 2)
-    monkeypatch.setattr(reach, "SUMMED", 5)
+    monkeypatch.setenv("FASHION_MNIST", str(tmp_path))
+    monkeypatch.setattr(reach, "TRAINED_FOR", 6)
+    monkeypatch.setattr(reach, "FORGOTTEN", 40)
+    monkeypatch.setattr(reach, "SUMMED", 80)
     monkeypatch.setattr(reach, "PARTS", {small.name: {"layers": "blocks.", "head": "head."}})
+    seen, norms = [], []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def watched(steps, seed):
+        problem = tasks.pretraining(16, 2, 1, 8, 4, steps, seed)
+        training_loss = problem.training_loss
+
+        def loss(model, step):
+            seen.append((step, model.head.weight.detach().clone()))
+            return 100.0 * training_loss(model, step)
+
+        return replace(problem, training_loss=loss)
+
+    def clipped(params, most):
+        params = list(params)
+        total = clip(params, most)
+        norms.append(torch.stack([p.grad.norm() for p in params]).norm().item())
+        return total
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+    monkeypatch.setitem(reach.TASKS, small.name, replace(small, make=watched))
     assert experiments.main(["reach", "--out", str(tmp_path)]) == 0
+    assert [step for step, _ in seen] == list(range(6 + 40 + 80))
+    weights = [weight for _, weight in seen]
+    assert all(not torch.equal(a, b) for a, b in pairwise(weights[:7]))
+    assert all(torch.equal(a, weights[6]) for a in weights[6:])
+    assert len(norms) == len(seen) and max(norms) < 1.001
+
     found = reach.read(tmp_path)
     assert [(r.part, r.contestant) for r in found] == [
         (part, name) for part in ("layers", "head") for name in reach.COMPARED
     ]
-    assert all(len(r.shares) == len(r.cosines) == reach.QUANTILES and r.rows for r in found)
+    words = int((weights[0].abs().sum(1) >= 0).sum())
+    rows = {"layers": (3 + 1 + 4 + 1) * 16, "head": words}
+    for r in found:
+        assert r.rows == rows[r.part] and len(r.shares) == len(r.cosines) == reach.QUANTILES
+        assert r.shares == sorted(r.shares)
+        if r.contestant == ADAMW.name:
+            # Of gradients as of momentum the same steps are summed.
+            assert r.shares[reach.QUANTILES // 2] == pytest.approx(1.0, abs=0.1)
     text = re.sub(" +", " ", "\n".join(reach.section(found, tmp_path)))
-    assert all(f"| {small.name}: {r.part} | {r.contestant} |" in text for r in found)
+    for r in found:
+        median = f"{r.shares[10]:.2f} ({r.shares[5]:.2f} to {r.shares[15]:.2f})"
+        assert f"| {small.name}: {r.part} | {r.contestant} | {r.rows:,} | {median} |" in text
     assert (tmp_path / reach.PICTURE).stat().st_size > 5000
     assert reach.section(reach.read(tmp_path / "nothing"), tmp_path) == []
+
+
+def test_reach_asks_for_its_images_before_it_measures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FASHION_MNIST", str(tmp_path / "nowhere"))
+    assert experiments.main(["reach", "--out", str(tmp_path)]) == 2
+    assert "Fashion-MNIST is not here" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_committed_report_is_what_its_results_say(tmp_path):

@@ -1,6 +1,7 @@
 """param_groups: which parameters decay, and that optimizers take the groups as torch gives them."""
 
 import copy
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -211,8 +212,9 @@ def test_a_bias_is_one_by_its_own_name_and_not_by_its_modules():
 
 def test_without_a_weight_decay_it_is_the_optimizers():
     model = Model()
-    optimizer = AMAdamW(param_groups(model, modules={nn.Embedding: {}}), weight_decay=0.3)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3, 0.0]
+    optimizer = AMAdamW(param_groups(model, modules={nn.Linear: {"lr": 0.5}}), weight_decay=0.3)
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    assert decays == [0.3, 0.3, 0.0, 0.0]
 
 
 def test_pairs_are_taken_by_dimensions_and_names():
@@ -271,10 +273,35 @@ def test_what_decays_comes_first_and_options_may_say_how_much():
     model = Model()
     modules = {nn.Embedding: {"weight_decay": 0.0}, model.hidden: {"weight_decay": 0.3}}
     groups = param_groups(model, 0.1, modules=modules)
-    assert [group["weight_decay"] for group in groups] == [0.0, 0.1, 0.3, 0.0, 0.0]
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.1, 0.3, 0.0]
     assert names(groups[:1]) == {0.0: ["embedding.weight"]}
     assert names(groups[2:3]) == {0.3: ["hidden.weight"]}
     assert {"hidden.bias", "norm.weight"} <= set(names(groups[3:])[0.0])
+
+
+def test_what_has_the_same_options_is_in_one_group():
+    blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    model = nn.ModuleDict({"blocks": blocks, "head": nn.Linear(4, 4)})
+    groups = param_groups(model, 0.1, modules={block: {"lr": 0.5} for block in blocks})
+    assert [len(group["params"]) for group in groups] == [3, 1, 3, 1]
+    assert param_groups(model, 0.1, modules={nn.Linear: {}}) == param_groups(model, 0.1)
+
+
+def test_a_step_goes_on_from_a_checkpoint_of_groups_with_options():
+    models = [Model() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+
+    def optimizer_of(model):
+        modules = {model.attention: {"beta_scope": "row"}, nn.Embedding: {"lr": 0.02}}
+        return AMAdamW(param_groups(model, 0.1, modules=modules), lr=0.01)
+
+    optimizers = [optimizer_of(model) for model in models]
+    train(models[0], optimizers[0], 2)
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, 2)
+    assert snapshot(optimizers[0]) == snapshot(optimizers[1])
 
 
 def test_what_is_not_trained_makes_no_group():
@@ -392,19 +419,21 @@ def test_bad_modules_are_refused():
     model = Model()
     with pytest.raises(TypeError, match=r"modules has to be a dict .* not a float"):
         param_groups(model, modules=0.0)
+    frozen = MappingProxyType({nn.Embedding: MappingProxyType({"lr": 0.5})})
+    assert param_groups(model, modules=frozen)[0]["lr"] == 0.5
     with pytest.raises(ValueError, match="modules needs the model"):
         param_groups(model.named_parameters(), modules={nn.Embedding: {"weight_decay": 0.0}})
-    with pytest.raises(TypeError, match="options for 'hidden', which is neither"):
+    with pytest.raises(TypeError, match="options for a str, which is neither"):
         param_groups(model, modules={"hidden": {"lr": 1.0}})
-    with pytest.raises(TypeError, match="options for <class 'int'>, which is neither"):
+    with pytest.raises(TypeError, match="options for a type, which is neither"):
         param_groups(model, modules={int: {"lr": 1.0}})
     with pytest.raises(TypeError, match="for Embedding have to be a dict, not a str"):
         param_groups(model, modules={nn.Embedding: "row"})
     with pytest.raises(ValueError, match='"params" for this Linear'):
         param_groups(model, modules={model.hidden: {"params": [], "lr": 1.0}})
-    with pytest.raises(ValueError, match="for Conv2d, and the model has none"):
+    with pytest.raises(ValueError, match="for Conv2d, and the model has no such module"):
         param_groups(model, modules={nn.Conv2d: {"lr": 1.0}})
-    with pytest.raises(ValueError, match="for this Linear, and the model has none"):
+    with pytest.raises(ValueError, match="for this Linear, and the model has no such"):
         param_groups(model, modules={nn.Linear(16, 16): {"lr": 1.0}})
     with pytest.raises(ValueError, match="Invalid beta_scope: 'rows'"):  # the optimizer's
         AMSGD(param_groups(model, modules={nn.Embedding: {"beta_scope": "rows"}}))

@@ -187,15 +187,14 @@ def run_larger(results: LargerResults, environment: int, workers: int) -> int:
     return status
 
 
-def reach(folder: Path) -> int:
+def reach(results: LargerResults) -> int:
     """Measures how much of a gradient arrives, and adds it to the report of the runs there are."""
     from bench.experiments.larger import reach as measured
     from bench.experiments.larger.report import write_report
 
-    measured.write([found for task in measured.PARTS for found in measured.measure(task)], folder)
-    results = LargerResults(folder)
-    if results.settings.exists():
-        write_report(results)
+    found = [reach for task in measured.PARTS for reach in measured.measure(task)]
+    measured.write(found, results.folder)
+    write_report(results)
     return 0
 
 
@@ -223,13 +222,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from bench.low_precision import training
 
         return training.run(args.quick, args.workers, args.out)
-    if args.command == "reach":
-        return reach(args.out)
     if args.command == "prepare":
         gpt2.prepare()
         return 0
     try:
-        if args.larger:
+        if args.command == "reach" or args.larger:
             fashion_mnist_folder()  # asked for now, not when it is its turn
             larger = LargerResults(args.out)
             environment = larger.open_for(LARGER_TASKS)
@@ -240,6 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, ValueError) as error:
         print(f"bench.experiments: {error}", file=sys.stderr)
         return REFUSED
+    if args.command == "reach":
+        return reach(larger)
     if args.larger:
         return run_larger(larger, environment, args.workers)
     if not args.gpt2:

@@ -39,10 +39,10 @@ SHOWN = {
 }
 WITH_BETA = {
     LEVEL_TENSOR.name: "#0072B2",
-    "AM-AdamW level global": "#56B4E9",
+    "AM-AdamW level global": "#CC79A7",
     LEVEL_ROW.name: "#D55E00",
     LAYERS: "#E69F00",
-    GATED: "#009E73",
+    GATED: "#56B4E9",
     "AM-AdamW anchored tensor": "#999999",
     "AM-AdamW anchored row": "#000000",
 }

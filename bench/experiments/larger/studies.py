@@ -59,6 +59,7 @@ STUDIES = (
     Study("vit-fashion", True, (*LARGER, LEVEL_ROW.name), seeds=1),
     Study("gpt-1m", True, LARGER, seeds=1),
     Study("lora-documentation", True, LARGER, seeds=1),
+    Study("gpt-bpe", True, ("AM-AdamW level row, cap 0.95",), seeds=1),
     Study("gpt-400k", True, ADAPTATION, seeds=1),
     Study("gpt-bpe", True, ADAPTATION, seeds=1),
     Study("gpt-400k", False, LARGER, seeds=1),

@@ -306,7 +306,7 @@ def _tasks() -> list[LargerTask]:
             "vit-fashion",
             "ViT of 0.54 M parameters on Fashion-MNIST, 16 images a step",
             steps=2000,
-            lr=1.5e-3,
+            lr=3.75e-4,
             weight_decay=0.1,
             make=partial(images, partial(ViT, 128, 4, 4, patch=4, patches=49), 16),
             inner="layers.",
