@@ -105,8 +105,8 @@ def _check_modules(modules: Any, model: Any) -> None:
             isinstance(key, type) and issubclass(key, nn.Module)
         ):
             raise TypeError(
-                f"modules has options for a {type(key).__name__}, which is neither a module nor a "
-                "class of modules"
+                f"modules has options for a {type(key).__name__}, which is neither a module, as "
+                "model.layers, nor a class of modules"
             )
         name = key.__name__ if isinstance(key, type) else f"this {type(key).__name__}"
         if not isinstance(options, Mapping):
@@ -117,11 +117,12 @@ def _check_modules(modules: Any, model: Any) -> None:
         if "params" in options:
             raise ValueError(f'modules has "params" for {name}: which they are, the model says')
         if key not in within:
-            what = "one of a class" if isinstance(key, type) else "one"
-            raise ValueError(
-                f"modules has options for {name}, and the model has no such module: it has to be "
-                f"{what} that model.modules() gives, not a slice or a copy of it"
+            which = (
+                "none of that class"
+                if isinstance(key, type)
+                else "no such module: a slice of its layers, or a copy, is another"
             )
+            raise ValueError(f"modules has options for {name}, and the model has {which}")
 
 
 def _parameters_in(key: nn.Module | type[nn.Module], within: Iterable[nn.Module]) -> set[int]:

@@ -431,7 +431,7 @@ def test_bad_modules_are_refused():
         param_groups(model, modules={nn.Embedding: "row"})
     with pytest.raises(ValueError, match='"params" for this Linear'):
         param_groups(model, modules={model.hidden: {"params": [], "lr": 1.0}})
-    with pytest.raises(ValueError, match="for Conv2d, and the model has no such module"):
+    with pytest.raises(ValueError, match="for Conv2d, and the model has none of that class"):
         param_groups(model, modules={nn.Conv2d: {"lr": 1.0}})
     with pytest.raises(ValueError, match="for this Linear, and the model has no such"):
         param_groups(model, modules={nn.Linear(16, 16): {"lr": 1.0}})

@@ -32,8 +32,7 @@ log of as many bytes, tokens or classes as there are. The interval is of these t
 together; it is not one of other tasks, of which there are few and which share their text, and some
 of them their model. Seed 0 is one of those compared, and intervals are not corrected for their
 number. Best AdamW is the one with the lowest loss on the part for choosing, of those that were run
-on the task, which are six on gpt-400k with warm-up, four on logistic-fashion and else two or three;
-where it was AdamW 0.9 alone, there is none."""
+on the task: at least two, and how many, its table below has."""
 
 # Questions, and for each the pairs (contestant, against) that answer it. "best AdamW" is the one
 # with the lowest loss on the part for choosing, picked for each task and warm-up.
