@@ -31,6 +31,9 @@ PRINTED = {
     "timm_training.py": [r"^epoch 5:"],
 }
 
+# Of betas, where it is not the default.
+CAPS = {"deepspeed_zero.py": 0.95}
+
 # In test_ranks.py.
 WITH_TESTS_OF_THEIR_OWN = ["compiled.py", "cpu_offload.py", "fsdp2.py", "gradient_release.py"]
 
@@ -56,6 +59,6 @@ def test_example(example):
     losses = [float(x) for x in re.findall(r"\bloss'?:?\s+'?([\d.]+)", result.stdout)]
     betas = [float(x) for x in re.findall(r"\bbeta(?:_mean':)?\s+'?([\d.]+)", result.stdout)]
     assert losses[-1] < 0.9 * losses[0], result.stdout
-    assert 0 < min(betas) <= max(betas) <= 0.89, result.stdout
+    assert 0 < min(betas) <= max(betas) <= CAPS.get(example, 0.89), result.stdout
     for pattern in PRINTED[example]:
         assert re.search(pattern, result.stdout, re.MULTILINE), result.stdout
