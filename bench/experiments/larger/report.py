@@ -71,11 +71,7 @@ def write_report(results: Results) -> None:
 
 
 def report(table: Table, pictures: dict[str, str], arrived: Sequence[str] = ()) -> str:
-    """Args:
-    table: the runs.
-    pictures: by file name what they show.
-    arrived: the section of how much of a gradient arrives.
-    """
+    """The report. arrived: its section of how much of a gradient arrives, if there is one."""
     sections = [
         "# Larger trainings",
         "Made by `python -m bench.experiments report --larger` from runs.jsonl and settings.json "
