@@ -182,6 +182,17 @@ def test_a_gate_lets_adaptation_through_as_far_as_a_gradient_is_as_large_as_usua
     assert plain.gated(one).tolist() == exact[:1].tolist()
 
 
+def test_a_gate_by_the_tensor_is_open_where_all_gradients_have_fallen():
+    exact, size = torch.tensor([0.2, 0.2, 0.2, 0.89]), torch.tensor([0.01, 0.005, 0.015, 0.01])
+    moment = Moment(0, 0.5, exact, None, size < 0, size, 0.89)
+    expected = torch.tensor([0.2, 0.89 - 0.5 * 0.69, 0.2, 0.89])
+    torch.testing.assert_close(plain.gated_by_tensor(moment), expected)
+    nothing = Moment(0, 0.5, exact, None, size > 0, torch.zeros(4), 0.89)
+    torch.testing.assert_close(plain.gated_by_tensor(nothing), torch.full((4,), 0.89))
+    one = Moment(0, 0.5, exact[:1], None, size[:1] < 0, size[:1], 0.89)
+    assert plain.gated_by_tensor(one).tolist() == exact[:1].tolist()
+
+
 def test_size_is_that_of_a_gradient_against_its_usual_one():
     sizes = []
 
@@ -335,6 +346,7 @@ RULES = {
     "at the cap": plain.at_cap,
     "of the last step": plain.last_step,
     "cap without gradient": plain.cap_when_silent,
+    "gated by the tensor": plain.gated_by_tensor,
     "gated": plain.gated,
 }
 

@@ -53,7 +53,7 @@
 // ask for 24 KB.
 //
 // Squared norms read gradients once, 4 bytes an element with float32 and 2 with 16-bit types, and
-// write 16 bytes a chunk. A thread asks for two times 16 bytes, and takes 32 registers at most: 8
+// write 8 bytes a chunk. A thread asks for two times 16 bytes, and takes 32 registers at most: 8
 // blocks, all the threads that a multiprocessor has (6 on graphics GPUs, 4 on those of 7.5), ask
 // for 64 KB. A chunk's 32 KB take 10 us of an eighth of the bandwidth, or 5 us with 16-bit types;
 // the tables before them, 3 loads that wait for each other, and the sum behind them take some 2 us,

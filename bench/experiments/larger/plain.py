@@ -120,6 +120,18 @@ def gated(moment: Moment) -> Tensor:
     return moment.cap - (moment.cap - moment.exact) * moment.size.clamp(max=1.0)
 
 
+def gated_by_tensor(moment: Moment) -> Tensor:
+    """As `gated`, as far as a row's gradient is as large as usual beside the tensor's others.
+
+    Where all gradients have fallen at once, as after a start without warm-up, the gate is open.
+    """
+    if moment.exact.numel() == 1:
+        return moment.exact
+    # A tensor without a gradient has none to be measured by.
+    beside = moment.size / moment.size.mean().clamp(min=torch.finfo(moment.size.dtype).tiny)
+    return moment.cap - (moment.cap - moment.exact) * beside.clamp(max=1.0)
+
+
 class Drawn:
     """Adaptive Memory's betas at other times, and for other rows: drawn as often as it has them.
 

@@ -38,7 +38,8 @@ and head too: cap - (cap - beta) min(1, s), where beta is adaptive memory's and 
 row of the squares of the gradient as AdamW scales it, g / (sqrt(v) + eps), v bias-corrected.
 "Layers only" was added when the first runs of gpt-bpe showed "row" to be far behind there, and not
 before; "gated" when it had been measured how much of a gradient arrives (below), and after trials
-on gpt-bpe, gpt-400k and logistic-fashion at seed 0.
+on gpt-bpe, gpt-400k and logistic-fashion at seed 0. "Gated by the tensor" has s over its mean over
+the tensor's rows in the place of s; it was added when "gated" had fallen behind without warm-up.
 
 A row is one of at least 16 elements; where rows are shorter, as in LoRA's second matrices, the
 tensor has one beta, without a gate. "Rest at the cap" has no adaptation outside of the layers.

@@ -13,6 +13,7 @@ from statistics import fmean
 
 from bench.experiments.larger.contestants import FIXED
 from bench.experiments.larger.contestants import GATED as GATED_ROWS
+from bench.experiments.larger.contestants import GATED_BY_TENSOR as ROWS_GATED_BY_TENSOR
 from bench.experiments.larger.contestants import LAYERS as ROWS_IN_LAYERS
 from bench.experiments.larger.table import Table
 from bench.experiments.larger.tasks import TASKS
@@ -39,6 +40,7 @@ on the task: at least two, and how many, its table below has."""
 BEST_ADAMW = "best AdamW"
 TENSOR, ROW = "AM-AdamW level tensor", "AM-AdamW level row"
 LAYERS, GATED = ROWS_IN_LAYERS.name, GATED_ROWS.name
+GATED_BY_TENSOR = ROWS_GATED_BY_TENSOR.name
 QUESTIONS = {
     "Is it the adaptation?": [
         (TENSOR, "beta at the cap"),
@@ -105,6 +107,8 @@ QUESTIONS = {
         (GATED, TENSOR),
         (GATED, "AM-AdamW level row, cap 0.95"),
         (GATED, LAYERS),
+        (GATED_BY_TENSOR, LAYERS),
+        (GATED_BY_TENSOR, GATED),
     ],
     "And Muon?": [
         ("Muon + AdamW 0.9", ROW),
