@@ -187,13 +187,6 @@ def gated_rows(beta2: float = BETA2) -> Contestant:
     return Contestant(name, make, start=1)
 
 
-def rows_gated_by_tensor() -> Contestant:
-    """The same with a gate by the rows' gradients beside each other."""
-    name = f"AM-AdamW level row, gated by the tensor, cap {HIGH_CAP:g}"
-    make = partial(_plain, plain.rows, plain.gated_by_tensor, betas=(HIGH_CAP, BETA2))
-    return Contestant(name, make, start=1)
-
-
 def cut(name: str, segments: Callable[[Tensor], Segments]) -> Contestant:
     full = f"AM-AdamW level {name}, layers only, cap {HIGH_CAP:g}"
     return Contestant(full, partial(_plain_in_layers, segments, exact), start=1)
@@ -285,7 +278,11 @@ REST_FIXED = Contestant(
     start=1,
 )
 GATED = gated_rows()
-GATED_BY_TENSOR = rows_gated_by_tensor()
+GATED_BY_TENSOR = Contestant(
+    f"AM-AdamW level row, gated by the tensor, cap {HIGH_CAP:g}",
+    partial(_plain, plain.rows, plain.gated_by_tensor, betas=(HIGH_CAP, BETA2)),
+    start=1,
+)
 GATES = [GATED, GATED_BY_TENSOR, gated_rows(beta2=0.95)]
 CUTS = [
     cut("columns", plain.columns),

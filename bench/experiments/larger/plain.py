@@ -109,15 +109,19 @@ def cap_when_silent(moment: Moment) -> Tensor:
     return torch.where(moment.silent, moment.cap, moment.exact)
 
 
+def _gate(moment: Moment, size: Tensor) -> Tensor:
+    if moment.exact.numel() == 1:
+        return moment.exact
+    return moment.cap - (moment.cap - moment.exact) * size.clamp(max=1.0)
+
+
 def gated(moment: Moment) -> Tensor:
     """Adaptive Memory, in rows as far as their gradient is as large as it usually is.
 
     A small one says little: beta stays near the cap then, and what is remembered is kept. A tensor
     with one beta has adaptive memory as it is.
     """
-    if moment.exact.numel() == 1:
-        return moment.exact
-    return moment.cap - (moment.cap - moment.exact) * moment.size.clamp(max=1.0)
+    return _gate(moment, moment.size)
 
 
 def gated_by_tensor(moment: Moment) -> Tensor:
@@ -125,11 +129,9 @@ def gated_by_tensor(moment: Moment) -> Tensor:
 
     Where all gradients have fallen at once, as after a start without warm-up, the gate is open.
     """
-    if moment.exact.numel() == 1:
-        return moment.exact
     # A tensor without a gradient has none to be measured by.
-    beside = moment.size / moment.size.mean().clamp(min=torch.finfo(moment.size.dtype).tiny)
-    return moment.cap - (moment.cap - moment.exact) * beside.clamp(max=1.0)
+    mean = moment.size.mean().clamp(min=torch.finfo(moment.size.dtype).tiny)
+    return _gate(moment, moment.size / mean)
 
 
 class Drawn:
