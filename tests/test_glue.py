@@ -183,6 +183,21 @@ def test_words_that_differ_from_the_last_ones(at):
         assert found[1] != first[1]
 
 
+def test_addresses_are_those_of_data_ptr():
+    base = torch.arange(12.0)
+    shared = torch._lazy_clone(base)  # until one of them is written to, or may be
+    tensors = [shared, base[3:], base[::2], base.view(3, 4).t(), torch.empty(0), base[12:]]
+    tensors += [torch.ones(5, dtype=d)[2:] for d in (torch.float64, torch.bfloat16, torch.int8)]
+    found = words(ops.extension.describe((tensors,), b"", b"", False)[0])
+    assert found == [t.data_ptr() for t in tensors]
+    assert found[0] != base.data_ptr()
+
+
+def test_what_has_no_address_is_refused():
+    with pytest.raises(RuntimeError, match="storage"):
+        ops.extension.describe(([torch.ones(2, 2).to_sparse()],), b"", b"", False)
+
+
 # ---- errors -----------------------------------------------------------------------
 
 

@@ -293,6 +293,11 @@ def other_shape(batch):
     batch.params[1] = batch.params[1].detach()[:, :2]
 
 
+def other_mode(batch):
+    with torch.inference_mode():
+        batch.grads[1] = batch.grads[1].clone()
+
+
 def other_groups(batch):
     batch.group_sizes = [2, 3]
 
@@ -305,6 +310,7 @@ def other_groups(batch):
         (other_strides, True),
         (other_dtype, True),
         (other_shape, True),
+        (other_mode, True),
         (other_groups, True),
     ],
 )

@@ -31,27 +31,12 @@ class Words {
     if (next_ != end_ && *next_ == word) {
       ++next_;
     } else {
-      begin_others();
-      others_.push_back(word);
+      push_other(word);
     }
   }
 
-  // word, and then those of each span, which are of one length.
-  void push(int64_t word, at::IntArrayRef a, at::IntArrayRef b) {
-    const size_t n = a.size();
-    if (end_ - next_ > static_cast<std::ptrdiff_t>(2 * n)) {
-      const int64_t* const known = next_;
-      int64_t other = known[0] ^ word;
-      for (size_t i = 0; i < n; ++i) other |= (known[1 + i] ^ a[i]) | (known[1 + n + i] ^ b[i]);
-      if (other == 0) {
-        next_ += 1 + 2 * n;
-        return;
-      }
-    }
-    begin_others();
-    others_.push_back(word);
-    others_.insert(others_.end(), a.begin(), a.end());
-    others_.insert(others_.end(), b.begin(), b.end());
+  void push(at::IntArrayRef words) {
+    for (const int64_t word : words) push(word);
   }
 
   // As bytes: the last ones themselves, if they are these.
@@ -64,6 +49,11 @@ class Words {
   }
 
  private:
+  [[gnu::noinline]] void push_other(int64_t word) {
+    begin_others();
+    others_.push_back(word);
+  }
+
   void begin_others() {
     if (differs_) return;
     differs_ = true;
@@ -78,12 +68,11 @@ class Words {
   std::vector<int64_t> others_;
 };
 
-// dtype, device, layout, number of dimensions, and whether it was made in inference mode, in a
-// word.
+// dtype, device and number of dimensions in a word.
 int64_t kind_of(const Tensor& t) {
   const auto byte = [](auto value) { return static_cast<int64_t>(value) & 0xff; };
-  return int64_t{t.is_inference()} << 48 | byte(t.scalar_type()) << 40 |
-         byte(t.device().type()) << 32 | byte(t.device().index()) << 24 | byte(t.layout()) << 16 |
+  const c10::Device device = t.device();
+  return byte(t.scalar_type()) << 32 | byte(device.type()) << 24 | byte(device.index()) << 16 |
          t.dim();
 }
 
@@ -118,8 +107,12 @@ PyObject* describe(PyObject*, PyObject* const* args, Py_ssize_t size) {
       for_each_ahead(refs, [&](size_t i) {
         const Tensor& t = refs[i];
         if (bump) bump_version_ahead(refs, i);
-        addresses.push(reinterpret_cast<int64_t>(t.data_ptr()));
-        structure.push(kind_of(t), t.sizes(), t.strides());
+        addresses.push(address_of(t));
+        // These have the layout, and whether it was made in inference mode.
+        structure.push(static_cast<int64_t>(t.key_set().raw_repr()));
+        structure.push(kind_of(t));
+        structure.push(t.sizes());
+        structure.push(t.strides());
       });
     }
     std::vector<Owned> result;

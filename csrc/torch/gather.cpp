@@ -63,8 +63,8 @@ struct Gathered {
 struct Wanted {
   PyObject* state;
   std::vector<PyObject*> names, others;
-  std::vector<bool> by_row;
-  size_t most;  // tensors
+  std::vector<char> by_row;  // whole bytes: read for every value
+  size_t most;               // tensors
   DTensors dtensors;
   bool any_dtensors;
   PyObject* known;
@@ -76,7 +76,7 @@ struct Wanted {
 // Python code may run, which could take it from where it was.
 class Gatherer {
  public:
-  static constexpr size_t kRun = 64;
+  static constexpr size_t kRun = 64, kAhead = 8;
 
   explicit Gatherer(Wanted wanted) : wanted_(std::move(wanted)), states_(wanted_.state) {
     params_.reserve(kRun);
@@ -149,9 +149,16 @@ class Gatherer {
     }
     hold_values();
     Owned* value = values_held_.data();
-    for (Entry& entry : entries_) {
-      if (!put(entry, value)) return false;
-      value += wanted_.names.size();
+    const size_t n_names = wanted_.names.size();
+    for (size_t i = 0; i < entries_.size(); ++i) {
+      if (i + kAhead < entries_.size()) {
+        // put looks at the shapes of these.
+        const Owned* const later = value + kAhead * n_names;
+        for (size_t k = 0; k < n_names; ++k)
+          if (wanted_.by_row[k] && is_exact(later[k].get())) prefetch_impl(unpack(later[k].get()));
+      }
+      if (!put(entries_[i], value)) return false;
+      value += n_names;
     }
     return true;
   }
@@ -187,6 +194,7 @@ class Gatherer {
 
   // And while what is in them is.
   void hold_values() {
+    values_held_.reserve(values_.size());
     for (size_t i = values_held_.size(); i < values_.size(); ++i)
       values_held_.push_back(Owned::share(values_[i]));
   }
@@ -240,7 +248,7 @@ class Gatherer {
     if (wanted_.any_dtensors) gathered->params.put(Owned::share(entry.param.get()));
     gathered->lists[0].put(std::move(sharded ? entry.local : entry.param));
     gathered->lists[1].put(std::move(grad));
-    gathered->sizes.resize(n_groups_);
+    if (gathered->sizes.size() != n_groups_) gathered->sizes.resize(n_groups_);
     ++gathered->sizes.back();
     return true;
   }
@@ -299,7 +307,8 @@ PyObject* gather(PyObject*, PyObject* const* args, Py_ssize_t size) {
     PyObject* const state = read.dict();
     std::vector<PyObject*> names = items_of_tuple(read.tuple());
     std::vector<PyObject*> others = items_of_tuple(read.tuple());
-    std::vector<bool> by_row = read.booleans();
+    const std::vector<bool> which = read.booleans();
+    std::vector<char> by_row(which.begin(), which.end());
     const std::vector<bool> rows = read.booleans();
     PyObject* const dtensor = read.object();
     PyObject* const known = read.list();

@@ -3,8 +3,6 @@
 
 #include <c10/util/Exception.h>
 
-#include <utility>
-
 #include "layouts.h"
 #include "python.h"
 
@@ -18,14 +16,13 @@ class Cursor {
 
   // The value, if the key is the next one that is met; else null. Runs no Python code.
   PyObject* next(PyObject* key) {
-    if (!ahead_ && !PyDict_Next(dict_, &position_, &key_, &value_)) key_ = nullptr;
-    const bool was_ahead = std::exchange(ahead_, key != key_);
-    if (!ahead_) return value_;
-    // Python code may take from the dict what is still to be met.
-    if (!was_ahead && key_ != nullptr) {
-      held_key_ = Owned::share(key_);
-      held_value_ = Owned::share(value_);
+    if (ahead_) {
+      ahead_ = key != key_;
+      return ahead_ ? nullptr : value_;
     }
+    if (!PyDict_Next(dict_, &position_, &key_, &value_)) key_ = nullptr;
+    if (key == key_) return value_;
+    stay_ahead();
     return nullptr;
   }
 
@@ -42,6 +39,14 @@ class Cursor {
   }
 
  private:
+  // Holds what is still to be met, which Python code may take from the dict.
+  [[gnu::noinline]] void stay_ahead() {
+    ahead_ = true;
+    if (key_ == nullptr) return;
+    held_key_ = Owned::share(key_);
+    held_value_ = Owned::share(value_);
+  }
+
   PyObject* dict_;
   Py_ssize_t position_ = 0;
   PyObject *key_ = nullptr, *value_ = nullptr;
