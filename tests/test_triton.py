@@ -27,6 +27,7 @@ HERE = Path(__file__).parent
         ["test_gpu_cases.py", "test_gpu_norms.py", "test_versions.py", "-k", "test_gpu or triton"],
         pytest.param(["test_gpu_rows.py"], marks=pytest.mark.emulated),
         pytest.param(["test_gpu_low_precision.py"], marks=pytest.mark.emulated),
+        pytest.param(["test_one_pass.py", "-k", "triton"], marks=pytest.mark.emulated),
     ],
     ids=lambda selection: selection[0],
 )
