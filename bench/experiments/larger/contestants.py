@@ -272,6 +272,12 @@ AROUND = [
     row_in_layers(memory_lambda=1.0),
     row_in_layers(beta2=0.95),
 ]
+# LAYERS with one of its betas, or both, where it did better on gpt-400k.
+TUNED = [
+    row_in_layers(beta2=0.95),
+    row_in_layers(cap=0.98),
+    row_in_layers(cap=0.98, beta2=0.95),
+]
 REST_FIXED = Contestant(
     f"{LAYERS.name}, rest at the cap",
     partial(_plain_in_layers, plain.rows, exact, rest=plain.at_cap),
@@ -310,6 +316,7 @@ CONTESTANTS = {
         *ADAPTIVE,
         *OPTIONS,
         *AROUND,
+        *TUNED,
         *ABLATIONS,
         *ABLATIONS_OF_LAYERS,
         REST_FIXED,

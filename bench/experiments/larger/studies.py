@@ -22,6 +22,7 @@ from bench.experiments.larger.contestants import (
     MUON,
     OPTIONS,
     REST_FIXED,
+    TUNED,
     Contestant,
 )
 from bench.experiments.larger.plan import Study
@@ -69,6 +70,10 @@ STUDIES = (
     Study("logistic-fashion", True, (GATED_BY_TENSOR.name,), seeds=1),
     Study("gpt-400k", True, CLOSELY, seeds=1),
     Study("gpt-400k-no-decay", True, LARGER[:4], seeds=1),
+    Study("gpt-400k", True, _names(TUNED), seeds=1),
+    Study("gpt-bpe", True, _names(TUNED), seeds=1),
+    Study("gpt-400k", True, _names(TUNED[:1]), seeds=3),
+    Study("gpt-bpe", True, _names(TUNED[:1]), seeds=3),
     Study("gpt-400k-batch128", True, LARGER[:4], seeds=1),
     Study("gpt-1m", True, ("Muon + AdamW 0.9",), seeds=1),
     Study("vit-fashion", True, ("Muon + AdamW 0.9", *ADAPTATION), seeds=1),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from statistics import fmean
 
-from bench.experiments.larger.contestants import FIXED
+from bench.experiments.larger.contestants import FIXED, TUNED
 from bench.experiments.larger.contestants import GATED as GATED_ROWS
 from bench.experiments.larger.contestants import GATED_BY_TENSOR as ROWS_GATED_BY_TENSOR
 from bench.experiments.larger.contestants import LAYERS as ROWS_IN_LAYERS
@@ -41,6 +41,7 @@ BEST_ADAMW = "best AdamW"
 TENSOR, ROW = "AM-AdamW level tensor", "AM-AdamW level row"
 LAYERS, GATED = ROWS_IN_LAYERS.name, GATED_ROWS.name
 GATED_BY_TENSOR = ROWS_GATED_BY_TENSOR.name
+TUNED_BETA2, _, TUNED_BOTH = (contestant.name for contestant in TUNED)
 QUESTIONS = {
     "Is it the adaptation?": [
         (TENSOR, "beta at the cap"),
@@ -59,6 +60,8 @@ QUESTIONS = {
             TENSOR,
             ROW,
             LAYERS,
+            TUNED_BETA2,
+            TUNED_BOTH,
             GATED,
             "AM-AdamW anchored tensor",
             "AM-AdamW anchored row",
@@ -87,7 +90,9 @@ QUESTIONS = {
     "Which lambda and beta2?": [
         (f"{LAYERS}, lambda 0", LAYERS),
         (f"{LAYERS}, lambda 1", LAYERS),
-        (f"{LAYERS}, beta2 0.95", LAYERS),
+        (TUNED_BETA2, LAYERS),
+        (TUNED_BOTH, LAYERS),
+        (TUNED_BOTH, TUNED_BETA2),
         (f"{GATED}, beta2 0.95", GATED),
         ("AM-AdamW level tensor, beta2 0.95", TENSOR),
     ],
