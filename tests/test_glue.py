@@ -350,6 +350,29 @@ def test_python_code_that_runs_meanwhile_may_change_what_is_read(name, what):
         assert hashes >= when
 
 
+def test_what_was_still_to_be_met_lives_on_when_more_is():
+    """The second parameter's state, removed while the first is looked up, and then met; then the
+    third is looked up, and another is still to be met."""
+    args = arguments("gather", n=3)
+    first, second, third = args[0][0]
+    state = args[1]
+    args[1] = {p: state.pop(p, {}) for p in (second, torch.ones(1), first, third)}
+    other = {name: torch.full((2, 3) if name in MEMORIES else (), 77.0) for name in NAMES}
+
+    def hash_and_remove(tensor):
+        if tensor is first:
+            del args[1][second]
+        elif tensor is third:
+            args.append([dict(other) for _ in range(200)])  # where it was
+        return id(tensor)
+
+    given = tuple(args)
+    with mock.patch.object(Tensor, "__hash__", hash_and_remove):
+        gathered = ops.extension.gather(*given)
+    assert second not in args[1] and len(args) > len(given)
+    assert [memory.sum() for memory in gathered[0][1][2]] == [0.0] * 3
+
+
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="which collects no garbage in between")
 @pytest.mark.parametrize("threshold", [1, 2, 3])
 def test_a_finalizer_may_change_what_is_still_to_be_met(threshold):

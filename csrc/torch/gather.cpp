@@ -81,6 +81,8 @@ class Gatherer {
   explicit Gatherer(Wanted wanted) : wanted_(std::move(wanted)), states_(wanted_.state) {
     params_.reserve(kRun);
     entries_.reserve(kRun);
+    values_.reserve(kRun * wanted_.names.size());
+    values_held_.reserve(kRun * wanted_.names.size());
   }
 
   // Begins with the parameters of a group. rows: whether its rows have betas of their own.
@@ -194,7 +196,6 @@ class Gatherer {
 
   // And while what is in them is.
   void hold_values() {
-    values_held_.reserve(values_.size());
     for (size_t i = values_held_.size(); i < values_.size(); ++i)
       values_held_.push_back(Owned::share(values_[i]));
   }

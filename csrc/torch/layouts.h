@@ -67,8 +67,9 @@ inline bool is_plain(const at::Tensor& tensor) {
 // As data_ptr, without the functions of torch's libraries that this asks first.
 inline int64_t address_of(const at::Tensor& tensor) {
   const c10::TensorImpl* const impl = tensor.unsafeGetTensorImpl();
-  if (!is_plain(tensor) || impl->numel() == 0) return reinterpret_cast<int64_t>(tensor.data_ptr());
   c10::StorageImpl* const storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  if (!is_plain(tensor) || impl->numel() == 0 || storage == nullptr)
+    return reinterpret_cast<int64_t>(tensor.data_ptr());
   return reinterpret_cast<int64_t>(storage->mutable_data()) +
          static_cast<int64_t>(impl->dtype().itemsize()) * impl->storage_offset();
 }

@@ -3,6 +3,8 @@
 
 #include <c10/util/Exception.h>
 
+#include <vector>
+
 #include "layouts.h"
 #include "python.h"
 
@@ -39,19 +41,20 @@ class Cursor {
   }
 
  private:
-  // Holds what is still to be met, which Python code may take from the dict.
+  // Holds what is still to be met, which Python code may take from the dict: until the end, as who
+  // is given it borrows it.
   [[gnu::noinline]] void stay_ahead() {
     ahead_ = true;
     if (key_ == nullptr) return;
-    held_key_ = Owned::share(key_);
-    held_value_ = Owned::share(value_);
+    held_.push_back(Owned::share(key_));
+    held_.push_back(Owned::share(value_));
   }
 
   PyObject* dict_;
   Py_ssize_t position_ = 0;
   PyObject *key_ = nullptr, *value_ = nullptr;
   bool ahead_ = false;  // key_ is still to be met
-  Owned held_key_, held_value_;
+  std::vector<Owned> held_;
 };
 
 // Reads a DTensor's parts where torch's class keeps them, in slots.
