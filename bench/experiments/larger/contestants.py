@@ -272,7 +272,7 @@ AROUND = [
     row_in_layers(memory_lambda=1.0),
     row_in_layers(beta2=0.95),
 ]
-# LAYERS with one of its betas, or both, where it did better on gpt-400k.
+# LAYERS with what had done better than its betas on gpt-400k.
 TUNED = [
     row_in_layers(beta2=0.95),
     row_in_layers(cap=0.98),

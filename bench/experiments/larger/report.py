@@ -40,6 +40,8 @@ row of the squares of the gradient as AdamW scales it, g / (sqrt(v) + eps), v bi
 before; "gated" when it had been measured how much of a gradient arrives (below), and after trials
 on gpt-bpe, gpt-400k and logistic-fashion at seed 0. "Gated by the tensor" has s over its mean over
 the tensor's rows in the place of s; it was added when "gated" had fallen behind without warm-up.
+A beta2 of 0.95 and a cap of 0.98 with rows in the layers were run on other tasks than gpt-400k, and
+both together, when each had done better there.
 
 A row is one of at least 16 elements; where rows are shorter, as in LoRA's second matrices, the
 tensor has one beta, without a gate. "Rest at the cap" has no adaptation outside of the layers.
