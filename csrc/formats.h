@@ -4,11 +4,10 @@
 // One text for the CPU and for CUDA, as in am_math.h. O gives the lanes: types Float and Word, of
 // 32 bits each, and
 //   Word bits(Float), Float floats(Word)         the same bits
-//   Float to_float(Word)                         the number, below 2^24
-//   Word to_word(Float)                          without its fraction, of [0, 2^24)
-//   Float sqrt(Float)
 // Words of 16 or 8 bits are the low ones of a Word, and of a signed one its high bits do not count.
 // Conditions are what `?:` of Float and Word takes.
+//
+// Codes are worked out in V, a float or a pack of them, as in am_math.h.
 #pragma once
 
 #include <cstdint>
@@ -115,47 +114,67 @@ AM_INLINE Float decode_square(Float code, float part) {
   return root * root;
 }
 
-// 16 random bits as a number in (0, 1).
-template <class O>
-AM_INLINE typename O::Float chance(typename O::Word random) {
-  return (O::to_float(random & 0xFFFFu) + 0.5f) * 0x1p-16f;
+// For float; a pack of lanes brings its own.
+
+// 1 / sqrt, to a part in 2,000: infinity of 0, and maybe of what has too few bits.
+AM_INLINE float inverse_root(float x) {
+#if defined(__CUDA_ARCH__)
+  float inverse;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  return inverse;
+#else
+  return 1.0f / std::sqrt(x);
+#endif
 }
 
-// The magnitude of a signed memory's code is the whole part of this, and 127 at most; NaN stands
-// for 0. level: |d| / scale, in [0, 1].
-//
-// With t = 127^2 level and chance c it is the largest q, or 0, with
-//   (q - 1)^2 + c (q^2 - (q - 1)^2) < t     or     (q - 1 + c)^2 + c (1 - c) < t
-// and so the whole part of sqrt(t - c (1 - c)) + 1 - c.
-template <class O>
-AM_INLINE typename O::Float signed_code(typename O::Float level, typename O::Word random) {
-  using Float = typename O::Float;
-  const Float c = chance<O>(random), rest = 1.0f - c;
-  return O::sqrt(level * 16129.0f - c * rest) + rest;
+// The nearest whole number, of one below 2^22: beside 1.5 * 2^23 no fraction is left.
+AM_INLINE float nearest(float x) { return (x + 12582912.0f) - 12582912.0f; }
+
+// b where a is NaN.
+AM_INLINE float larger(float a, float b) { return a > b ? a : b; }
+AM_INLINE float smaller(float a, float b) { return a < b ? a : b; }
+
+AM_INLINE float where_less(float a, float b, float x, float y) { return a < b ? x : y; }
+
+// 16 random bits, a whole number here, as a chance in (0, 1).
+template <class V>
+AM_INLINE V chance_of(V random) {
+  return fma(random, V(0x1p-16f), V(0x1p-17f));
 }
 
-template <class O>
-AM_INLINE typename O::Word encode_signed(typename O::Float level, typename O::Word random) {
-  using Float = typename O::Float;
-  using Word = typename O::Word;
-  const Float own = signed_code<O>(level, random);
-  const Word code = O::to_word(own > 0.0f ? own : Float{});
-  return code > 127u ? Word{} + 127u : code;
+// The code whose k-th power stands for `level`, rounded by chance c: the largest q, or 0, with
+//   (q - 1)^k + c (q^k - (q - 1)^k) < level
+// 0 where level is NaN. root: level^(1/k), to a quarter: an exact square root takes longer than all
+// else here. The real q for which the two sides are equal lies between root + 1 - c and a half less
+// (0.25 for k = 2, 0.48 for k = 4), which leaves two whole numbers, and the inequality decides.
+template <int k, class V>
+AM_INLINE V rounded_code(V level, V root, V c) {
+  static_assert(k == 2 || k == 4);
+  const V one(1.0f), q = larger(nearest(root + (V(0.75f) - c)), one), p = q - one;
+  V high = q * q, low = p * p;
+  if (k == 4) {
+    high = high * high;
+    low = low * low;
+  }
+  return where_less(fma(c, high - low, low), level, q, p);
 }
 
-// A code of exp_avg_sq. root: sqrt(v) / scale, in [0, 1].
-template <class O>
-AM_INLINE typename O::Word encode_square(typename O::Float root, typename O::Word random) {
-  using Float = typename O::Float;
-  using Word = typename O::Word;
-  const Word low = O::to_word(O::sqrt(root) * 255.0f);
-  const Float q = O::to_float(low), next = q + 1.0f;
-  const Float q2 = q * q, next2 = next * next;
-  const Float part = root * root * 4228250625.0f - q2 * q2, gap = next2 * next2 - q2 * q2;
-  const Word code = chance<O>(random) * gap < part ? low + 1u : low;
-  const Word least = root > 0.0f ? Word{} + 1u : Word{};
-  const Word above = code < least ? least : code;
-  return above > 255u ? Word{} + 255u : above;
+// The magnitude of a signed memory's code. inverse: 1 / scale, of the block.
+template <class V>
+AM_INLINE V signed_code(V magnitude, float inverse, V c) {
+  const V level = magnitude * V(inverse) * V(16129.0f);  // 127^2
+  const V root = level * inverse_root(larger(level, V(1e-30f)));
+  return smaller(rounded_code<2>(level, root, c), V(127.0f));
+}
+
+// A code of exp_avg_sq, whose scale is a square root.
+template <class V>
+AM_INLINE V square_code(V v, float inverse, V c) {
+  const V level = v * V(inverse) * V(inverse * 4228250625.0f);  // 255^4
+  const V code = rounded_code<4>(level, inverse_root(inverse_root(level)), c);
+  const V one(inverse > 0.0f ? 1.0f : 0.0f);  // of an infinite scale all are 0, and so NaN
+  const V least = where_less(V(0.0f), v, one, V(0.0f));
+  return smaller(larger(code, least), V(255.0f));
 }
 
 }  // namespace am

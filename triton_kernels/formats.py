@@ -137,33 +137,47 @@ def inverse_scale(scale):
 @triton.jit
 def _chance(random):
     """16 random bits as a number in (0, 1)."""
-    return ((random & 0xFFFF).to(tl.float32) + 0.5) * (2.0**-16)
+    # By the bits of 2^23 and it: a conversion is issued at a quarter of the rate.
+    whole = ((random & 0xFFFF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    return tl.fma(whole, 2.0**-16, 2.0**-17)
+
+
+@triton.jit
+def _rounded_code(level, root, c, POWER: tl.constexpr):
+    """The code whose POWER stands for `level`, rounded by chance c, as csrc/formats.h has it. root:
+    level^(1 / POWER), to a quarter."""
+    near = (root + (0.75 - c) + 12582912.0) - 12582912.0  # the nearest whole number
+    q = tl.where(near > 1.0, near, 1.0)
+    p = q - 1.0
+    high, low = q * q, p * p
+    if POWER == 4:
+        high, low = high * high, low * low
+    return tl.where(tl.fma(c, high - low, low) < level, q, p)
+
+
+@triton.jit
+def _to_byte(whole):
+    """Of one of at most 255: the low bits of it and 2^23."""
+    return _bits(whole + 8388608.0).to(tl.uint8)
 
 
 @triton.jit
 def encode_signed(value, inverse, random):
     """int8 codes. inverse: 1 / scale, of the block."""
-    level = tl.abs(value) * inverse
-    level = tl.where(level > 0, level, 0.0)  # not NaN, which a code cannot be
-    low = (tl.sqrt(level) * 127.0).to(tl.int32)
-    q = low.to(tl.float32)
-    is_above = _chance(random) * (q + q + 1.0) < level * 16129.0 - q * q
-    code = tl.minimum(low + is_above.to(tl.int32), 127)
-    return tl.where(value < 0, -code, code).to(tl.int8)
+    level = tl.abs(value) * inverse * 16129.0
+    root = level * tl.rsqrt(tl.where(level > 1e-30, level, 1e-30))
+    code = _to_byte(tl.minimum(_rounded_code(level, root, _chance(random), 2), 127.0))
+    return tl.where(value < 0, 0 - code, code).to(tl.int8, bitcast=True)
 
 
 @triton.jit
-def encode_square(root, inverse, random):
-    """uint8 codes of exp_avg_sq, by its square roots. inverse: 1 / scale, of the block."""
-    level = root * inverse
-    level = tl.where(level > 0, level, 0.0)
-    low = (tl.sqrt(level) * 255.0).to(tl.int32)
-    q = low.to(tl.float32)
-    q2, next2 = q * q, (q + 1.0) * (q + 1.0)
-    part = level * level * 4228250625.0 - q2 * q2
-    is_above = _chance(random) * (next2 * next2 - q2 * q2) < part
-    code = tl.minimum(low + is_above.to(tl.int32), 255)
-    return tl.where(level > 0, tl.maximum(code, 1), 0).to(tl.uint8)
+def encode_square(value, inverse, random):
+    """uint8 codes of exp_avg_sq. inverse: 1 / scale, of the block."""
+    level = value * inverse * (inverse * 4228250625.0)
+    root = tl.rsqrt(tl.rsqrt(level))
+    code = tl.minimum(_rounded_code(level, root, _chance(random), 4), 255.0)
+    # Of an infinite scale all are 0, and so NaN.
+    return _to_byte(tl.where((value > 0) & (inverse > 0), tl.maximum(code, 1.0), code))
 
 
 # What follows has one value for each 64 elements of a tile, whatever its shape, flat; a block is

@@ -18,8 +18,7 @@ by its program at once. With the SEAM begin leaves the partial sums alone, and t
 the rest.
 
 What is stored in few bits (LOW) is decoded when it is loaded and rounded when it is stored:
-storage.py. A repair begins with what was rounded, and rounds once more; of codes, which are too
-coarse for that, no guess is made.
+storage.py. A repair begins with what was rounded, and rounds once more.
 
 No program waits for another. With found_inf not 0 nothing is written but scratch, and rows of
 zeros.
@@ -238,7 +237,7 @@ def _begin_blocks(
         den = masked(new_den, den, at)
         if GUESS:
             xs, ds = adamw_update(xs, gs, ds, root, c.cap_take, c)
-            store(e, at, xs, ds, square_as_stored(e, at, vs, root), VECTOR)
+            store(e, at, xs, ds, square_as_stored(e, at, vs), VECTOR)
     return num, den
 
 
@@ -277,7 +276,7 @@ def _finish_blocks(
             store(e, at, xs, ds, None, VECTOR)
         elif ADAMW:
             vs, root = adamw_root(gs, load_square(e, at, VECTOR, T), c)
-            square = square_as_stored(e, at, vs, root)
+            square = square_as_stored(e, at, vs)
             xs, ds = adamw_update(xs, gs, ds, root, take, c)
             store(e, at, xs, ds, square, VECTOR)
         else:
@@ -295,7 +294,7 @@ def _finish_chunk(
     if rest == UPDATE:
         _finish_blocks(e, 0, middle, end, keep, take, c, False, ADAMW, T, BLOCK, True)
         _finish_blocks(e, middle, end, end, keep, take, c, False, ADAMW, T, BLOCK, False)
-    if ADAMW and not e.v.dtype.element_ty.is_uint8():
+    if ADAMW:
         if rest == REPAIR:
             e = to_repair(e)
             _finish_blocks(e, 0, middle, end, keep, take, c, True, ADAMW, T, BLOCK, True)
@@ -463,7 +462,7 @@ def am_rows(
         if ADAMW:
             vs, root = adamw_root(gs, vs, own)
             at = rows_at(k, active, numel, HEIGHT, WIDTH, False)
-            square = square_as_stored(e, at, vs, root)
+            square = square_as_stored(e, at, vs)
             gs = gs * own.grad_factor
             terms = adamw_terms(gs, ds, root, own)
         if PASS == FINISH:
@@ -529,7 +528,7 @@ def am_begin(
         addresses, layout, n, units, i, chunk, tl.load(row + STEP), PARAM, GRAD, MEMORY, SQUARE,
         ADAMW, LOW, STRETCHED, CHUNK, BLOCK,
     )  # fmt: skip
-    if ADAMW and not SQUARE.is_uint8():
+    if ADAMW:
         if tl.load(row + GUESSES) != 0:
             num, den = _begin_chunk(e, middle, end, c, True, DECAY, ADAMW, T, BLOCK)
         else:

@@ -288,8 +288,7 @@ class Stored(NamedTuple):
 
 
 @triton.jit
-def _memory_as_stored(value, root, low, random, DTYPE: tl.constexpr):
-    """root: of exp_avg_sq, whose codes are uint8."""
+def _memory_as_stored(value, low, random, DTYPE: tl.constexpr):
     scale = ()
     if DTYPE.is_bf16():
         value = to_bfloat16(value.to(tl.float32), random)
@@ -298,9 +297,9 @@ def _memory_as_stored(value, root, low, random, DTYPE: tl.constexpr):
         scale = largest_magnitudes(value, low.shift)
         value = encode_signed(value, spread_over(inverse_scale(scale), value), random)
     elif DTYPE.is_uint8():
-        scale = tl.sqrt_rn(largest_magnitudes(value.to(tl.float32), low.shift))
-        root = root.to(tl.float32)
-        value = encode_square(root, spread_over(inverse_scale(scale), root), random)
+        value = value.to(tl.float32)
+        scale = tl.sqrt_rn(largest_magnitudes(value, low.shift))
+        value = encode_square(value, spread_over(inverse_scale(scale), value), random)
     return Stored(value, scale)
 
 
@@ -332,14 +331,14 @@ def _store_param(e, at, value, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def square_as_stored(e, at, value, root):
-    """The new v, with its square root, as `store` takes it. Rounded as soon as it is known, it
+def square_as_stored(e, at, value):
+    """The new v as `store` takes it. Rounded as soon as it is known, it
     takes fewer registers."""
     if len(e.low) == 0:
         stored = Stored(value, ())
     else:
         random = _random(e.low, e.keys.memories, at) >> 16
-        stored = _memory_as_stored(value, root, e.low, random, e.v.dtype.element_ty)
+        stored = _memory_as_stored(value, e.low, random, e.v.dtype.element_ty)
     return stored
 
 
@@ -355,7 +354,7 @@ def store(e, at, xs, ds, square, VECTOR: tl.constexpr):
         if square is not None:
             _store_memory(e.v, e.low.square_scales, e.low, at, square, VECTOR)
         random = _random(e.low, e.keys.memories, at)
-        memory = _memory_as_stored(ds, ds, e.low, random, e.d.dtype.element_ty)
+        memory = _memory_as_stored(ds, e.low, random, e.d.dtype.element_ty)
         _store_memory(e.d, e.low.scales, e.low, at, memory, VECTOR)
         _store_param(e, at, xs, VECTOR)
 

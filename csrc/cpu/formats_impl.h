@@ -14,20 +14,18 @@ struct Lanes {
 
   AM_INLINE Word bits(Float f) { return (Word)f; }
   AM_INLINE Float floats(Word w) { return (Float)w; }
-  AM_INLINE Float sqrt(Float f) { return register_sqrt(f); }
-#if defined(__AVX512F__)
-  AM_INLINE Float to_float(Word w) { return _mm512_cvtepi32_ps((__m512i)w); }
-  AM_INLINE Word to_word(Float f) { return (Word)_mm512_cvttps_epi32(f); }
-#elif defined(__AVX2__)
-  AM_INLINE Float to_float(Word w) { return _mm256_cvtepi32_ps((__m256i)w); }
-  AM_INLINE Word to_word(Float f) { return (Word)_mm256_cvttps_epi32(f); }
-#else
-  AM_INLINE Float to_float(Word w) {
-    return __builtin_convertvector((Register<int32_t>)w, Register<float>);
-  }
-  AM_INLINE Word to_word(Float f) { return (Word) __builtin_convertvector(f, Register<int32_t>); }
-#endif
 };
+
+// Of words below 2^31.
+#if defined(__AVX512F__)
+AM_INLINE Register<float> to_floats(Word w) { return _mm512_cvtepi32_ps((__m512i)w); }
+#elif defined(__AVX2__)
+AM_INLINE Register<float> to_floats(Word w) { return _mm256_cvtepi32_ps((__m256i)w); }
+#else
+AM_INLINE Register<float> to_floats(Word w) {
+  return __builtin_convertvector((Register<int32_t>)w, Register<float>);
+}
+#endif
 
 constexpr int kEach = Pack<float>::kRegisterLanes;
 
@@ -88,19 +86,6 @@ AM_INLINE Word larger(Word a, Word b) { return (Word)vmaxq_u32((uint32x4_t)a, (u
 #else
 AM_INLINE Word larger(Word a, Word b) { return a > b ? a : b; }
 #endif
-
-// NaN stays.
-AM_INLINE Lanes::Float at_most(float most, Lanes::Float f) {
-#if defined(__AVX512F__)
-  return _mm512_min_ps(_mm512_set1_ps(most), f);
-#elif defined(__AVX2__)
-  return _mm256_min_ps(_mm256_set1_ps(most), f);
-#elif defined(__aarch64__)
-  return (Lanes::Float)vminq_f32(vdupq_n_f32(most), (float32x4_t)f);
-#else
-  return f > most ? Lanes::Float{} + most : f;
-#endif
-}
 
 template <class R, class P>
 AM_INLINE R read(const P* p) {
@@ -228,11 +213,11 @@ void decode_codes(const uint8_t* codes, const float* scales, int64_t block, int6
         [&](int64_t i, const uint8_t* p) AM_INLINE_LAMBDA {
           const Bytes bytes = read<Bytes>(p);
           if constexpr (kSigned) {
-            const Lanes::Float code = Lanes::to_float(widen_signed(bytes));
+            const Lanes::Float code = to_floats(widen_signed(bytes));
             const Lanes::Float magnitude = Lanes::floats(Lanes::bits(code) & 0x7FFFFFFFu);
             write(values + i, decode_signed(code, magnitude, part));
           } else {
-            write(values + i, decode_square(Lanes::to_float(widen_unsigned(bytes)), part));
+            write(values + i, decode_square(to_floats(widen_unsigned(bytes)), part));
           }
         },
         codes);
@@ -253,6 +238,93 @@ AM_INLINE float largest_magnitude(const float* values, int64_t block) {
   return magnitude;
 }
 
+// Registers that are encoded side by side, as an operation waits for the one before it and the
+// processor does not look far ahead: 15 % of it signed, 50 % of exp_avg_sq (Zen 3, AVX2).
+constexpr int kAtOnce = 4;
+using Several = Pack<float, kAtOnce>;
+
+// GCC makes several instructions of `?:` where these are one.
+#if defined(__AVX512F__)
+AM_INLINE __m512 register_inverse_root(__m512 x) { return _mm512_rsqrt14_ps(x); }
+AM_INLINE __m512 register_nearest(__m512 x) { return _mm512_roundscale_ps(x, 0); }
+AM_INLINE __m512 register_larger(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+AM_INLINE __m512 register_smaller(__m512 a, __m512 b) { return _mm512_min_ps(a, b); }
+#elif defined(__AVX2__)
+AM_INLINE __m256 register_inverse_root(__m256 x) { return _mm256_rsqrt_ps(x); }
+AM_INLINE __m256 register_nearest(__m256 x) { return _mm256_round_ps(x, 0); }
+AM_INLINE __m256 register_larger(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+AM_INLINE __m256 register_smaller(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
+#else
+#if defined(__aarch64__)
+AM_INLINE Floats register_inverse_root(Floats x) {
+  const float32x4_t root = vrsqrteq_f32((float32x4_t)x);  // to a part in 256
+  return (Floats)vmulq_f32(root, vrsqrtsq_f32(vmulq_f32((float32x4_t)x, root), root));
+}
+#else
+template <class R>
+AM_INLINE R register_inverse_root(R x) {
+  return 1.0f / register_sqrt(x);
+}
+#endif
+AM_INLINE Register<float> register_nearest(Register<float> x) {
+  return (x + 12582912.0f) - 12582912.0f;
+}
+AM_INLINE Register<float> register_larger(Register<float> a, Register<float> b) {
+  return a > b ? a : b;
+}
+AM_INLINE Register<float> register_smaller(Register<float> a, Register<float> b) {
+  return a < b ? a : b;
+}
+#endif
+
+AM_INLINE Several inverse_root(Several a) {
+  for (Register<float>& lanes : a.r) lanes = register_inverse_root(lanes);
+  return a;
+}
+
+AM_INLINE Several nearest(Several a) {
+  for (Register<float>& lanes : a.r) lanes = register_nearest(lanes);
+  return a;
+}
+
+AM_INLINE Several larger(Several a, Several b) {
+  for (int k = 0; k < kAtOnce; ++k) a.r[k] = register_larger(a.r[k], b.r[k]);
+  return a;
+}
+
+AM_INLINE Several smaller(Several a, Several b) {
+  for (int k = 0; k < kAtOnce; ++k) a.r[k] = register_smaller(a.r[k], b.r[k]);
+  return a;
+}
+
+AM_INLINE Several where_less(Several a, Several b, Several x, Several y) {
+  for (int k = 0; k < kAtOnce; ++k) x.r[k] = a.r[k] < b.r[k] ? x.r[k] : y.r[k];
+  return x;
+}
+
+// Whole numbers that fit, as bytes.
+template <bool kSigned>
+AM_INLINE void store_codes(uint8_t* p, Several code) {
+#if defined(__AVX512F__)
+  for (int k = 0; k < kAtOnce; ++k) {
+    const __m512i words = _mm512_cvttps_epi32(code.r[k]);
+    write(p + k * kEach, _mm512_cvtepi32_epi8(words));
+  }
+#elif defined(__AVX2__)
+  __m256i words[kAtOnce];
+  for (int k = 0; k < kAtOnce; ++k) words[k] = _mm256_cvttps_epi32(code.r[k]);
+  const __m256i low = _mm256_packs_epi32(words[0], words[1]);
+  const __m256i high = _mm256_packs_epi32(words[2], words[3]);
+  const __m256i bytes = kSigned ? _mm256_packs_epi16(low, high) : _mm256_packus_epi16(low, high);
+  // In 128 bits each, which are a half of every register.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  write(p, _mm256_permutevar8x32_epi32(bytes, order));
+#else
+  for (int k = 0; k < kAtOnce; ++k)
+    write(p + k * kEach, low_bytes((Word) __builtin_convertvector(code.r[k], Register<int32_t>)));
+#endif
+}
+
 template <bool kSigned>
 void encode_codes(const float* values, int64_t n, const uint32_t* random, int64_t block,
                   uint8_t* codes, float* scales, const Beside<1>& beside) {
@@ -267,21 +339,29 @@ void encode_codes(const float* values, int64_t n, const uint32_t* random, int64_
       continue;
     }
     const float inverse = 1.0f / scale;
-    for (int64_t i = 0; i < block; i += kEach) {
-      beside(done + i);
-      const auto value = read<Lanes::Float>(values + i);
-      const Word own = read<Word>(random + i);
-      if constexpr (kSigned) {
-        const auto level = Lanes::floats(Lanes::bits(value) & 0x7FFFFFFFu) * inverse;
-        // With its sign in the place of a sign. The low byte of what a NaN becomes is 0.
-        const auto code = at_most(127.0f, signed_code<Lanes>(level, own));
-        const Word sign = Lanes::bits(value) & 0x80000000u;
-        const Word whole = Lanes::to_word(Lanes::floats(Lanes::bits(code) | sign));
-        write(codes + i, low_bytes(whole));
-      } else {
-        const auto root = Lanes::sqrt(value) * inverse;
-        write(codes + i, low_bytes(encode_square<Lanes>(root, own >> 16)));
+    for (int64_t i = 0; i < block; i += Several::kLanes) {
+      for (int64_t line = 0; line < Several::kLanes; line += 16) beside(done + i + line);
+      Several value, random_bits;
+      for (int k = 0; k < kAtOnce; ++k) {
+        value.r[k] = read<Register<float>>(values + i + k * kEach);
+        const Word own = read<Word>(random + i + k * kEach);
+        random_bits.r[k] = to_floats(kSigned ? own & 0xFFFFu : own >> 16);
       }
+      const Several chance = chance_of(random_bits);
+      Several code;
+      if constexpr (kSigned) {
+        Several magnitude = value;
+        for (Register<float>& lanes : magnitude.r)
+          lanes = Lanes::floats(Lanes::bits(lanes) & 0x7FFFFFFFu);
+        code = signed_code(magnitude, inverse, chance);
+        for (int k = 0; k < kAtOnce; ++k) {
+          const Word sign = Lanes::bits(value.r[k]) & 0x80000000u;
+          code.r[k] = Lanes::floats(Lanes::bits(code.r[k]) | sign);
+        }
+      } else {
+        code = square_code(value, inverse, chance);
+      }
+      store_codes<kSigned>(codes + i, code);
     }
   }
 }

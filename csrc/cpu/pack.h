@@ -35,10 +35,10 @@ struct VectorOf {
 template <class T>
 using Register = typename VectorOf<T, kRegisterBytes>::type;
 
-template <class T>
+template <class T, int R = 64 / kRegisterBytes>
 struct Pack {
-  static constexpr int kLanes = 64 / sizeof(T);
-  static constexpr int kRegisters = 64 / kRegisterBytes;
+  static constexpr int kLanes = R * kRegisterBytes / sizeof(T);
+  static constexpr int kRegisters = R;
   static constexpr int kRegisterLanes = kRegisterBytes / sizeof(T);
   Register<T> r[kRegisters];
 
@@ -48,12 +48,12 @@ struct Pack {
   }
 };
 
-#define AM_PACK_OPERATOR(op)                                                   \
-  template <class T>                                                           \
-  AM_INLINE Pack<T> operator op(Pack<T> a, Pack<T> b) {                        \
-    Pack<T> out;                                                               \
-    for (int k = 0; k < Pack<T>::kRegisters; ++k) out.r[k] = a.r[k] op b.r[k]; \
-    return out;                                                                \
+#define AM_PACK_OPERATOR(op)                                     \
+  template <class T, int R>                                      \
+  AM_INLINE Pack<T, R> operator op(Pack<T, R> a, Pack<T, R> b) { \
+    Pack<T, R> out;                                              \
+    for (int k = 0; k < R; ++k) out.r[k] = a.r[k] op b.r[k];     \
+    return out;                                                  \
   }
 AM_PACK_OPERATOR(+)
 AM_PACK_OPERATOR(-)
@@ -95,15 +95,15 @@ AM_INLINE R register_fma(R a, R b, R c) {
 }
 #endif
 
-template <class T>
-AM_INLINE Pack<T> sqrt(Pack<T> a) {
-  for (int k = 0; k < Pack<T>::kRegisters; ++k) a.r[k] = register_sqrt(a.r[k]);
+template <class T, int R>
+AM_INLINE Pack<T, R> sqrt(Pack<T, R> a) {
+  for (int k = 0; k < R; ++k) a.r[k] = register_sqrt(a.r[k]);
   return a;
 }
 
-template <class T>
-AM_INLINE Pack<T> fma(Pack<T> a, Pack<T> b, Pack<T> c) {
-  for (int k = 0; k < Pack<T>::kRegisters; ++k) a.r[k] = register_fma(a.r[k], b.r[k], c.r[k]);
+template <class T, int R>
+AM_INLINE Pack<T, R> fma(Pack<T, R> a, Pack<T, R> b, Pack<T, R> c) {
+  for (int k = 0; k < R; ++k) a.r[k] = register_fma(a.r[k], b.r[k], c.r[k]);
   return a;
 }
 

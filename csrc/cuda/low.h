@@ -22,10 +22,21 @@ struct Lane {
 
   static __device__ Word bits(Float f) { return __float_as_uint(f); }
   static __device__ Float floats(Word w) { return __uint_as_float(w); }
-  static __device__ Float to_float(Word w) { return static_cast<float>(w); }
-  static __device__ Word to_word(Float f) { return __float2uint_rz(f); }  // of NaN: 0
-  static __device__ Float sqrt(Float f) { return root_of(f); }
 };
+
+// A whole number below 2^23 as a float, by the bits of 2^23 and it: an instruction that converts is
+// issued at a quarter of the rate.
+__device__ __forceinline__ float to_float(uint32_t word) {
+  return Lane::floats(word | 0x4B000000u) - 8388608.0f;
+}
+// Of the eight bits of a signed one.
+__device__ __forceinline__ float signed_to_float(uint8_t byte) {
+  return Lane::floats((byte ^ 0x80u) | 0x4B000000u) - 8388736.0f;  // 2^23 + 2^7
+}
+// One of at most 255.
+__device__ __forceinline__ uint8_t to_byte(float whole) {
+  return static_cast<uint8_t>(Lane::bits(whole + 8388608.0f));
+}
 
 // ---- random bits ------------------------------------------------------------------
 
@@ -236,10 +247,10 @@ struct Column<float, Codes> {
 #pragma unroll
       for (int j = first; j < first + kSpan; ++j) {
         if (is_square) {
-          const float code = static_cast<float>(raw.elements[j]);
+          const float code = to_float(raw.elements[j]);
           out[j] = decode_square(code, scale * (1.0f / (255 * 255)));
         } else {
-          const float code = static_cast<float>(static_cast<int8_t>(raw.elements[j]));
+          const float code = signed_to_float(raw.elements[j]);
           out[j] = decode_signed(code, fabsf(code), scale * (1.0f / (127 * 127)));
         }
       }
@@ -256,13 +267,11 @@ struct Column<float, Codes> {
   __device__ __forceinline__ void store(Own piece, bool is_square, const float (&in)[Own::kCount],
                                         const Random<Own::kCount>& random) const {
     constexpr int kSpan = Own::kSpan, kSpans = Own::kCount / kSpan;
-    float magnitudes[Own::kCount];
     uint32_t most[kSpans] = {};
 #pragma unroll
     for (int j = 0; j < Own::kCount; ++j) {
-      magnitudes[j] = is_square ? root_of(in[j]) : fabsf(in[j]);
-      // In the order of positive numbers, with NaN above all of them.
-      const uint32_t word = Lane::bits(magnitudes[j]) & 0x7FFFFFFFu;
+      // Magnitudes, in the order of positive numbers, with NaN above all of them.
+      const uint32_t word = Lane::bits(in[j]) & 0x7FFFFFFFu;
       if (piece.has(j) && word > most[j / kSpan]) most[j / kSpan] = word;
     }
     const int wanted = (1 << shift) / kSpan;
@@ -283,19 +292,18 @@ struct Column<float, Codes> {
     Raw<uint8_t, Own> raw;
 #pragma unroll
     for (int s = 0; s < kSpans; ++s) {
-      const float scale = Lane::floats(most[s]);
+      const float largest = Lane::floats(most[s]);
+      const float scale = is_square ? root_of(largest) : largest;
       const float inverse = inverse_scale(scale);
 #pragma unroll
       for (int j = s * kSpan; j < (s + 1) * kSpan; ++j) {
-        const float level = magnitudes[j] * inverse;
-        uint32_t code;
+        const float chance = chance_of(to_float(random.words[j] & 0xFFFFu));
         if (is_square) {
-          code = encode_square<Lane>(level, random.words[j]);
+          raw.elements[j] = to_byte(square_code(in[j], inverse, chance));
         } else {
-          code = encode_signed<Lane>(level, random.words[j]);
-          if (in[j] < 0.0f) code = 0u - code;
+          const uint8_t code = to_byte(signed_code(fabsf(in[j]), inverse, chance));
+          raw.elements[j] = in[j] < 0.0f ? 0u - code : code;
         }
-        raw.elements[j] = static_cast<uint8_t>(code);
       }
       const int k = piece.at(s * kSpan);
       // The thread that has the block's first element.
