@@ -74,11 +74,11 @@ class Config(NamedTuple):
 # read twice as other tensors are.
 #
 # In few bits: 14 bytes an element where all is bfloat16, and 12 more where the guess has missed;
-# with int8 memories 10 of rows, and 16 of other tensors, which do not guess and are read twice.
-# Random bits, rounding and codes are 40 to 80 instructions more an element: at 128 lanes a clock as
-# long as 14 bytes take, so a little less of the bandwidth is predicted. Compiled for sm_90 a thread
-# takes the 128 registers that it may, and has up to 80 bytes of scalars in L1, none of them in
-# begin where all is bfloat16; of rows beyond 1,024 elements, 16 a thread, up to 340 bytes.
+# with int8 memories 10, and 9 more. Random bits, rounding and codes are 40 to 80 instructions more
+# an element: at 128 lanes a clock as long as 14 bytes take, so a little less of the bandwidth is
+# predicted. Compiled for sm_90 a thread takes the 128 registers that it may, and has in L1 none of
+# rows of up to 1,024 elements, and up to 340 bytes of longer ones; elsewhere up to 80 bytes, of
+# scalars, and with codes up to 330, some 2 % of begin's and finish's instructions.
 #
 # Squared norms: 4 bytes an element in float32, 2 with 16-bit types, and 8 a chunk. Compiled for
 # sm_90 a thread takes 44 registers, or 40 with 16-bit types: 10 programs have 40 KB under way, or

@@ -117,13 +117,11 @@ class Packed:
 
         A repair begins with what was rounded once and rounds once more: stochastically, so that it
         is right in the mean, or to 24 bits. Not so where the parameter is rounded to nearest, which
-        loses what is less than half an ulp; nor where exp_avg_sq is codes, whose error would be in
-        the denominator. Rows need no guess.
+        loses what is less than half an ulp. Rows need no guess.
         """
         param, remainder = batch.params[i], self.remainders[i]
         rounds = self.is_rounded(i) or remainder.numel() > 0
-        codes = any(own[i].dtype in (torch.int8, torch.uint8) for own in batch.memories.values())
-        return (param.dtype != torch.bfloat16 or rounds) and not codes and batch.betas[i].dim() == 0
+        return (param.dtype != torch.bfloat16 or rounds) and batch.betas[i].dim() == 0
 
 
 # What a memory in few bits is stored as.

@@ -36,8 +36,7 @@ class Format:
     def guesses(self) -> bool:
         """Whether a step with one beta a tensor may guess it: `Packed.may_guess`."""
         rounds = self.options.keys() & {"stochastic_rounding", "store_param_remainders"}
-        exact = self.params == torch.float32 or bool(rounds)
-        return exact and self.options.get("state_dtype") != "int8"
+        return self.params == torch.float32 or bool(rounds)
 
 
 _BFLOAT16, _INT8 = {"state_dtype": torch.bfloat16}, {"state_dtype": "int8"}

@@ -18,8 +18,6 @@ Column scalar_of(const StepTensor& t, Scalar scalar) {
   return {t.scalars[scalar], (t.doubles >> scalar & 1) != 0};
 }
 
-bool has_codes(int64_t format) { return format == kSignedCodes || format == kSquareCodes; }
-
 LowTensor low_tensor(const StepTensor& t, double step) {
   const PackedTensor& packed = *t.packed;
   LowTensor low{};
@@ -32,8 +30,7 @@ LowTensor low_tensor(const StepTensor& t, double step) {
   low.remainder = packed.remainder;
   low.rounds = packed.rounds != 0 && low.dtype == kBFloat16;
   low.may_guess = t.rows == kNoRows && low.param != low.grad &&
-                  (low.dtype == kFloat32 || low.is_param_staged()) &&
-                  !has_codes(packed.formats[0]) && !has_codes(packed.formats[1]);
+                  (low.dtype == kFloat32 || low.is_param_staged());
   low.offset = packed.offset;
   low.stretch = packed.stretch;
   low.skip = packed.skip;

@@ -111,7 +111,7 @@ struct AdamW : AdamWTensor {
   template <bool Decay>
   static __device__ void begin(const Chunk& chunk, const TensorRow& row, T& num, T& den) {
     const AdamWCoefficients<T> c = narrow_all<T>(row.coefficients);
-    if (!Chunk::kHasCodes && row.begin == kGuess) {
+    if (row.begin == kGuess) {
       chunk.template for_each<Use::kLast, true, 2>([&](T g, T& d, T& v, T& x) {
         const T root = adamw_root<true>(g, v, c);
         adamw_guess<true, Decay>(g, d, root, x, c, num, den);
@@ -127,7 +127,7 @@ struct AdamW : AdamWTensor {
   static __device__ void finish(const Chunk& chunk, const TensorRow& row) {
     const AdamWCoefficients<T> c = narrow_all<T>(row.coefficients);
     const T amount = static_cast<T>(row.amount[0]);
-    if (!Chunk::kHasCodes && row.rest == kRepair) {
+    if (row.rest == kRepair) {
       chunk.template for_each<Use::kLast, true, 1>(
           [&](T g, T& d, T v, T& x) { adamw_repair<true>(g, d, root_of(v), x, amount, c); });
     } else if (row.rest == kUpdate) {
