@@ -54,9 +54,7 @@ class Format:
     @property
     def guesses(self) -> bool:
         """AM-AdamW takes a step with the cap, where each tensor has a beta, and repairs it."""
-        if self.is_low:
-            return bool(self.options["state_dtype"] == torch.bfloat16)
-        return self.dtype == torch.float32
+        return self.dtype == torch.float32 or bool(self.options.get("stochastic_rounding"))
 
 
 FLOAT32 = Format("float32", torch.float32)

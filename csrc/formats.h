@@ -116,7 +116,7 @@ AM_INLINE Float decode_square(Float code, float part) {
 
 // For float; a pack of lanes brings its own.
 
-// 1 / sqrt, to a part in 2,000: infinity of 0, and maybe of what has too few bits.
+// 1 / sqrt, to a part in 2,000: of 0 infinity or NaN, and so maybe of what has too few bits.
 AM_INLINE float inverse_root(float x) {
 #if defined(__CUDA_ARCH__)
   float inverse;

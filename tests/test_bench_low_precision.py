@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from adamem_fused import AMAdamW, storage
 from bench import __main__ as commands
+from bench import gpu_cases
 from bench.experiments import __main__ as experiments
 from bench.experiments import data
 from bench.experiments.results import Results
@@ -354,6 +355,25 @@ def test_what_fails_is_a_row_with_the_reason(monkeypatch):
     monkeypatch.setattr(steps, "new_optimizer", refuses)
     rows = measured([("AMAdamW", "int8 state")], monkeypatch)
     assert rows["AMAdamW", "int8 state"]["reason"] == "RuntimeError: no such format"
+
+
+@pytest.mark.parametrize(
+    ("own", "dtype", "options"),
+    [
+        *((own, own.params, own.options) for own in FORMATS.values() if not own.nearest),
+        *((own, own.dtype, own.options) for own in vars(gpu_cases).values()
+          if isinstance(own, gpu_cases.Format)),
+    ],
+)  # fmt: skip
+def test_formats_guess_where_the_backends_do(own, dtype, options):
+    params = new_params(dtype)[:1]
+    optimizer = AMAdamW(params, backend="reference", **options)
+    take_steps(optimizer, 1)
+    (work,) = optimizer._collect()
+    packed = work.batch.packed
+    is_low = packed is not None and packed.is_low(work.batch, 0)
+    may_guess = packed.may_guess(work.batch, 0) if is_low else dtype == torch.float32
+    assert own.guesses == may_guess
 
 
 @pytest.mark.parametrize(

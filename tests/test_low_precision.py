@@ -212,6 +212,24 @@ def test_what_the_first_half_updates(scope, kind):
     assert (everything(optimizer) != before) == guesses
 
 
+@on_cpu
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@each_format
+def test_a_gradient_that_is_the_parameter_agrees(scope, kind):
+    """It is not there any more when a guess would be repaired."""
+    shapes = ((40, 256), (70, 1024))
+    pair = [make(AMAdamW, kind, shapes, b, beta_scope=scope) for b in ("cpu", "reference")]
+    for sign in (1.0, 1.0, -1.0):
+        restore(pair[0], snapshot(pair[1]))
+        for optimizer in pair:
+            for param in parameters(optimizer):
+                param.data.mul_(sign)
+                param.grad = param.detach()
+            optimizer.step()
+        assert_agree(*pair)
+    assert float(pair[1].state[parameters(pair[1])[0]]["beta"]) < 0.88
+
+
 @each_fused
 @both
 @each_format

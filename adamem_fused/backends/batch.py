@@ -115,9 +115,9 @@ class Packed:
     def may_guess(self, batch: Batch, i: int) -> bool:
         """Whether tensor i, which is low, may be updated with the cap and repaired.
 
-        A repair begins with what was rounded once and rounds once more: stochastically, so that it
-        is right in the mean, or to 24 bits. Not so where the parameter is rounded to nearest, which
-        loses what is less than half an ulp. Rows need no guess.
+        A repair begins with what was rounded once and rounds once more: stochastically, as every
+        step does, or to 24 bits. Not so where the parameter is rounded to nearest, which loses what
+        is less than half an ulp. Rows need no guess.
         """
         param, remainder = batch.params[i], self.remainders[i]
         rounds = self.is_rounded(i) or remainder.numel() > 0

@@ -118,6 +118,8 @@ def _guesses(batch: AdamWBatch, i: int, t: float, h: AdamWHyper) -> bool:
         packed is not None
         and packed.is_low(batch, i)
         and packed.may_guess(batch, i)
+        # A repair needs the gradient, which may not be what is overwritten.
+        and batch.params[i].data_ptr() != batch.grads[i].data_ptr()
         and not h.anchored
         and h.beta_max > 0
         and not (t == 1 and float(h.lr) == 0)

@@ -3,16 +3,16 @@
 One pass reads parameter, gradient and state and writes parameter and state. An Adaptive
 Memory optimizer waits for its sums and then reads gradient and memory again (and AM-AdamW, with
 weight decay, the parameter too), unless what it waits for stays in cache between the two. AM-AdamW
-guesses its beta and does not wait, unless it is "anchored" or the parameters are of 16 bits: where
-the guess was wrong, a second pass reads all four and writes parameter and memory. In bytes a
-float32 parameter: AdamW 28, AM-AdamW 28 and up to 24 more, anchored 28 to 44, AM-SGD 20 to 28.
+guesses its beta and does not wait, unless it is "anchored" or the parameters are of 16 bits and
+rounded to nearest: where the guess was wrong, a second pass reads all four and writes parameter and
+memory. In bytes a float32 parameter: AdamW 28, AM-AdamW 28 and up to 24 more, anchored 28 to 44,
+AM-SGD 20 to 28.
 
 With a beta a row it is the row that has to stay in cache, which all but the longest do: 28, on
 either plane, and 22 of 16-bit parameters and gradients.
 
-Memories and parameters in few bits are fewer bytes, and nothing is guessed of them: with a beta a
-tensor they are read twice. A float32 parameter with bfloat16 memories is 32 bytes, and 20 by row;
-with int8 memories 26, and 16.
+Memories and parameters in few bits are fewer bytes. A float32 parameter with bfloat16 memories is
+20, and up to 18 more where the guess was wrong; with int8 memories 16, and up to 15 more.
 """
 
 from __future__ import annotations

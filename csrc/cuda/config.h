@@ -46,10 +46,10 @@
 // another; with codes 16 and 10, and 15 and 9 more. Else it is read twice: AM-SGD 16 with bfloat16
 // and 13 with codes (10 and 8 by row). Random bits take some 12 instructions an element for both
 // memories and 12 for the parameter. A guess takes 70 instructions an element with float32
-// parameters and 100 with bfloat16: 35 and 70 % of what an H100 issues at that bandwidth; with codes
-// some 195, by the length of their code, 20 % more than it issues. Predicted, over 28 bytes with
-// float32: 0.75 of the time with bfloat16 memories, 0.60 where parameters and gradients are too
-// (0.55 by row), 0.80 with codes: 1.13 was measured of two readings, of 275 instructions. Where
+// parameters and 100 with bfloat16: 35 and 70 % of what an H100 issues at that bandwidth; with
+// codes some 195, by the length of their code, 20 % more than it issues. Predicted, over 28 bytes
+// with float32: 0.75 of the time with bfloat16 memories, 0.60 where parameters and gradients are
+// too (0.55 by row), 0.80 with codes: 1.13 was measured of two readings, of 275 instructions. Where
 // there are codes registers allow for 2 blocks, which ask for 24 KB.
 //
 // Squared norms read gradients once, 4 bytes an element with float32 and 2 with 16-bit types, and
