@@ -78,7 +78,7 @@ class Config(NamedTuple):
 # an element: at 128 lanes a clock as long as 14 bytes take, so a little less of the bandwidth is
 # predicted. Compiled for sm_90 a thread takes the 128 registers that it may, and has in L1 none of
 # rows of up to 1,024 elements, and up to 340 bytes of longer ones; elsewhere up to 80 bytes, of
-# scalars, and with codes up to 330, some 2 % of begin's and finish's instructions.
+# scalars, and with codes up to 330, up to 4 % of begin's and finish's instructions.
 #
 # Squared norms: 4 bytes an element in float32, 2 with 16-bit types, and 8 a chunk. Compiled for
 # sm_90 a thread takes 44 registers, or 40 with 16-bit types: 10 programs have 40 KB under way, or

@@ -239,7 +239,7 @@ AM_INLINE float largest_magnitude(const float* values, int64_t block) {
 }
 
 // Registers that are encoded side by side, as an operation waits for the one before it and the
-// processor does not look far ahead: 15 % of it signed, 50 % of exp_avg_sq (Zen 3, AVX2).
+// processor does not look far ahead: a quarter to a third of the time of encoding (Zen 3, AVX2).
 constexpr int kAtOnce = 4;
 using Several = Pack<float, kAtOnce>;
 
